@@ -1,0 +1,43 @@
+# Each target makes .venv and installs what it needs: nothing has to come before it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint doctest docs bench clean
+
+help:
+	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
+	@echo "make test     run the tests"
+	@echo "make lint     check style and formatting"
+	@echo "make doctest  run every example in the docstrings"
+	@echo "make docs     build the documentation into docs/_build/html"
+	@echo "make bench    measure speed and memory against peers"
+	@echo "make clean    remove .venv and what was built"
+
+# One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
+$(VENV)/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+doctest: $(VENV)/.dev
+	$(BIN)/python -m pytest --doctest-modules -q flatopt
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache

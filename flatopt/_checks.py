@@ -1,0 +1,155 @@
+"""Checks of arguments, made while tracing: each error is one sentence."""
+
+import inspect
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt.kernels import path_name
+
+STRATEGIES = ("auto", "vmap", "scan", "unroll")
+
+
+def check_scale(scale, name="scale"):
+    """Reject what is not a finite number >= 0; traced values pass unseen."""
+    if isinstance(scale, bool | np.bool_) or not isinstance(
+        scale, numbers.Real | np.ndarray | jax.Array
+    ):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {scale!r}; give the standard "
+            "deviation of the noise in units of the kernel."
+        )
+    if jnp.ndim(scale) != 0:
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(scale)}; give one number and "
+            "let the kernel shape the noise."
+        )
+    if isinstance(scale, jax.core.Tracer):
+        return
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"{name} must be finite and not negative, got {scale}; give the standard "
+            "deviation of the noise in units of the kernel."
+        )
+
+
+def check_num_samples(num_samples, name="num_samples"):
+    if isinstance(num_samples, jax.Array):
+        raise TypeError(
+            f"{name} must be a Python int, got an array; it fixes shapes, so under "
+            "optax.inject_hyperparams bind it first: inject_hyperparams(lambda scale: "
+            "flatopt.smooth_gradients(scale, num_samples=8))(scale=0.01)."
+        )
+    if (
+        isinstance(num_samples, bool)
+        or not isinstance(num_samples, numbers.Integral)
+        or num_samples < 1
+    ):
+        raise ValueError(
+            f"{name} must be an int of at least 1, got {num_samples!r}; it counts the "
+            "draws of noise a step."
+        )
+
+
+def check_strategy(strategy):
+    if strategy in STRATEGIES and isinstance(strategy, str):
+        return
+    if (
+        isinstance(strategy, bool)
+        or not isinstance(strategy, numbers.Integral)
+        or strategy < 1
+    ):
+        raise ValueError(
+            f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or an int of at "
+            f"least 1, got {strategy!r}; 'auto' suits most uses."
+        )
+
+
+def check_names(batch_argnames):
+    if isinstance(batch_argnames, str) or not all(
+        isinstance(name, str) for name in batch_argnames
+    ):
+        raise TypeError(
+            f"batch_argnames must be a tuple of names, got {batch_argnames!r}; write "
+            "('batch',) for one name."
+        )
+    return tuple(batch_argnames)
+
+
+def check_batch_argnames(batch_argnames, value_fn):
+    names = check_names(batch_argnames)
+    for name in names:
+        if not (names_keyword(value_fn, name) or takes_any_keyword(value_fn)):
+            raise ValueError(
+                f"batch_argnames names {name!r}, which value_fn does not take; write "
+                f"value_fn(params, {name}) and pass {name}= at each call (a closure over "
+                "the batch cannot be split)."
+            )
+    return names
+
+
+def check_params(params):
+    """Arrays of ``params``, which must be real and floating."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"params must be real, got {dtype} at {path_name(path)!r}; store the "
+                "real and the imaginary part as two leaves."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params must be floating point, got {dtype} at {path_name(path)!r}; "
+                "partition it out of params first, or exclude it with mask=."
+            )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def parameters_of(function):
+    """The parameters of a callable's signature, or None where it has none."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def names_keyword(function, name):
+    """Whether the signature of ``function`` names the keyword ``name``."""
+    parameters = parameters_of(function) or {}
+    return name in parameters and parameters[name].kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
+def takes_any_keyword(function):
+    parameters = parameters_of(function)
+    if parameters is None:
+        return True
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def check_value(value):
+    """The scalar that a value_fn returned."""
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"value_fn must return a real scalar, got shape {shape} and dtype {dtype}; "
+            "return the mean loss."
+        )
+    return jnp.asarray(value)
+
+
+def forwarded(value_fn, extra_args):
+    """The extra arguments that ``value_fn`` takes."""
+    if takes_any_keyword(value_fn):
+        return extra_args
+    return {
+        name: value
+        for name, value in extra_args.items()
+        if names_keyword(value_fn, name)
+    }

@@ -1,0 +1,283 @@
+r"""Smoothing: a loss averaged over perturbed parameters, and its gradient.
+
+For a value_fn :math:`L` and a kernel that draws :math:`U`, the smoothed loss is
+:math:`F(\theta) = E_U[L(\theta + \text{scale} \cdot U)]`. Both functions here
+estimate it by Monte Carlo. How the samples are laid out in time and memory is the
+strategy; it changes speed and memory, never the result.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flatopt import _checks, _layout, kernels
+
+Strategy = Literal["auto", "vmap", "scan", "unroll"] | int
+
+
+def smooth(
+    value_fn: Callable[..., Any],
+    scale: jax.typing.ArrayLike,
+    kernel: Callable[..., Any] | None = None,
+    *,
+    num_samples: int = 1,
+    antithetic: bool = False,
+    strategy: Strategy = "auto",
+) -> Callable[..., jax.Array]:
+    r"""Return the Monte Carlo estimate of the smoothed ``value_fn``.
+
+    .. math:: F(\theta) \approx \frac1M \sum_{j=1}^M L(\theta + \text{scale}\cdot U_j)
+
+    The noise is constant with respect to ``params``: the gradient of the result is
+    what :func:`smooth_value_and_grad` returns. Gradients with respect to ``scale``
+    flow. For training prefer :func:`smooth_value_and_grad`, which stores nothing
+    between samples; differentiating this function evaluates each sample once more.
+
+    Args:
+      value_fn: ``value_fn(params, *args, **kwargs) -> scalar``. If it names a keyword
+        ``sample_key``, each draw passes it a fresh key (dropout).
+      scale: standard deviation of the noise in units of the kernel, >= 0.
+      kernel: ``kernel(key, params) -> perturbation``. Default:
+        :func:`flatopt.kernels.isotropic`.
+      num_samples: number of draws M.
+      antithetic: evaluate each draw at +U and at -U.
+      strategy: see :func:`smooth_value_and_grad`.
+
+    Returns:
+      A function ``f(key, params, /, *args, **kwargs) -> value``, a scalar.
+
+    Raises:
+      TypeError: if an argument has the wrong type, or ``params`` are not real floats.
+      ValueError: if ``scale``, ``num_samples`` or ``strategy`` is out of range.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flatopt
+      >>> loss_fn = lambda params: jnp.sum(params ** 2)
+      >>> smoothed = flatopt.smooth(loss_fn, 0.1, flatopt.kernels.isotropic(
+      ...     flatopt.kernels.signs), antithetic=True)
+      >>> smoothed(jax.random.key(0), jnp.array([3.0, 4.0]))  # 25 + 2 * 0.1 ** 2
+      Array(25.02, dtype=float32)
+    """
+    estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
+
+    def smoothed(key, params, /, *args, **kwargs):
+        dtypes = []
+
+        def evaluate(perturbed, chunk, **sample):
+            del chunk
+            value = _checks.check_value(value_fn(perturbed, *args, **kwargs, **sample))
+            dtypes.append(value.dtype)
+            return _widen(value), None
+
+        value, _ = estimate(evaluate, key, params, {}, rematerialize=True)
+        return (value / num_samples).astype(dtypes[0])
+
+    return smoothed
+
+
+def smooth_value_and_grad(
+    value_fn: Callable[..., Any],
+    scale: jax.typing.ArrayLike,
+    kernel: Callable[..., Any] | None = None,
+    *,
+    num_samples: int = 1,
+    antithetic: bool = False,
+    batch_argnames: tuple[str, ...] = (),
+    weight_fn: Callable[[Any], jax.Array] | None = None,
+    has_aux: bool = False,
+    strategy: Strategy = "auto",
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., Any]:
+    r"""Return the smoothed value and its gradient: the drop-in for value_and_grad.
+
+    .. math:: g = \frac1M \sum_{j=1}^M \nabla L_{B_j}(\theta + \text{scale}\cdot U_j)
+
+    With ``batch_argnames`` the batch is split into M chunks B_j, one a sample, so that
+    a step costs one pass over the batch (LPF-SGD); without it every sample sees the
+    whole batch. With ``antithetic`` each term is the mean of the gradients at +U_j and
+    -U_j (NSO), so gradients cost ``2 * num_samples``. Values and gradients are
+    accumulated in float32 (or wider) and cast back.
+
+    Args:
+      value_fn: ``value_fn(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)``
+        with ``has_aux``. If it names a keyword ``sample_key``, each draw passes it a
+        fresh key, the same at +U and -U (dropout).
+      scale: standard deviation of the noise in units of the kernel, >= 0; it may be
+        traced.
+      kernel: ``kernel(key, params) -> perturbation``. Default:
+        :func:`flatopt.kernels.isotropic`.
+      num_samples: number of draws M.
+      antithetic: evaluate each draw at +U and at -U.
+      batch_argnames: keyword arguments whose leading axis is split. Chunk j holds the
+        examples j, j + M, j + 2M, ... Array leaves of ndim >= 1 are split, all else
+        goes whole to every sample.
+      weight_fn: weight of a chunk, from the chunk of the one argument in
+        ``batch_argnames``, or from a dict of chunks if there are several. Default:
+        chunks count equally. A chunk of weight 0 contributes nothing.
+      has_aux: whether ``value_fn`` returns ``(value, aux)``. Leaves of ``aux`` gain
+        leading axes ``(num_samples,)``, or ``(num_samples, 2)`` when antithetic.
+      strategy: how samples are laid out. ``"vmap"``: all at once (fast where memory and
+        matrix units are plenty). ``"scan"``: one after another in a loop.
+        ``"unroll"``: one after another without a loop. An int: that many at once
+        inside a loop. ``"auto"``: chosen by platform, from measurements. All agree on
+        the same key.
+      axis_name: inside ``jax.shard_map``, each device draws its own noise and value and
+        gradients come back averaged over this axis. Do not average them again.
+
+    Returns:
+      A function ``f(key, params, /, *args, **kwargs)`` that returns ``(value, grads)``,
+      or ``((value, aux), grads)`` with ``has_aux``.
+
+    Raises:
+      TypeError: if an argument has the wrong type, ``params`` are not real floats, or
+        ``value_fn`` does not return a scalar.
+      ValueError: if an argument is out of range, a name in ``batch_argnames`` was not
+        passed, or a batch does not divide into ``num_samples`` chunks.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, Algorithm 1; Zhang, Li, Ju,
+      `Noise Stability Optimization for Finding Flat Minima
+      <https://arxiv.org/abs/2306.08553>`_, 2024, Algorithm 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flatopt
+      >>> loss_fn = lambda params, batch: jnp.mean((batch @ params) ** 2)
+      >>> value_and_grad = flatopt.smooth_value_and_grad(
+      ...     loss_fn, 0.01, flatopt.kernels.filterwise(), num_samples=4,
+      ...     batch_argnames=("batch",))
+      >>> value, grads = value_and_grad(
+      ...     jax.random.key(0), jnp.ones(3), batch=jnp.eye(8, 3))
+      >>> value.shape, grads.shape
+      ((), (3,))
+    """
+    names = _checks.check_batch_argnames(batch_argnames, value_fn)
+    if weight_fn is not None and not names:
+        raise ValueError(
+            f"weight_fn weighs the chunks of a batch, got {weight_fn!r} with no "
+            "batch_argnames; name the arguments to split."
+        )
+    estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
+
+    def value_and_grad(key, params, /, *args, **kwargs):
+        chunks, whole = _layout.split_batch(kwargs, names, num_samples)
+        dtypes = []
+
+        def value_of(perturbed, chunk, sample):
+            out = value_fn(perturbed, *args, **whole, **chunk, **sample)
+            if not has_aux:
+                return _checks.check_value(out), None
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(
+                    f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
+                    "return a pair."
+                )
+            return _checks.check_value(out[0]), out[1]
+
+        def evaluate(perturbed, chunk, **sample):
+            (value, aux), grads = jax.value_and_grad(value_of, has_aux=True)(
+                perturbed, chunk, sample
+            )
+            dtypes.append(value.dtype)
+            value, grads = jax.tree.map(_widen, (value, grads))
+            weight = jnp.ones((), value.dtype)
+            if weight_fn is not None:
+                only = chunk[names[0]] if len(names) == 1 else chunk
+                weight = jnp.asarray(weight_fn(only), value.dtype)
+                value, grads = jax.tree.map(
+                    lambda x: jnp.where(weight == 0, 0, weight.astype(x.dtype) * x),
+                    (value, grads),
+                )
+            return (value, weight, grads), aux
+
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            params = _varying(params, axis_name)
+        totals, aux = estimate(evaluate, key, params, chunks)
+        if axis_name is not None:
+            totals = jax.lax.pmean(totals, axis_name)
+        value, weight, grads = totals
+        value = (value / weight).astype(dtypes[0])
+        grads = jax.tree.map(
+            lambda g, p: (g / weight.astype(g.dtype)).astype(p.dtype),
+            grads,
+            jax.tree.map(jnp.asarray, params),
+        )
+        return ((value, aux), grads) if has_aux else (value, grads)
+
+    return value_and_grad
+
+
+def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
+    """Check what is static; return the sum over samples of any ``evaluate``."""
+    _checks.check_scale(scale)
+    _checks.check_num_samples(num_samples)
+    _checks.check_strategy(strategy)
+    kernel = kernels.isotropic() if kernel is None else kernel
+    wants_key = _checks.names_keyword(value_fn, "sample_key")
+    coefficients = (1, -1) if antithetic else (1,)
+
+    def estimate(evaluate, key, params, chunks, rematerialize=False):
+        params = _checks.check_params(params)
+        draw = kernels.bind(kernel, key, params)
+
+        def sample(index, chunk):
+            noise_key = jax.random.fold_in(key, index)
+            options = {}
+            if wants_key:
+                noise_key, options["sample_key"] = jax.random.split(noise_key)
+            noise = draw(noise_key)
+            if antithetic:
+                # Without the barrier XLA draws the same noise once for each sign.
+                noise = jax.lax.optimization_barrier(noise)
+            outs = [
+                evaluate(_perturb(params, sign, scale, noise), chunk, **options)
+                for sign in coefficients
+            ]
+            if not antithetic:
+                return outs[0]
+            (plus, aux_plus), (minus, aux_minus) = outs
+            total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
+            return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
+
+        return _layout.sum_samples(
+            sample, num_samples, chunks, strategy, (key, params), rematerialize
+        )
+
+    return estimate
+
+
+def _perturb(params, sign, scale, noise):
+    def perturb(leaf, unit):
+        dtype = _wide(leaf.dtype)
+        step = jnp.asarray(scale).astype(dtype) * unit.astype(dtype)
+        moved = leaf.astype(dtype) + step if sign > 0 else leaf.astype(dtype) - step
+        return moved.astype(leaf.dtype)
+
+    return jax.tree.map(perturb, params, noise)
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _widen(x):
+    return x.astype(_wide(x.dtype))
+
+
+def _varying(params, axis_name):
+    """Params as values that differ between devices, so that no sum is implied."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+    def cast(leaf):
+        leaf = jnp.asarray(leaf)
+        missing = tuple(n for n in names if n not in jax.typeof(leaf).vma)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, params)
