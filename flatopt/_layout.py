@@ -91,7 +91,7 @@ def sum_samples(sample, num_samples, chunks, strategy, inputs, rematerialize):
         parts = [jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in arrays]
         total, aux = jax.vmap(
             lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1)
-        )(start + jnp.arange(size), parts)
+        )(start + jnp.arange(size, dtype=jnp.int32), parts)
         return jax.tree.map(lambda x: x.sum(axis=0), total), aux
 
     if strategy == "auto":
@@ -125,7 +125,7 @@ def _scan(group, num_samples, size, rematerialize):
         part, aux = body(start)
         return jax.tree.map(jnp.add, total, part), aux
 
-    starts = size * jnp.arange(loops)
+    starts = size * jnp.arange(loops, dtype=jnp.int32)
     shapes, _ = jax.eval_shape(body, starts[0])
     total, aux = jax.lax.scan(step, jax.tree.map(_zeros, shapes), starts)
     aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
@@ -139,8 +139,19 @@ def _scan(group, num_samples, size, rematerialize):
 def _zeros(like):
     """Zeros of the type of ``like``: shape, dtype, sharding and varying axes."""
     zeros = jnp.zeros(like.shape, like.dtype, out_sharding=_explicit_sharding_of(like))
-    vma = tuple(getattr(like, "vma", None) or ())
-    return jax.lax.pcast(zeros, vma, to="varying") if vma else zeros
+    return make_varying(zeros, varying_axes(like))
+
+
+def varying_axes(like):
+    """Axes of ``jax.shard_map`` over which a value differs between devices."""
+    kind = getattr(like, "manual_axis_type", None)
+    return tuple(sorted(kind.varying)) if kind is not None else ()
+
+
+def make_varying(leaf, axes):
+    """The same values, typed as different between the devices of these axes."""
+    missing = tuple(a for a in axes if a not in varying_axes(jax.typeof(leaf)))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
 def _explicit_sharding_of(like):

@@ -13,12 +13,15 @@ beside it, another sharding or another number of devices changes nothing.
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flatopt import _random
 
 Sampler = Callable[..., jax.Array]
 FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
@@ -160,7 +163,130 @@ def _leafwise(sampler, deviation=None):
     return Kernel(bind)
 
 
-def isotropic(sampler: Sampler = jax.random.normal) -> Kernel:
+def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
+    """Standard normal values: those of ``jax.random.normal``, drawn faster.
+
+    The values are computed in float32 whatever ``dtype`` (a bfloat16 draw of
+    ``jax.random.normal`` never exceeds 2.9). The generator is written so that XLA fuses
+    it with what uses the noise; on CPU this is several times faster and needs no
+    temporary memory.
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the result.
+      dtype: floating dtype of the result.
+      out_sharding: sharding of the result on an Explicit mesh.
+
+    Returns:
+      An array of ``shape``.
+
+    Example:
+      >>> import jax, flatopt
+      >>> key = jax.random.key(0)
+      >>> bool((flatopt.kernels.normal(key, (9,)) == jax.random.normal(key, (9,))).all())
+      True
+    """
+    values = _open_interval(key, shape, out_sharding)
+    return (jnp.float32(2**0.5) * jax.lax.erf_inv(values)).astype(dtype)
+
+
+def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
+    """Random signs (Rademacher), unpacked from one random bit a value.
+
+    The second moments are those of the normal distribution, so smoothing with
+    signs has the same leading-order penalty, at a fraction of the cost of drawing.
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the result.
+      dtype: floating dtype of the result.
+      out_sharding: sharding of the result on an Explicit mesh.
+
+    Returns:
+      An array of ``shape`` with values -1 and 1.
+
+    Example:
+      >>> import jax, flatopt
+      >>> flatopt.kernels.signs(jax.random.key(0), (6,))
+      Array([-1., -1., -1.,  1.,  1., -1.], dtype=float32)
+    """
+    *leading, last = shape or (1,)
+    packed = None if out_sharding is None else _packed_sharding(out_sharding, shape)
+    words = _random.bits(key, (*leading, -(-last // 32)), out_sharding=packed)
+    # Without the barrier each consumer draws the word again for each of its bits.
+    words = jax.lax.optimization_barrier(words)
+    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
+    flags = (words[..., None] >> shifts) & jnp.uint32(1)
+    flags = jax.lax.reshape(
+        flags, (*leading, 32 * words.shape[-1]), out_sharding=packed
+    )
+    values = 1 - 2 * flags[..., :last].reshape(shape).astype(dtype)
+    return values if packed is None else jax.sharding.reshard(values, out_sharding)
+
+
+def _packed_sharding(sharding, shape):
+    """The sharding of the words behind an array: its own, if its last axis allows."""
+    if not shape:
+        return sharding
+    *leading, last = (*sharding.spec, *[None] * len(shape))[: len(shape)]
+    names = () if last is None else (last,) if isinstance(last, str) else last
+    parts = 32 * math.prod(sharding.mesh.shape[name] for name in names)
+    if shape[-1] % parts:
+        last = None
+    return sharding.update(spec=jax.sharding.PartitionSpec(*leading, last))
+
+
+def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
+    """Uniform values of mean 0 and variance 1, between -sqrt(3) and sqrt(3).
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the result.
+      dtype: floating dtype of the result.
+      out_sharding: sharding of the result on an Explicit mesh.
+
+    Returns:
+      An array of ``shape``.
+
+    Example:
+      >>> import jax, flatopt
+      >>> values = flatopt.kernels.uniform(jax.random.key(0), (10_000,))
+      >>> round(float(values.var()), 1), bool(abs(values).max() <= 3 ** 0.5)
+      (1.0, True)
+    """
+    values = _open_interval(key, shape, out_sharding)
+    return (jnp.float32(3**0.5) * values).astype(dtype)
+
+
+def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
+    """Laplace values of mean 0 and variance 1.
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the result.
+      dtype: floating dtype of the result.
+      out_sharding: sharding of the result on an Explicit mesh.
+
+    Returns:
+      An array of ``shape``.
+
+    Example:
+      >>> import jax, flatopt
+      >>> values = flatopt.kernels.laplace(jax.random.key(0), (10_000,))
+      >>> round(float(values.var()), 1)
+      1.0
+    """
+    values = _open_interval(key, shape, out_sharding)
+    size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
+    return (jnp.sign(values) * size).astype(dtype)
+
+
+def _open_interval(key, shape, out_sharding):
+    words = _random.bits(key, shape, out_sharding=out_sharding)
+    return _random.open_interval(words)
+
+
+def isotropic(sampler: Sampler = normal) -> Kernel:
     """Independent noise of unit variance for every parameter (the kernel of NSO).
 
     Args:
@@ -185,7 +311,7 @@ def isotropic(sampler: Sampler = jax.random.normal) -> Kernel:
 
 
 def filterwise(
-    sampler: Sampler = jax.random.normal, *, filter_axes: FilterAxes = None
+    sampler: Sampler = normal, *, filter_axes: FilterAxes = None
 ) -> Kernel:
     r"""Noise in proportion to the norm of each filter (the kernel of LPF-SGD).
 
@@ -233,7 +359,7 @@ def filterwise(
     return _leafwise(sampler, deviation)
 
 
-def elementwise(sampler: Sampler = jax.random.normal) -> Kernel:
+def elementwise(sampler: Sampler = normal) -> Kernel:
     r"""Noise of standard deviation :math:`|\theta_i|` for element i.
 
     Args:
@@ -308,86 +434,6 @@ def mask_flags(mask, params):
                 "leaf takes part and False where it does not."
             )
     return [bool(flag) for flag in flags]
-
-
-def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
-    """Random signs (Rademacher), unpacked from one random bit a value.
-
-    The second moments are those of the normal distribution, so smoothing with
-    signs has the same leading-order penalty, at a fraction of the cost of drawing.
-
-    Args:
-      key: a JAX random key.
-      shape: shape of the result.
-      dtype: floating dtype of the result.
-      out_sharding: sharding of the result on an Explicit mesh.
-
-    Returns:
-      An array of ``shape`` with values -1 and 1.
-
-    Example:
-      >>> import jax, flatopt
-      >>> flatopt.kernels.signs(jax.random.key(0), (6,))
-      Array([-1., -1., -1.,  1.,  1., -1.], dtype=float32)
-    """
-    *leading, last = shape or (1,)
-    options = {}
-    if out_sharding is not None and shape:
-        # Words are few, so an axis of packed values is replicated, not split.
-        spec = jax.sharding.PartitionSpec(*out_sharding.spec[: len(leading)])
-        options["out_sharding"] = out_sharding.update(spec=spec)
-    words = jax.random.bits(key, (*leading, -(-last // 32)), jnp.uint32, **options)
-    # Without the barrier each consumer draws the word again for each of its bits.
-    words = jax.lax.optimization_barrier(words)
-    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
-    bits = bits.reshape(*leading, -1)[..., :last].reshape(shape)
-    values = 1 - 2 * bits.astype(dtype)
-    return jax.sharding.reshard(values, out_sharding) if options else values
-
-
-def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
-    """Uniform values of mean 0 and variance 1, between -sqrt(3) and sqrt(3).
-
-    Args:
-      key: a JAX random key.
-      shape: shape of the result.
-      dtype: floating dtype of the result.
-      out_sharding: sharding of the result on an Explicit mesh.
-
-    Returns:
-      An array of ``shape``.
-
-    Example:
-      >>> import jax, flatopt
-      >>> values = flatopt.kernels.uniform(jax.random.key(0), (10_000,))
-      >>> round(float(values.var()), 1), bool(abs(values).max() <= 3 ** 0.5)
-      (1.0, True)
-    """
-    bound = 3**0.5
-    return jax.random.uniform(
-        key, shape, dtype, minval=-bound, maxval=bound, out_sharding=out_sharding
-    )
-
-
-def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
-    """Laplace values of mean 0 and variance 1.
-
-    Args:
-      key: a JAX random key.
-      shape: shape of the result.
-      dtype: floating dtype of the result.
-      out_sharding: sharding of the result on an Explicit mesh.
-
-    Returns:
-      An array of ``shape``.
-
-    Example:
-      >>> import jax, flatopt
-      >>> values = flatopt.kernels.laplace(jax.random.key(0), (10_000,))
-      >>> round(float(values.var()), 1)
-      1.0
-    """
-    return jax.random.laplace(key, shape, dtype, out_sharding=out_sharding) / 2**0.5
 
 
 def default_filter_axes(path: str, leaf: jax.Array) -> int:

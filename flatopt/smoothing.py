@@ -198,7 +198,11 @@ def smooth_value_and_grad(
 
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            params = _varying(params, axis_name)
+            # As values of each device: gradients of replicated ones come summed.
+            axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+            params = jax.tree.map(
+                lambda leaf: _layout.make_varying(jnp.asarray(leaf), axes), params
+            )
         totals, aux = estimate(evaluate, key, params, chunks)
         if axis_name is not None:
             totals = jax.lax.pmean(totals, axis_name)
@@ -264,20 +268,8 @@ def _perturb(params, sign, scale, noise):
 
 
 def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _widen(x):
     return x.astype(_wide(x.dtype))
-
-
-def _varying(params, axis_name):
-    """Params as values that differ between devices, so that no sum is implied."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-
-    def cast(leaf):
-        leaf = jnp.asarray(leaf)
-        missing = tuple(n for n in names if n not in jax.typeof(leaf).vma)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, params)

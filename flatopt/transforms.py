@@ -247,9 +247,8 @@ def _stored_key(data, key):
 
 
 def _value_dtype(params):
-    dtypes = [getattr(leaf, "dtype", jnp.float32) for leaf in jax.tree.leaves(params)]
-    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    return jnp.result_type(jnp.float32, *floats)
+    dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(params)]
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
 def _check_update(params, value_fn, name):

@@ -1,0 +1,169 @@
+"""Noise: moments, filters, keys, masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import regression
+
+from flatopt import kernels
+
+SAMPLERS = [kernels.normal, jax.random.normal, kernels.signs, kernels.uniform, kernels.laplace]
+FOURTH_MOMENTS = {"normal": 3.0, "signs": 1.0, "uniform": 9 / 5, "laplace": 6.0}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_have_mean_zero_variance_one_and_their_own_fourth_moment(sampler):
+    values = np.asarray(sampler(jax.random.key(0), (400, 500), jnp.float32), "f8")
+    count = values.size
+    fourth = FOURTH_MOMENTS[sampler.__name__]
+    assert abs(values.mean()) < 5 / np.sqrt(count)
+    assert abs((values**2).mean() - 1) < 5 * np.sqrt(max(fourth - 1, 1e-9) / count) + 1e-6
+    eighth = (values**8).mean()
+    assert abs((values**4).mean() - fourth) < 5 * np.sqrt(eighth / count) + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (31,), (33, 65), (3, 3, 4, 8)])
+def test_signs_have_the_shape_and_only_two_values(shape):
+    values = kernels.signs(jax.random.key(1), shape)
+    assert values.shape == shape
+    assert set(np.unique(values)) <= {-1.0, 1.0}
+
+
+def test_signs_are_independent_between_neighbours_and_rows():
+    values = np.asarray(kernels.signs(jax.random.key(2), (4000, 64)), "f8")
+    correlation = values.T @ values / len(values) - np.eye(64)
+    assert np.abs(correlation).max() < 5.5 / np.sqrt(len(values))
+
+
+def test_signs_draw_one_random_bit_a_value():
+    words = jax.random.bits(jax.random.key(0), (64, 8), jnp.uint32)
+    flags = np.unpackbits(np.asarray(words).view("u1"), bitorder="little")
+    expected = 1.0 - 2.0 * flags.reshape(64, 256)
+    signs = kernels.signs(jax.random.key(0), (64, 256))
+    np.testing.assert_array_equal(signs, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 2), (7,), (3, 5, 2)])
+@pytest.mark.parametrize("jit", [False, True])
+def test_normal_values_are_those_of_jax(shape, jit):
+    draw = jax.jit(kernels.normal, static_argnums=1) if jit else kernels.normal
+    for key in (jax.random.key(3), jax.random.PRNGKey(4), jax.random.key(5, impl="rbg")):
+        expected = jax.random.normal(key, shape)
+        np.testing.assert_allclose(draw(key, shape), expected, rtol=2e-7)
+    keys = jax.random.split(jax.random.key(6), 4)
+    stacked = jax.vmap(lambda k: kernels.normal(k, shape))(keys)
+    np.testing.assert_array_equal(stacked[2], kernels.normal(keys[2], shape))
+
+
+def test_normal_needs_no_temporary_memory():
+    compiled = jax.jit(lambda k: kernels.normal(k, (512, 512))).lower(jax.random.key(0))
+    assert compiled.compile().memory_analysis().temp_size_in_bytes < 4096
+
+
+def _elementwise_std(kernel, params, draws=4000):
+    keys = jax.random.split(jax.random.key(3), draws)
+    noise = jax.jit(jax.vmap(kernel, (0, None)))(keys, params)
+    return jax.tree.map(lambda u: np.asarray(u, "f8").std(axis=0), noise)
+
+
+def _shapes():
+    keys = jax.random.split(jax.random.key(4), 4)
+    return {
+        "conv": jax.random.normal(keys[0], (3, 3, 4, 8)),
+        "matrix": jax.random.normal(keys[1], (6, 5)),
+        "bias": jax.random.normal(keys[2], (7,)),
+        "scalar": jax.random.normal(keys[3], ()),
+    }
+
+
+@pytest.mark.parametrize("filter_axes", [None, 0])
+def test_filterwise_std_is_the_filter_norm(filter_axes):
+    params = _shapes()
+    std = _elementwise_std(kernels.filterwise(filter_axes=filter_axes), params)
+    for name, leaf in params.items():
+        leaf = np.asarray(leaf, "f8")
+        axis = leaf.ndim - 1 if filter_axes is None else 0
+        others = tuple(a for a in range(leaf.ndim) if a != axis or leaf.ndim < 2)
+        norm = np.sqrt((leaf**2).sum(axis=others, keepdims=True))
+        np.testing.assert_allclose(std[name] / norm, 1.0, atol=6 / np.sqrt(2 * 4000))
+
+
+def test_filterwise_normalizes_embeddings_by_row():
+    table = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
+    noise = kernels.filterwise(kernels.signs)(jax.random.key(0), {"embedding": table})
+    np.testing.assert_allclose(jnp.abs(noise["embedding"]), [[1] * 3, [2] * 3, [3] * 3])
+
+
+@pytest.mark.parametrize(
+    "filter_axes",
+    [
+        {"a": 0, "b": (0, 1)},
+        lambda path, leaf: {"a": 0, "b": (0, 1)}[path],
+    ],
+)
+def test_filter_axes_as_tree_and_as_function(filter_axes):
+    params = {"a": jnp.array([[3.0, 4.0]]), "b": jnp.array([[1.0, -2.0]])}
+    kernel = kernels.filterwise(kernels.signs, filter_axes=filter_axes)
+    noise = kernel(jax.random.key(0), params)
+    np.testing.assert_allclose(jnp.abs(noise["a"]), [[5.0, 5.0]])
+    np.testing.assert_allclose(jnp.abs(noise["b"]), [[1.0, 2.0]])
+
+
+def test_empty_filter_axes_make_the_leaf_one_filter():
+    kernel = kernels.filterwise(kernels.signs, filter_axes=())
+    noise = kernel(jax.random.key(0), jnp.full((2, 2), 2.0))
+    np.testing.assert_allclose(jnp.abs(noise), np.full((2, 2), 4.0))
+
+
+def test_elementwise_std_is_the_magnitude():
+    params = _shapes()
+    std = _elementwise_std(kernels.elementwise(), params)
+    for name, leaf in params.items():
+        ratio = std[name] / np.abs(np.asarray(leaf))
+        np.testing.assert_allclose(ratio, 1.0, atol=6 / np.sqrt(2 * 4000))
+
+
+@pytest.mark.parametrize(
+    "mask", [{"a": True, "b": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)]
+)
+def test_masked_kernel_is_zero_where_false(mask):
+    params = {"a": jnp.ones((2, 2)), "b": {"c": jnp.ones(3), "d": jnp.ones(1)}}
+    noise = kernels.masked(kernels.isotropic(), mask)(jax.random.key(0), params)
+    assert jnp.all(noise["a"] != 0)
+    assert not any(jnp.any(x != 0) for x in jax.tree.leaves(noise["b"]))
+
+
+def test_noise_of_a_leaf_depends_on_its_path_alone():
+    params, _ = regression()
+    kernel = kernels.isotropic()
+    whole = kernel(jax.random.key(5), params)
+    alone = kernel(jax.random.key(5), {"second": {"bias": params["second"]["bias"]}})
+    np.testing.assert_array_equal(whole["second"]["bias"], alone["second"]["bias"])
+    same_shape = {"x": jnp.zeros(1000), "y": jnp.zeros(1000)}
+    noise = kernel(jax.random.key(5), same_shape)
+    assert abs(np.corrcoef(noise["x"], noise["y"])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_noise_is_float32_and_not_clipped_for_narrow_parameters(dtype):
+    noise = kernels.isotropic()(jax.random.key(0), jnp.zeros(200_000, dtype))
+    assert noise.dtype == jnp.float32
+    assert jnp.abs(noise).max() > 4  # a bfloat16 draw is clipped at 2.9
+
+
+def test_noise_is_constant_with_respect_to_params():
+    kernel = kernels.filterwise()
+
+    def total(params):
+        return kernels.bind(kernel, jax.random.key(0), params)(jax.random.key(1)).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 2))), np.zeros((2, 2)))
+
+
+def test_attribute_value_at_the_end_of_a_path_is_dropped():
+    get = jax.tree_util.GetAttrKey
+    key = jax.tree_util.DictKey
+    assert kernels.path_name((key("a"), get("value"))) == "a"
+    assert kernels.path_name((key("a"), key("value"))) == "a/value"
+    assert kernels.path_name(()) == ""

@@ -1,0 +1,194 @@
+"""The recipes against straightforward loops in NumPy with the same noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flatopt
+from flatopt import kernels
+
+STEPS, EXAMPLES = 20, 32
+
+
+def _problem():
+    keys = jax.random.split(jax.random.key(11), 4)
+    params = {
+        "kernel": jax.random.normal(keys[0], (6, 3)),
+        "bias": jax.random.normal(keys[1], (3,)),
+    }
+    inputs = jax.random.normal(keys[2], (EXAMPLES, 6))
+    labels = jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
+    return params, inputs, labels
+
+
+def _loss_fn(params, inputs, labels):
+    logits = inputs @ params["kernel"] + params["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _numpy_gradient(params, inputs, labels):
+    logits = inputs @ params["kernel"] + params["bias"]
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    error = (p - np.eye(3)[labels]) / len(labels)
+    return {"kernel": inputs.T @ error, "bias": error.sum(axis=0)}
+
+
+def _run(tx, steps=STEPS):
+    params, inputs, labels = _problem()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(
+            optax.tree.zeros_like(params),
+            state,
+            params,
+            value_fn=_loss_fn,
+            inputs=inputs,
+            labels=labels,
+        )
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params
+
+
+def _reference(gradient, learning_rate, momentum, nesterov, weight_decay):
+    """SGD as in PyTorch: decay added to the gradient, then the momentum buffer."""
+    params, _, _ = _problem()
+    params = {name: np.asarray(leaf, "f8") for name, leaf in params.items()}
+    buffer = {name: np.zeros_like(leaf) for name, leaf in params.items()}
+    for step in range(STEPS):
+        grads = gradient(params, step)
+        for name in params:
+            grad = grads[name] + weight_decay * params[name]
+            buffer[name] = momentum * buffer[name] + grad
+            move = grad + momentum * buffer[name] if nesterov else buffer[name]
+            params[name] = params[name] - learning_rate * move
+    return params
+
+
+def _noise(kernel, key, params):
+    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
+    return {name: np.asarray(u, "f8") for name, u in kernel(key, params).items()}
+
+
+def _check(params, expected):
+    for name, leaf in params.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lpf_sgd_against_numpy(nesterov, weight_decay):
+    gamma, chunks = 0.2, 4
+    _, inputs, labels = (np.asarray(x) for x in (0, *_problem()[1:]))
+
+    def gradient(params, step):
+        total = {name: 0.0 for name in params}
+        for j in range(chunks):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(9), step), j)
+            unit = _noise(kernels.isotropic(), key, params)
+            norms = {
+                "kernel": np.sqrt((params["kernel"] ** 2).sum(axis=0)),
+                "bias": np.sqrt((params["bias"] ** 2).sum()),
+            }
+            perturbed = {n: params[n] + gamma * norms[n] * unit[n] for n in params}
+            grads = _numpy_gradient(perturbed, inputs[j::chunks], labels[j::chunks])
+            total = {n: total[n] + grads[n] / chunks for n in params}
+        return total
+
+    tx = flatopt.lpf_sgd(
+        0.3,
+        gamma,
+        chunks,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        batch_argnames=("inputs", "labels"),
+        key=9,
+    )
+    _check(_run(tx), _reference(gradient, 0.3, 0.9, nesterov, weight_decay))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_nso_sgd_against_numpy(nesterov, weight_decay):
+    sigma, pairs = 0.3, 2
+    _, inputs, labels = (np.asarray(x) for x in (0, *_problem()[1:]))
+
+    def gradient(params, step):
+        total = {name: 0.0 for name in params}
+        for j in range(pairs):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(9), step), j)
+            unit = _noise(kernels.isotropic(), key, params)
+            for sign in (1, -1):
+                perturbed = {n: params[n] + sign * sigma * unit[n] for n in params}
+                grads = _numpy_gradient(perturbed, inputs, labels)
+                total = {n: total[n] + grads[n] / (2 * pairs) for n in params}
+        return total
+
+    tx = flatopt.nso_sgd(
+        0.3, sigma, pairs, nesterov=nesterov, weight_decay=weight_decay, key=9
+    )
+    _check(_run(tx), _reference(gradient, 0.3, 0.9, nesterov, weight_decay))
+
+
+def test_defaults_are_the_papers():
+    import inspect
+
+    lpf = inspect.signature(flatopt.lpf_sgd).parameters
+    nso = inspect.signature(flatopt.nso_sgd).parameters
+    assert (lpf["gamma"].default, lpf["momentum"].default) == (5e-4, 0.9)
+    assert (nso["sigma"].default, nso["momentum"].default) == (0.01, 0.9)
+    with pytest.raises(ValueError, match="num_samples=8"):
+        tx = flatopt.lpf_sgd(0.1)
+        tx.update(
+            None,
+            tx.init(jnp.ones(2)),
+            jnp.ones(2),
+            value_fn=lambda p, batch: (p * batch).sum(),
+            batch=jnp.ones((12, 2)),
+        )
+
+
+def test_masked_leaves_do_not_move_under_weight_decay():
+    mask = {"kernel": True, "bias": False}
+    before, _, _ = _problem()
+    for tx in (
+        flatopt.lpf_sgd(
+            0.1, weight_decay=0.5, mask=mask, batch_argnames=("inputs", "labels")
+        ),
+        flatopt.nso_sgd(0.1, weight_decay=0.5, mask=mask),
+    ):
+        after = _run(tx, 3)
+        np.testing.assert_array_equal(after["bias"], before["bias"])
+        assert jnp.all(after["kernel"] != before["kernel"])
+
+
+def test_nso_descends_the_trace_penalty_of_a_valley():
+    # f = (x y - 1)^2 / 2: all minima have x y = 1, the flattest is x = y = 1.
+    def value_fn(params):
+        return (params[0] * params[1] - 1) ** 2 / 2
+
+    def train(tx):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(
+                jnp.zeros(2), state, params, value_fn=value_fn
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        start = jnp.array([4.0, 0.25])
+        (params, _), _ = jax.jit(
+            lambda: jax.lax.scan(step, (start, tx.init(start)), length=4000)
+        )()
+        return params
+
+    flat = train(flatopt.nso_sgd(0.02, 0.2, momentum=0.0))
+    sharp = train(optax.with_extra_args_support(optax.sgd(0.02)))
+    assert jnp.sum(flat**2) < 2.6  # the trace of the Hessian at a minimum
+    assert jnp.sum(sharp**2) > 15

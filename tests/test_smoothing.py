@@ -1,0 +1,419 @@
+"""Smoothing against closed forms, and its layouts against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    STRATEGIES,
+    assert_close,
+    count_compilations,
+    leaves_array,
+    loss_fn,
+    regression,
+)
+
+import flatopt
+from flatopt import kernels, smooth, smooth_value_and_grad
+
+KERNELS = {
+    "isotropic": kernels.isotropic(),
+    "signs": kernels.isotropic(kernels.signs),
+    "uniform": kernels.isotropic(kernels.uniform),
+    "laplace": kernels.isotropic(kernels.laplace),
+    "filterwise": kernels.filterwise(),
+    "elementwise": kernels.elementwise(),
+    "masked": kernels.masked(kernels.filterwise(), {"first": True, "second": False}),
+    "function": lambda key, params: jax.tree.map(
+        lambda p: jax.random.normal(key, p.shape) * p, params
+    ),
+}
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+def test_antithetic_gradient_of_a_quadratic_is_the_plain_one(scale, seed, x64):
+    a, b, theta = (jax.random.normal(k, (6, 6)) for k in jax.random.split(
+        jax.random.key(seed), 3))
+    matrix = a @ a.T
+
+    def quadratic(theta):
+        return jnp.vdot(theta, matrix @ theta) / 2 + jnp.vdot(b, theta)
+
+    _, grads = smooth_value_and_grad(quadratic, scale, antithetic=True)(
+        jax.random.key(seed), theta
+    )
+    np.testing.assert_allclose(grads, jax.grad(quadratic)(theta), rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_of_a_quartic_gains_12_sigma_squared_theta(x64):
+    theta, sigma, draws = jnp.array([0.5, -1.0, 2.0]), 0.3, 200_000
+    # One value_fn of many copies: each copy has noise of its own.
+    copies = jnp.tile(theta, (draws, 1))
+    _, grads = smooth_value_and_grad(lambda t: jnp.sum(t**4), sigma)(
+        jax.random.key(0), copies
+    )
+    grads = np.asarray(grads)
+    error = grads.std(axis=0, ddof=1) / np.sqrt(draws)
+    expected = 4 * np.asarray(theta) ** 3 + 12 * sigma**2 * np.asarray(theta)
+    assert np.all(np.abs(grads.mean(axis=0) - expected) < 5 * error)
+    plain = 4 * np.asarray(theta) ** 3
+    assert np.all(np.abs(grads.mean(axis=0) - plain) > 20 * error)
+
+
+def test_variance_falls_as_sigma_squared_for_one_point_and_fourth_for_two(x64):
+    # f = theta' A theta / 2 + sum c_i theta_i^3 / 6, so T is diagonal with entries c.
+    dimension = 5
+    a = jax.random.normal(jax.random.key(1), (dimension, dimension))
+    hessian, cubic = a + a.T, jnp.arange(1.0, dimension + 1)
+    theta = jnp.zeros(dimension)
+
+    def f(theta):
+        return theta @ hessian @ theta / 2 + jnp.sum(cubic * theta**3) / 6
+
+    sigmas = np.array([0.003, 0.01, 0.03, 0.1])
+    measured = {}
+    for antithetic in (False, True):
+        rows = []
+        for sigma in sigmas:
+            gradient = smooth_value_and_grad(f, sigma, antithetic=antithetic)
+            grads = jax.vmap(lambda k, g=gradient: g(k, theta)[1])(
+                jax.random.split(jax.random.key(2), 20_000)
+            )
+            rows.append(float(jnp.var(grads, axis=0, ddof=1).sum()))
+        measured[antithetic] = np.array(rows)
+    one = sigmas**2 * float(jnp.sum(hessian**2)) + sigmas**4 / 2 * float(
+        jnp.sum(cubic**2)
+    )
+    two = sigmas**4 / 2 * float(jnp.sum(cubic**2))
+    np.testing.assert_allclose(measured[False], one, rtol=0.05)
+    np.testing.assert_allclose(measured[True], two, rtol=0.10)
+    slopes = {
+        k: np.polyfit(np.log(sigmas), np.log(v), 1)[0] for k, v in measured.items()
+    }
+    assert abs(slopes[False] - 2) < 0.02
+    assert abs(slopes[True] - 4) < 0.05
+
+
+def test_smoothed_value_adds_half_sigma_squared_times_the_trace(x64):
+    diagonal = jnp.array([1.0, 2.0, -4.0])
+    value = smooth(
+        lambda t: jnp.sum(diagonal * t**2) / 2, 0.1, kernels.isotropic(kernels.signs)
+    )(jax.random.key(0), jnp.zeros(3))
+    np.testing.assert_allclose(value, 0.1**2 / 2 * diagonal.sum(), rtol=1e-6)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_split_batch_at_scale_zero_gives_the_full_gradient(strategy, antithetic, jit):
+    params, batch = regression()
+    f = smooth_value_and_grad(
+        loss_fn,
+        0.0,
+        num_samples=8,
+        antithetic=antithetic,
+        batch_argnames=("batch",),
+        strategy=strategy,
+    )
+    result = (jax.jit(f) if jit else f)(jax.random.key(0), params, batch=batch)
+    assert_close(result, jax.value_and_grad(loss_fn)(params, batch))
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strategies_agree_on_the_same_key(kernel, antithetic):
+    params, batch = regression()
+    results = [
+        jax.jit(
+            smooth_value_and_grad(
+                lambda params, batch: (loss_fn(params, batch), batch["targets"].sum()),
+                0.1,
+                KERNELS[kernel],
+                num_samples=4,
+                antithetic=antithetic,
+                batch_argnames=("batch",),
+                has_aux=True,
+                strategy=strategy,
+            )
+        )(jax.random.key(3), params, batch=batch)
+        for strategy in STRATEGIES
+    ]
+    (_, aux), _ = results[0]
+    assert aux.shape == ((4, 2) if antithetic else (4,))
+    for other in results[1:]:
+        assert_close(other, results[0])
+    plain = jax.value_and_grad(loss_fn)(params, batch)
+    difference = leaves_array(results[0][1]) - leaves_array(plain[1])
+    assert np.abs(difference).max() > 1e-3  # the noise acts
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 3])
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_of_smooth_is_smooth_value_and_grad(kernel, antithetic, strategy):
+    params, batch = regression()  # its bias is zero
+    options = {"num_samples": 4, "antithetic": antithetic, "strategy": strategy}
+    smoothed = smooth(loss_fn, 0.1, KERNELS[kernel], **options)
+    direct = smooth_value_and_grad(loss_fn, 0.1, KERNELS[kernel], **options)
+    through = jax.value_and_grad(smoothed, argnums=1)(jax.random.key(4), params, batch)
+    assert_close(through, direct(jax.random.key(4), params, batch))
+
+
+def test_gradient_flows_to_the_scale(x64):
+    def value(scale):
+        smoothed = smooth(lambda t: jnp.sum(t**2), scale, antithetic=True)
+        return smoothed(jax.random.key(0), jnp.ones(3))
+
+    # value = |theta|^2 + scale^2 |U|^2
+    expected = 2 * (value(0.5) - value(0.0)) / 0.5
+    np.testing.assert_allclose(jax.grad(value)(0.5), expected, rtol=1e-6)
+
+
+def test_chunks_are_strided():
+    def value_fn(params, batch):
+        return params.sum(), batch
+
+    (_, chunks), _ = smooth_value_and_grad(
+        value_fn, 0.0, num_samples=4, batch_argnames=("batch",), has_aux=True
+    )(jax.random.key(0), jnp.ones(2), batch=jnp.arange(12))
+    np.testing.assert_array_equal(chunks, np.arange(12).reshape(3, 4).T)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 2])
+def test_what_is_split_and_what_goes_whole(strategy):
+    seen = []
+
+    def value_fn(params, *, batch, other):
+        seen.append((batch, other))
+        noise = jax.vmap(jax.random.normal)(batch["keys"]).sum()
+        return params.sum() * noise + batch["inputs"].sum() * batch["weight"]
+
+    batch = {
+        "inputs": jnp.ones((8, 3)),
+        "keys": jax.random.split(jax.random.key(0), 8),
+        "none": None,
+        "name": "digits",
+        "weight": 2.0,
+        "scalar": jnp.float32(1),
+    }
+    jax.jit(
+        lambda params: smooth_value_and_grad(
+            value_fn, 0.1, num_samples=4, batch_argnames=("batch",), strategy=strategy
+        )(jax.random.key(0), params, batch=batch, other=jnp.ones(8))
+    )(jnp.ones(2))
+    inner, other = seen[0]
+    assert inner["inputs"].shape == (2, 3)
+    assert inner["keys"].shape == (2,)
+    assert inner["none"] is None
+    assert inner["name"] == "digits"
+    assert inner["weight"] == 2.0
+    assert inner["scalar"].shape == ()
+    assert other.shape == (8,)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 2])
+def test_weighted_chunks_give_the_mean_over_tokens(strategy):
+    params, batch = regression()
+    count = jax.random.bernoulli(jax.random.key(9), 0.6, (64,)).astype(jnp.float32)
+    count = count.at[::4].set(0)  # chunk 0 of 4 is empty: its mean is 0 / 0
+
+    def token_mean(params, batch):
+        hidden = jnp.tanh(batch["inputs"] @ params["first"]["kernel"])
+        outputs = hidden @ params["second"]["kernel"]
+        errors = ((outputs - batch["targets"]) ** 2).mean(axis=1)
+        return (errors * batch["count"]).sum() / batch["count"].sum()
+
+    batch["count"] = count
+    f = smooth_value_and_grad(
+        token_mean,
+        0.0,
+        num_samples=4,
+        batch_argnames=("batch",),
+        weight_fn=lambda chunk: chunk["count"].sum(),
+        strategy=strategy,
+    )
+    result = jax.jit(f)(jax.random.key(0), params, batch=batch)
+    assert_close(result, jax.value_and_grad(token_mean)(params, batch))
+
+
+def test_weight_fn_of_several_arguments_takes_a_dict():
+    def value_fn(params, inputs, count):
+        return (params * inputs).sum() / count.sum()
+
+    f = smooth_value_and_grad(
+        value_fn,
+        0.0,
+        num_samples=2,
+        batch_argnames=("inputs", "count"),
+        weight_fn=lambda chunk: chunk["count"].sum(),
+    )
+    inputs, count = jnp.arange(4.0), jnp.array([1.0, 5.0, 2.0, 0.0])
+    value, grads = f(jax.random.key(0), jnp.float32(2), inputs=inputs, count=count)
+    np.testing.assert_allclose(value, 2 * 6 / 8)
+    np.testing.assert_allclose(grads, 6 / 8)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
+def test_sample_key_is_fresh_for_each_draw_and_shared_by_a_pair(strategy):
+    def value_fn(params, sample_key):
+        return params.sum(), jax.random.key_data(sample_key)
+
+    (_, keys), _ = smooth_value_and_grad(
+        value_fn,
+        0.1,
+        num_samples=3,
+        antithetic=True,
+        has_aux=True,
+        strategy=strategy,
+    )(jax.random.key(0), jnp.ones(2))
+    keys = np.asarray(keys)
+    np.testing.assert_array_equal(keys[:, 0], keys[:, 1])
+    assert len(np.unique(keys[:, 0], axis=0)) == 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_one_bad_sample_shows(strategy, bad):
+    params, batch = regression()
+    batch["inputs"] = batch["inputs"].at[13, 2].set(bad)
+    value, grads = smooth_value_and_grad(
+        loss_fn, 0.1, num_samples=8, batch_argnames=("batch",), strategy=strategy
+    )(jax.random.key(0), params, batch=batch)
+    assert not jnp.isfinite(value) or not all(
+        jnp.isfinite(g).all() for g in jax.tree.leaves(grads)
+    )
+    assert not np.isfinite(leaves_array(grads)).all()
+
+
+def test_a_second_call_compiles_nothing():
+    params, batch = regression()
+    for strategy in ("auto", "vmap", "unroll"):
+        f = smooth_value_and_grad(
+            loss_fn, 0.1, num_samples=4, batch_argnames=("batch",), strategy=strategy
+        )
+        f(jax.random.key(0), params, batch=batch)
+        with count_compilations() as compiled:
+            f(jax.random.key(1), params, batch=batch)
+        assert not compiled, strategy
+    jitted = jax.jit(f)
+    jitted(jax.random.key(0), params, batch=batch)
+    with count_compilations() as compiled:
+        jitted(jax.random.key(1), params, batch=batch)
+    assert not compiled
+
+
+def test_auto_loops_over_dense_layers_and_unrolls_convolutions_on_cpu():
+    def dense(params):
+        return jnp.sum(params**2)
+
+    @jax.checkpoint
+    def convolve(params):
+        images = jnp.ones((1, 1, 8, 8))
+        return jax.lax.conv(images, params, (1, 1), "SAME").sum()
+
+    def text(value_fn, params):
+        f = smooth_value_and_grad(value_fn, 0.1, num_samples=4)
+        return str(jax.make_jaxpr(f)(jax.random.key(0), params))
+
+    assert "scan[" in text(dense, jnp.ones(3))
+    assert "scan[" not in text(convolve, jnp.ones((1, 1, 3, 3)))
+
+
+# Memory
+
+
+@pytest.mark.parametrize("strategy", ["scan", "unroll"])
+def test_sequential_strategies_store_neither_noise_nor_gradients(strategy):
+    size, num_samples = 1000, 16
+    params = {"w": jnp.ones((size, size))}
+    batch = jnp.ones((num_samples, size))
+
+    def value_fn(params, batch):
+        return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2)
+
+    f = smooth_value_and_grad(
+        value_fn, 0.1, num_samples=num_samples, batch_argnames=("batch",),
+        strategy=strategy,
+    )
+    # XLA's concurrent scheduler on CPU would run unrolled samples all at once.
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    compiled = (
+        jax.jit(f, compiler_options=options)
+        .lower(jax.random.key(0), params, batch=batch)
+        .compile()
+    )
+    temporary = compiled.memory_analysis().temp_size_in_bytes / (4 * size * size)
+    assert temporary < 2.2  # the perturbed parameters and a gradient
+
+
+# Types of parameters
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_dtypes_are_kept_and_accumulation_is_wide(dtype, strategy, x64):
+    dtype = jnp.dtype(dtype)
+    params, batch = regression(dtype=dtype)
+    value, grads = jax.jit(
+        smooth_value_and_grad(
+            loss_fn, 0.01, num_samples=8, batch_argnames=("batch",), strategy=strategy
+        )
+    )(jax.random.key(0), params, batch=batch)
+    assert value.dtype == dtype
+    assert all(g.dtype == dtype for g in jax.tree.leaves(grads))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params, batch))
+    expected = jax.grad(loss_fn)(*wide)
+    tolerance = 0.05 + 8 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        leaves_array(grads), leaves_array(expected), atol=tolerance
+    )
+
+
+def test_many_small_gradients_are_not_lost_in_bfloat16():
+    # The mean of 255 gradients of 1 and one of 0: a bfloat16 sum stops at 256.
+    def value_fn(params, batch):
+        return (params * batch).sum()
+
+    batch = jnp.ones(512, jnp.bfloat16)
+    _, grads = smooth_value_and_grad(
+        value_fn, 0.0, num_samples=512, batch_argnames=("batch",), strategy="scan"
+    )(jax.random.key(0), jnp.bfloat16(1), batch=batch)
+    assert grads == 1
+
+
+def test_trees_with_scalars_empty_leaves_and_none():
+    params = {"a": 1.0, "b": jnp.zeros((0, 3)), "c": None, "d": [jnp.ones(2), ()]}
+
+    def value_fn(params):
+        return params["a"] ** 2 + params["b"].sum() + params["d"][0].sum()
+
+    for kernel in (kernels.isotropic(), kernels.filterwise()):
+        value, grads = smooth_value_and_grad(value_fn, 0.1, kernel, antithetic=True)(
+            jax.random.key(0), params
+        )
+        assert jax.tree.structure(grads) == jax.tree.structure(params)
+        np.testing.assert_allclose(grads["a"], 2.0, rtol=1e-5)
+        assert value > 3.0
+
+
+def test_empty_params_need_no_noise():
+    value, grads = smooth_value_and_grad(lambda params: jnp.float32(2), 0.1)(
+        jax.random.key(0), {}
+    )
+    assert (value, grads) == (2, {})
+
+
+def test_raw_keys_and_other_generators_work():
+    params, batch = regression()
+    for key in (jax.random.PRNGKey(0), jax.random.key(0, impl="rbg")):
+        value, _ = flatopt.smooth_value_and_grad(loss_fn, 0.1, num_samples=2)(
+            key, params, batch
+        )
+        assert jnp.isfinite(value)
