@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt.kernels import path_name
+from flatopt._trees import path_name
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 

@@ -1,9 +1,11 @@
 """Layout of Monte Carlo samples in time and memory: loops, batches, chunks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from flatopt.kernels import _explicit_sharding
+from flatopt._trees import explicit_sharding
 
 
 def split_batch(kwargs, names, num_samples):
@@ -51,7 +53,7 @@ def split_batch(kwargs, names, num_samples):
             return leaf
         leaf = jnp.asarray(leaf)
         shape = (leaf.shape[0] // num_samples, num_samples, *leaf.shape[1:])
-        sharding = _explicit_sharding(leaf)
+        sharding = explicit_sharding(leaf)
         if sharding is None:
             return leaf.reshape(shape)
         first, *rest = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
@@ -89,9 +91,9 @@ def sum_samples(sample, num_samples, chunks, strategy, inputs, rematerialize):
             total, aux = one(start)
             return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
         parts = [jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in arrays]
-        total, aux = jax.vmap(
-            lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1)
-        )(start + jnp.arange(size, dtype=jnp.int32), parts)
+        total, aux = jax.vmap(lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1))(
+            start + jnp.arange(size, dtype=jnp.int32), parts
+        )
         return jax.tree.map(lambda x: x.sum(axis=0), total), aux
 
     if strategy == "auto":
@@ -117,7 +119,7 @@ def _unroll(group, num_samples):
 def _scan(group, num_samples, size, rematerialize):
     """Full groups in a loop, what is left after it."""
     loops, left = divmod(num_samples, size)
-    body = (lambda start: group(start, size))
+    body = functools.partial(group, size=size)
     if rematerialize:
         body = jax.checkpoint(body)
 

@@ -6,18 +6,24 @@ the numbers: bit for bit the values of ``jax.random.bits``, several times faster
 no temporary arrays.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def bits(key, shape, *, out_sharding=None):
+# Jitted for eager calls, inlined in traces.
+_jit = functools.partial(
+    jax.jit, static_argnames=("shape", "dtype", "out_sharding"), inline=True
+)
+
+
+def bits(key, shape, out_sharding=None):
     """Random uint32, those of ``jax.random.bits`` for a threefry key."""
-    size = 1
-    for length in shape:
-        size *= length
-    if not _is_threefry(key) or size >= 2**32:
+    if not _is_threefry(key) or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
     data = jax.random.key_data(key)
     low = _flat_index(shape, out_sharding)
@@ -57,9 +63,58 @@ def _threefry(key0, key1, x0, x1):
     return x0, x1
 
 
-def open_interval(words):
-    """Uniform float32 in (-1, 1) from random words, as ``jax.random.normal`` makes it."""
-    mantissa = (words >> jnp.uint32(9)) | jnp.uint32(0x3F800000)
+@_jit
+def normal(key, shape, dtype, out_sharding=None):
+    values = _open_interval(key, shape, out_sharding)
+    return (jnp.float32(2**0.5) * jax.lax.erf_inv(values)).astype(dtype)
+
+
+@_jit
+def uniform(key, shape, dtype, out_sharding=None):
+    values = _open_interval(key, shape, out_sharding)
+    return (jnp.float32(3**0.5) * values).astype(dtype)
+
+
+@_jit
+def laplace(key, shape, dtype, out_sharding=None):
+    values = _open_interval(key, shape, out_sharding)
+    size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
+    return (jnp.sign(values) * size).astype(dtype)
+
+
+@_jit
+def signs(key, shape, dtype, out_sharding=None):
+    *leading, last = shape or (1,)
+    packed = None if out_sharding is None else _packed_sharding(out_sharding, shape)
+    words = bits(key, (*leading, -(-last // 32)), packed)
+    # Without the barrier each consumer draws the word again for each of its bits.
+    words = jax.lax.optimization_barrier(words)
+    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
+    flags = (words[..., None] >> shifts) & jnp.uint32(1)
+    flags = jax.lax.reshape(
+        flags, (*leading, 32 * words.shape[-1]), out_sharding=packed
+    )
+    values = 1 - 2 * flags[..., :last].reshape(shape).astype(dtype)
+    return values if packed is None else jax.sharding.reshard(values, out_sharding)
+
+
+def _packed_sharding(sharding, shape):
+    """The sharding of the words behind an array: its own, if its last axis allows."""
+    if not shape:
+        return sharding
+    *leading, last = (*sharding.spec, *[None] * len(shape))[: len(shape)]
+    names = () if last is None else (last,) if isinstance(last, str) else last
+    parts = 32 * math.prod(sharding.mesh.shape[name] for name in names)
+    if shape[-1] % parts:
+        last = None
+    return sharding.update(spec=jax.sharding.PartitionSpec(*leading, last))
+
+
+def _open_interval(key, shape, out_sharding):
+    """Uniform float32 in (-1, 1), as ``jax.random.normal`` makes it from its bits."""
+    mantissa = (bits(key, shape, out_sharding) >> jnp.uint32(9)) | jnp.uint32(
+        0x3F800000
+    )
     unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
     lowest = jnp.float32(-0.99999994)
     return jnp.maximum(lowest, unit * (jnp.float32(1) - lowest) + lowest)

@@ -170,12 +170,15 @@ def update(
         return loss_fn(nnx.merge(graphdef, params, streams, copy=True), **kwargs)
 
     value_fn.__signature__ = _with_sample_key(loss_fn)
+    after = None
     if nnx.state(model, nnx.BatchStat):
         copy = nnx.merge(graphdef, params, rest, copy=True)
         loss_fn(copy, **_checks.forwarded(loss_fn, kwargs))
-        _write_back(model, _mutable(copy))
+        after = _mutable(copy)
     zeros = jax.tree.map(jnp.zeros_like, params)
     optimizer.update(model, zeros, value_fn=value_fn, **kwargs)
+    if after is not None:
+        _write_back(model, after)
     return optax.tree.get(optimizer.opt_state, "smoothed_value")[...]
 
 
@@ -217,7 +220,7 @@ def filter_axes(model: nnx.Module) -> dict[str, Any]:
 def _layer_axes(module, name, ndim):
     own = _unstacked_axes(module, name)
     if own is None:
-        path_axis = kernels.default_filter_axes(str(name), None)
+        path_axis = kernels._default_filter_axes(str(name), None)
         return (path_axis % ndim,) if ndim > 1 else ()
     own_ndim, axes = own
     stacked = ndim - own_ndim

@@ -11,17 +11,14 @@ The noise of a leaf depends on the key and on the leaf's path alone: another lea
 beside it, another sharding or another number of devices changes nothing.
 """
 
-import hashlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from flatopt import _random
+from flatopt import _random, _trees
 
 Sampler = Callable[..., jax.Array]
 FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
@@ -50,79 +47,6 @@ class Kernel:
         return self.bind(key, params)(key)
 
 
-def bind(kernel, key, params):
-    """Return ``draw(key) -> perturbation`` of any kernel at these parameters.
-
-    The noise is constant with respect to ``params``, and checked to have their
-    structure and shapes.
-    """
-    params = jax.lax.stop_gradient(params)
-    if isinstance(kernel, Kernel):
-        inner = kernel.bind(key, params)
-    else:
-
-        def inner(key):
-            return kernel(key, params)
-
-    def draw(key):
-        noise = inner(key)
-        if jax.tree.structure(noise) != jax.tree.structure(params):
-            raise ValueError(
-                "kernel must return a perturbation of the tree structure of params, "
-                f"got {jax.tree.structure(noise)}; return one array for each leaf of "
-                f"{jax.tree.structure(params)}."
-            )
-        for (path, leaf), value in zip(
-            jax.tree_util.tree_leaves_with_path(params),
-            jax.tree.leaves(noise),
-            strict=True,
-        ):
-            if jnp.shape(value) != jnp.shape(leaf):
-                raise ValueError(
-                    f"kernel returned shape {jnp.shape(value)} for the leaf "
-                    f"{path_name(path)!r} of shape {jnp.shape(leaf)}; return noise of "
-                    "the leaf's own shape."
-                )
-        return jax.lax.stop_gradient(noise)
-
-    return draw
-
-
-def path_name(path):
-    """Name a leaf: its keys joined by ``/``, without a trailing attribute ``.value``.
-
-    Flax NNX spells the same parameter with and without it.
-
-    Example:
-      >>> import jax
-      >>> tree = {"dense": {"kernel": 0.0}}
-      >>> path, leaf = jax.tree_util.tree_leaves_with_path(tree)[0]
-      >>> path_name(path)
-      'dense/kernel'
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _path_hashes(params):
-    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
-    return np.frombuffer(b"".join(digests), "<u4").reshape(len(names), 2)
-
-
-def _leaf_keys(key, hashes):
-    fold = jax.random.fold_in
-    return jax.vmap(lambda word: fold(fold(key, word[0]), word[1]))(hashes)
-
-
-def _explicit_sharding(leaf):
-    """The leaf's sharding where it is part of its type (Explicit mesh), else None."""
-    sharding = jax.typeof(leaf).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return sharding if explicit else None
-
-
 def _accepts_out_sharding(sampler):
     try:
         return "out_sharding" in inspect.signature(sampler).parameters
@@ -141,19 +65,19 @@ def _leafwise(sampler, deviation=None):
         deviations = [1.0] * len(leaves)
         if deviation is not None:
             deviations = [
-                deviation(path_name(path), leaf)
+                deviation(_trees.path_name(path), leaf)
                 for (path, _), leaf in zip(named, leaves, strict=True)
             ]
-        hashes = _path_hashes(params)
+        hashes = _trees.path_hashes(params)
 
         def draw(key):
             noise = []
             if leaves:
-                keys = _leaf_keys(key, hashes)
+                keys = _trees.leaf_keys(key, hashes)
             for i, (leaf, std) in enumerate(zip(leaves, deviations, strict=True)):
                 options = {}
                 if accepts_out_sharding:
-                    options["out_sharding"] = _explicit_sharding(leaf)
+                    options["out_sharding"] = _trees.explicit_sharding(leaf)
                 unit = sampler(keys[i], leaf.shape, jnp.float32, **options)
                 noise.append(unit * std)
             return jax.tree.unflatten(jax.tree.structure(params), noise)
@@ -186,8 +110,7 @@ def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> bool((flatopt.kernels.normal(key, (9,)) == jax.random.normal(key, (9,))).all())
       True
     """
-    values = _open_interval(key, shape, out_sharding)
-    return (jnp.float32(2**0.5) * jax.lax.erf_inv(values)).astype(dtype)
+    return _random.normal(key, tuple(shape), dtype, out_sharding)
 
 
 def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -210,30 +133,7 @@ def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> flatopt.kernels.signs(jax.random.key(0), (6,))
       Array([-1., -1., -1.,  1.,  1., -1.], dtype=float32)
     """
-    *leading, last = shape or (1,)
-    packed = None if out_sharding is None else _packed_sharding(out_sharding, shape)
-    words = _random.bits(key, (*leading, -(-last // 32)), out_sharding=packed)
-    # Without the barrier each consumer draws the word again for each of its bits.
-    words = jax.lax.optimization_barrier(words)
-    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
-    flags = (words[..., None] >> shifts) & jnp.uint32(1)
-    flags = jax.lax.reshape(
-        flags, (*leading, 32 * words.shape[-1]), out_sharding=packed
-    )
-    values = 1 - 2 * flags[..., :last].reshape(shape).astype(dtype)
-    return values if packed is None else jax.sharding.reshard(values, out_sharding)
-
-
-def _packed_sharding(sharding, shape):
-    """The sharding of the words behind an array: its own, if its last axis allows."""
-    if not shape:
-        return sharding
-    *leading, last = (*sharding.spec, *[None] * len(shape))[: len(shape)]
-    names = () if last is None else (last,) if isinstance(last, str) else last
-    parts = 32 * math.prod(sharding.mesh.shape[name] for name in names)
-    if shape[-1] % parts:
-        last = None
-    return sharding.update(spec=jax.sharding.PartitionSpec(*leading, last))
+    return _random.signs(key, tuple(shape), dtype, out_sharding)
 
 
 def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -254,8 +154,7 @@ def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> round(float(values.var()), 1), bool(abs(values).max() <= 3 ** 0.5)
       (1.0, True)
     """
-    values = _open_interval(key, shape, out_sharding)
-    return (jnp.float32(3**0.5) * values).astype(dtype)
+    return _random.uniform(key, tuple(shape), dtype, out_sharding)
 
 
 def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -276,14 +175,7 @@ def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> round(float(values.var()), 1)
       1.0
     """
-    values = _open_interval(key, shape, out_sharding)
-    size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
-    return (jnp.sign(values) * size).astype(dtype)
-
-
-def _open_interval(key, shape, out_sharding):
-    words = _random.bits(key, shape, out_sharding=out_sharding)
-    return _random.open_interval(words)
+    return _random.laplace(key, tuple(shape), dtype, out_sharding)
 
 
 def isotropic(sampler: Sampler = normal) -> Kernel:
@@ -310,9 +202,7 @@ def isotropic(sampler: Sampler = normal) -> Kernel:
     return _leafwise(sampler)
 
 
-def filterwise(
-    sampler: Sampler = normal, *, filter_axes: FilterAxes = None
-) -> Kernel:
+def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> Kernel:
     r"""Noise in proportion to the norm of each filter (the kernel of LPF-SGD).
 
     Every element of filter :math:`\theta_f` gets noise of standard deviation
@@ -400,8 +290,10 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
     """
 
     def masked_bind(key, params):
-        flags = jax.tree.unflatten(jax.tree.structure(params), mask_flags(mask, params))
-        inner = bind(kernel, key, params)
+        flags = jax.tree.unflatten(
+            jax.tree.structure(params), _trees.mask_flags(mask, params)
+        )
+        inner = _trees.bind(kernel, key, params)
 
         def draw(key):
             return jax.tree.map(
@@ -415,35 +307,14 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
     return Kernel(masked_bind)
 
 
-def mask_flags(mask, params):
-    """One bool for each leaf of ``params`` from a mask as in ``optax.masked``."""
-    given = mask(params) if callable(mask) else mask
-    try:
-        flags = jax.tree.leaves(
-            jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), given, params)
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"mask must be a tree prefix of params, got {jax.tree.structure(given)} for "
-            f"params {jax.tree.structure(params)}; give one bool for each leaf or subtree."
-        ) from error
-    for flag in flags:
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(
-                f"mask must be made of Python bools, got {flag!r}; write True where the "
-                "leaf takes part and False where it does not."
-            )
-    return [bool(flag) for flag in flags]
-
-
-def default_filter_axes(path: str, leaf: jax.Array) -> int:
+def _default_filter_axes(path: str, leaf: jax.Array) -> int:
     """The axis that indexes filters in Flax layouts: last, or first for embeddings.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> default_filter_axes("dense/kernel", jnp.ones((3, 4)))
+      >>> _default_filter_axes("dense/kernel", jnp.ones((3, 4)))
       -1
-      >>> default_filter_axes("embed/embedding", jnp.ones((3, 4)))
+      >>> _default_filter_axes("embed/embedding", jnp.ones((3, 4)))
       0
     """
     del leaf
@@ -458,13 +329,13 @@ def _is_axes(value):
 
 def _filter_axes_function(filter_axes):
     if filter_axes is None:
-        return default_filter_axes
+        return _default_filter_axes
     if _is_axes(filter_axes):
         return lambda path, leaf: filter_axes
     if callable(filter_axes):
         return filter_axes
     by_path = {
-        path_name(path): axes
+        _trees.path_name(path): axes
         for path, axes in jax.tree_util.tree_leaves_with_path(
             filter_axes, is_leaf=_is_axes
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks, _layout, kernels
+from flatopt import _checks, _layout, _trees, kernels
 
 Strategy = Literal["auto", "vmap", "scan", "unroll"] | int
 
@@ -229,7 +229,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
 
     def estimate(evaluate, key, params, chunks, rematerialize=False):
         params = _checks.check_params(params)
-        draw = kernels.bind(kernel, key, params)
+        draw = _trees.bind(kernel, key, params)
 
         def sample(index, chunk):
             noise_key = jax.random.fold_in(key, index)

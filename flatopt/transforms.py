@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt import _checks, kernels, smoothing
+from flatopt import _checks, _trees, smoothing
 
 
 class SmoothGradientsState(NamedTuple):
@@ -215,7 +215,9 @@ def skip_nonfinite(
             state.inner_state,
             is_leaf=lambda node: isinstance(node, SmoothGradientsState),
         )
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        updates = jax.tree.map(
+            lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
+        )
         num_skipped = state.num_skipped + jnp.where(finite, 0, 1)
         return updates, SkipNonfiniteState(inner_state, num_skipped)
 
@@ -243,7 +245,9 @@ def _stored_key(data, key):
     typed = isinstance(key, jax.Array) and jnp.issubdtype(
         key.dtype, jax.dtypes.prng_key
     )
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key) if typed else None)
+    return jax.random.wrap_key_data(
+        data, impl=jax.random.key_impl(key) if typed else None
+    )
 
 
 def _value_dtype(params):
@@ -286,7 +290,7 @@ def _partition(value_fn, params, mask):
     """
     if mask is None:
         return value_fn, params, lambda grads: grads
-    flags = kernels.mask_flags(mask, params)
+    flags = _trees.mask_flags(mask, params)
     leaves, treedef = jax.tree.flatten(params)
     free = treedef.unflatten(
         [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]

@@ -34,7 +34,9 @@ def loss_fn(params, batch):
 
 
 def leaves_array(tree):
-    return np.concatenate([np.ravel(np.asarray(x, "f8")) for x in jax.tree.leaves(tree)])
+    return np.concatenate(
+        [np.ravel(np.asarray(x, "f8")) for x in jax.tree.leaves(tree)]
+    )
 
 
 def assert_close(tree, other, rtol=1e-5, atol=1e-6):

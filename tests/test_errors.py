@@ -25,14 +25,24 @@ def total(params):
     return params.sum()
 
 
-@pytest.mark.parametrize("make", [smooth_gradients, lambda s: smooth(total, s),
-                                  lambda s: smooth_value_and_grad(total, s)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        smooth_gradients,
+        lambda s: smooth(total, s),
+        lambda s: smooth_value_and_grad(total, s),
+    ],
+)
 @pytest.mark.parametrize(
     ("scale", "error", "match"),
     [
         (-0.1, ValueError, "scale must be finite and not negative, got -0.1; give"),
         (jnp.nan, ValueError, "scale must be finite and not negative, got nan"),
-        (np.float32(np.inf), ValueError, "scale must be finite and not negative, got inf"),
+        (
+            np.float32(np.inf),
+            ValueError,
+            "scale must be finite and not negative, got inf",
+        ),
         (jnp.float32(-1), ValueError, "scale must be finite and not negative, got -1"),
         (True, TypeError, "scale must be a number or a scalar array, got True; give"),
         ("0.1", TypeError, "scale must be a number or a scalar array, got '0.1'"),
@@ -57,19 +67,24 @@ def test_num_samples(num_samples):
 
 def test_traced_num_samples_shows_the_lambda_form():
     tx = optax.inject_hyperparams(smooth_gradients)(scale=0.1, num_samples=2)
-    with _raises(TypeError, r"bind it first: inject_hyperparams\(lambda scale: flatopt"):
+    with _raises(
+        TypeError, r"bind it first: inject_hyperparams\(lambda scale: flatopt"
+    ):
         tx.init(jnp.ones(2))
 
 
 @pytest.mark.parametrize("strategy", ["loop", 0, True, 1.5])
 def test_strategy(strategy):
-    with _raises(ValueError, "strategy must be one of 'auto', 'vmap', 'scan', 'unroll'"):
+    with _raises(
+        ValueError, "strategy must be one of 'auto', 'vmap', 'scan', 'unroll'"
+    ):
         smooth_gradients(0.1, strategy=strategy)
 
 
 def test_missing_value_fn():
     with _raises(
-        ValueError, r"smooth_gradients needs value_fn, which was not passed; call tx.upd"
+        ValueError,
+        r"smooth_gradients needs value_fn, which was not passed; call tx.upd",
     ):
         _update(smooth_gradients(0.1), jnp.ones(2))
 
@@ -86,7 +101,9 @@ def test_missing_params():
 
 
 def test_batch_name_not_passed():
-    with _raises(ValueError, "batch_argnames names 'batch', which was not passed; pass"):
+    with _raises(
+        ValueError, "batch_argnames names 'batch', which was not passed; pass"
+    ):
         _update(flatopt.lpf_sgd(0.1), jnp.ones(2), value_fn=lambda p, batch: p.sum())
 
 
@@ -97,33 +114,43 @@ def test_closure_over_the_batch_under_lpf_sgd():
 
 def test_batch_that_does_not_divide():
     params, batch = regression(64)
-    with _raises(ValueError, "a batch of 64 examples does not divide into num_samples=7"):
+    with _raises(
+        ValueError, "a batch of 64 examples does not divide into num_samples=7"
+    ):
         smooth_value_and_grad(loss_fn, 0.1, num_samples=7, batch_argnames=("batch",))(
             KEY, params, batch=batch
         )
 
 
 def test_batch_leaves_that_disagree():
-    with _raises(ValueError, "batch leaves disagree: 4 examples in 'batch', 6 in 'batch'"):
+    with _raises(
+        ValueError, "batch leaves disagree: 4 examples in 'batch', 6 in 'batch'"
+    ):
         smooth_value_and_grad(
             lambda p, batch: p.sum(), 0.1, num_samples=2, batch_argnames=("batch",)
         )(KEY, jnp.ones(2), batch=(jnp.ones(4), jnp.ones((6, 2))))
 
 
 def test_batch_without_arrays():
-    with _raises(ValueError, r"batch_argnames \('batch',\) hold no array to split; pass"):
+    with _raises(
+        ValueError, r"batch_argnames \('batch',\) hold no array to split; pass"
+    ):
         smooth_value_and_grad(
             lambda p, batch: p.sum(), 0.1, num_samples=2, batch_argnames=("batch",)
         )(KEY, jnp.ones(2), batch=3.0)
 
 
 def test_batch_argnames_as_a_string():
-    with _raises(TypeError, r"batch_argnames must be a tuple of names, got 'batch'; wri"):
+    with _raises(
+        TypeError, r"batch_argnames must be a tuple of names, got 'batch'; wri"
+    ):
         smooth_gradients(0.1, batch_argnames="batch")
 
 
 def test_weight_fn_without_a_batch():
-    with _raises(ValueError, "weight_fn weighs the chunks of a batch, got .* with no bat"):
+    with _raises(
+        ValueError, "weight_fn weighs the chunks of a batch, got .* with no bat"
+    ):
         smooth_value_and_grad(total, 0.1, weight_fn=lambda chunk: 1.0)
 
 
@@ -131,7 +158,9 @@ def test_mask_of_another_structure():
     params, batch = regression()
     for mask in ({"first": True}, {"first": True, "second": {"kernel": True}}):
         with _raises(ValueError, "mask must be a tree prefix of params, got PyTreeDef"):
-            _update(smooth_gradients(0.1, mask=mask), params, value_fn=loss_fn, batch=batch)
+            _update(
+                smooth_gradients(0.1, mask=mask), params, value_fn=loss_fn, batch=batch
+            )
     with _raises(TypeError, "mask must be made of Python bools, got 1; write True"):
         _update(smooth_gradients(0.1, mask=1), params, value_fn=loss_fn, batch=batch)
 
@@ -139,9 +168,18 @@ def test_mask_of_another_structure():
 @pytest.mark.parametrize(
     ("leaf", "match"),
     [
-        (jnp.arange(3), "params must be floating point, got int32 at 'w'; partition it"),
-        (jnp.ones(3, jnp.complex64), "params must be real, got complex64 at 'w'; store"),
-        (jnp.ones(3, bool), "params must be floating point, got bool at 'w'; partition"),
+        (
+            jnp.arange(3),
+            "params must be floating point, got int32 at 'w'; partition it",
+        ),
+        (
+            jnp.ones(3, jnp.complex64),
+            "params must be real, got complex64 at 'w'; store",
+        ),
+        (
+            jnp.ones(3, bool),
+            "params must be floating point, got bool at 'w'; partition",
+        ),
     ],
 )
 def test_parameter_types(leaf, match):
@@ -161,7 +199,9 @@ def test_parameter_types(leaf, match):
 )
 def test_value_that_is_no_scalar(value_fn, got, strategy):
     for f in (smooth, smooth_value_and_grad):
-        with _raises(TypeError, f"value_fn must return a real scalar, got {got}; return"):
+        with _raises(
+            TypeError, f"value_fn must return a real scalar, got {got}; return"
+        ):
             f(value_fn, 0.1, num_samples=2, strategy=strategy)(KEY, jnp.ones(2))
 
 
@@ -174,7 +214,9 @@ def test_masked_nodes_from_a_wrapper_around_us():
     params, batch = regression()
     mask = {"first": True, "second": False}
     tx = optax.masked(smooth_gradients(0.1), mask, mask_compatible_extra_args=True)
-    with _raises(ValueError, "params hold MaskedNodes.*put smooth_gradients outside of"):
+    with _raises(
+        ValueError, "params hold MaskedNodes.*put smooth_gradients outside of"
+    ):
         tx.update(
             optax.tree.zeros_like(params),
             tx.init(params),
@@ -186,14 +228,18 @@ def test_masked_nodes_from_a_wrapper_around_us():
 
 @pytest.mark.parametrize("key", [0.5, True, "seed"])
 def test_key(key):
-    with _raises(TypeError, "key must be an int or a JAX random key, got .*; write key=0"):
+    with _raises(
+        TypeError, "key must be an int or a JAX random key, got .*; write key=0"
+    ):
         smooth_gradients(0.1, key=key)
 
 
 def test_kernel_of_another_structure_or_shape():
     with _raises(ValueError, "kernel must return a perturbation of the tree structure"):
         smooth(total, 0.1, lambda key, params: (params,))(KEY, jnp.ones(2))
-    with _raises(ValueError, r"kernel returned shape \(\) for the leaf 'w' of shape \(2,"):
+    with _raises(
+        ValueError, r"kernel returned shape \(\) for the leaf 'w' of shape \(2,"
+    ):
         smooth(lambda p: p["w"].sum(), 0.1, lambda key, params: {"w": jnp.float32(1)})(
             KEY, {"w": jnp.ones(2)}
         )
@@ -202,8 +248,14 @@ def test_kernel_of_another_structure_or_shape():
 @pytest.mark.parametrize(
     ("filter_axes", "match"),
     [
-        (2, r"filter_axes names axis \(2,\) for the leaf 'w' of shape \(2, 3\); give axes"),
-        (lambda path, leaf: "out", "filter_axes must give an int or a tuple of ints, got"),
+        (
+            2,
+            r"filter_axes names axis \(2,\) for the leaf 'w' of shape \(2, 3\); give axes",
+        ),
+        (
+            lambda path, leaf: "out",
+            "filter_axes must give an int or a tuple of ints, got",
+        ),
         ({"v": 0}, "filter_axes has no entry for the leaf 'w' of shape"),
     ],
 )
@@ -220,7 +272,11 @@ def test_errors_come_while_tracing_and_leave_the_state_alone():
     @jax.jit
     def step(state, batch):
         return tx.update(
-            None, state, params, value_fn=lambda p, batch: (batch @ p).mean(), batch=batch
+            None,
+            state,
+            params,
+            value_fn=lambda p, batch: (batch @ p).mean(),
+            batch=batch,
         )
 
     with _raises(ValueError, "a batch of 12 examples does not divide"):

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from helpers import regression
 
-from flatopt import kernels
+from flatopt import _trees, kernels
 
-SAMPLERS = [kernels.normal, jax.random.normal, kernels.signs, kernels.uniform, kernels.laplace]
+SAMPLERS = [
+    kernels.normal,
+    jax.random.normal,
+    kernels.signs,
+    kernels.uniform,
+    kernels.laplace,
+]
 FOURTH_MOMENTS = {"normal": 3.0, "signs": 1.0, "uniform": 9 / 5, "laplace": 6.0}
 
 
@@ -18,7 +24,9 @@ def test_samplers_have_mean_zero_variance_one_and_their_own_fourth_moment(sample
     count = values.size
     fourth = FOURTH_MOMENTS[sampler.__name__]
     assert abs(values.mean()) < 5 / np.sqrt(count)
-    assert abs((values**2).mean() - 1) < 5 * np.sqrt(max(fourth - 1, 1e-9) / count) + 1e-6
+    assert (
+        abs((values**2).mean() - 1) < 5 * np.sqrt(max(fourth - 1, 1e-9) / count) + 1e-6
+    )
     eighth = (values**8).mean()
     assert abs((values**4).mean() - fourth) < 5 * np.sqrt(eighth / count) + 1e-6
 
@@ -48,7 +56,11 @@ def test_signs_draw_one_random_bit_a_value():
 @pytest.mark.parametrize("jit", [False, True])
 def test_normal_values_are_those_of_jax(shape, jit):
     draw = jax.jit(kernels.normal, static_argnums=1) if jit else kernels.normal
-    for key in (jax.random.key(3), jax.random.PRNGKey(4), jax.random.key(5, impl="rbg")):
+    for key in (
+        jax.random.key(3),
+        jax.random.PRNGKey(4),
+        jax.random.key(5, impl="rbg"),
+    ):
         expected = jax.random.normal(key, shape)
         np.testing.assert_allclose(draw(key, shape), expected, rtol=2e-7)
     keys = jax.random.split(jax.random.key(6), 4)
@@ -156,7 +168,7 @@ def test_noise_is_constant_with_respect_to_params():
     kernel = kernels.filterwise()
 
     def total(params):
-        return kernels.bind(kernel, jax.random.key(0), params)(jax.random.key(1)).sum()
+        return _trees.bind(kernel, jax.random.key(0), params)(jax.random.key(1)).sum()
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 2))), np.zeros((2, 2)))
 
@@ -164,6 +176,6 @@ def test_noise_is_constant_with_respect_to_params():
 def test_attribute_value_at_the_end_of_a_path_is_dropped():
     get = jax.tree_util.GetAttrKey
     key = jax.tree_util.DictKey
-    assert kernels.path_name((key("a"), get("value"))) == "a"
-    assert kernels.path_name((key("a"), key("value"))) == "a/value"
-    assert kernels.path_name(()) == ""
+    assert _trees.path_name((key("a"), get("value"))) == "a"
+    assert _trees.path_name((key("a"), key("value"))) == "a/value"
+    assert _trees.path_name(()) == ""

@@ -144,8 +144,8 @@ def test_defaults_are_the_papers():
     nso = inspect.signature(flatopt.nso_sgd).parameters
     assert (lpf["gamma"].default, lpf["momentum"].default) == (5e-4, 0.9)
     assert (nso["sigma"].default, nso["momentum"].default) == (0.01, 0.9)
+    tx = flatopt.lpf_sgd(0.1)
     with pytest.raises(ValueError, match="num_samples=8"):
-        tx = flatopt.lpf_sgd(0.1)
         tx.update(
             None,
             tx.init(jnp.ones(2)),
@@ -177,9 +177,7 @@ def test_nso_descends_the_trace_penalty_of_a_valley():
     def train(tx):
         def step(carry, _):
             params, state = carry
-            updates, state = tx.update(
-                jnp.zeros(2), state, params, value_fn=value_fn
-            )
+            updates, state = tx.update(jnp.zeros(2), state, params, value_fn=value_fn)
             return (optax.apply_updates(params, updates), state), None
 
         start = jnp.array([4.0, 0.25])

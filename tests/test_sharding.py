@@ -60,7 +60,9 @@ def test_a_sharded_batch_moves_nothing_but_one_gradient(strategy):
     text = (
         jax.jit(f)
         .lower(
-            jax.random.key(0), _place(params, mesh, P()), batch=_place(batch, mesh, P("data"))
+            jax.random.key(0),
+            _place(params, mesh, P()),
+            batch=_place(batch, mesh, P("data")),
         )
         .compile()
         .as_text()
@@ -94,7 +96,9 @@ def test_noise_of_sharded_parameters_is_drawn_in_place(axis_type, kernel):
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kernel", ["filterwise", "masked"])
-def test_shard_map_averages_over_devices_with_their_own_noise(kernel, check_vma, strategy):
+def test_shard_map_averages_over_devices_with_their_own_noise(
+    kernel, check_vma, strategy
+):
     params, batch = regression()
     kernel = {
         "filterwise": kernels.filterwise(),
@@ -103,9 +107,7 @@ def test_shard_map_averages_over_devices_with_their_own_noise(kernel, check_vma,
         ),
     }[kernel]
     options = {"num_samples": 4, "batch_argnames": ("batch",), "strategy": strategy}
-    f = flatopt.smooth_value_and_grad(
-        loss_fn, 0.1, kernel, axis_name="data", **options
-    )
+    f = flatopt.smooth_value_and_grad(loss_fn, 0.1, kernel, axis_name="data", **options)
     mesh = _mesh(AxisType.Auto)
     mapped = jax.shard_map(
         lambda key, params, batch: f(key, params, batch=batch),

@@ -36,8 +36,9 @@ KERNELS = {
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
 def test_antithetic_gradient_of_a_quadratic_is_the_plain_one(scale, seed, x64):
-    a, b, theta = (jax.random.normal(k, (6, 6)) for k in jax.random.split(
-        jax.random.key(seed), 3))
+    a, b, theta = (
+        jax.random.normal(k, (6, 6)) for k in jax.random.split(jax.random.key(seed), 3)
+    )
     matrix = a @ a.T
 
     def quadratic(theta):
@@ -339,11 +340,14 @@ def test_sequential_strategies_store_neither_noise_nor_gradients(strategy):
         return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2)
 
     f = smooth_value_and_grad(
-        value_fn, 0.1, num_samples=num_samples, batch_argnames=("batch",),
+        value_fn,
+        0.1,
+        num_samples=num_samples,
+        batch_argnames=("batch",),
         strategy=strategy,
     )
     # XLA's concurrent scheduler on CPU would run unrolled samples all at once.
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     compiled = (
         jax.jit(f, compiler_options=options)
         .lower(jax.random.key(0), params, batch=batch)

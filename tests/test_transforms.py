@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, count_compilations, leaves_array, loss_fn, regression, types
+from helpers import (
+    assert_close,
+    count_compilations,
+    leaves_array,
+    loss_fn,
+    regression,
+    types,
+)
 
 import flatopt
 from flatopt import kernels, smooth_gradients
@@ -62,7 +69,9 @@ def test_only_named_keywords_are_forwarded():
 
 def test_scale_may_be_a_schedule_of_the_count():
     params = jnp.ones(3)
-    tx = smooth_gradients(lambda count: 0.5 * count.astype(jnp.float32), antithetic=True)
+    tx = smooth_gradients(
+        lambda count: 0.5 * count.astype(jnp.float32), antithetic=True
+    )
     state = tx.init(params)
     for step in range(3):
         _, state = tx.update(
@@ -76,7 +85,9 @@ def test_same_key_same_noise_other_key_other_noise():
 
     def run(key):
         tx = smooth_gradients(0.1, key=key)
-        return tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)[0]
+        return tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)[
+            0
+        ]
 
     assert_close(run(3), run(jax.random.key(3)), rtol=0, atol=0)
     assert np.abs(leaves_array(run(3)) - leaves_array(run(4))).max() > 1e-4
@@ -104,7 +115,9 @@ def test_masked_leaves_get_neither_noise_nor_gradient(mask):
 
     def gradient(mask):
         tx = smooth_gradients(0.1, mask=mask)
-        return tx.update(None, tx.init(params), params, value_fn=value_fn, batch=batch)[0]
+        return tx.update(None, tx.init(params), params, value_fn=value_fn, batch=batch)[
+            0
+        ]
 
     masked = gradient(mask)
     assert jax.tree.structure(masked) == jax.tree.structure(params)
@@ -281,9 +294,7 @@ def test_apply_if_finite_guards_after_us_and_not_around_us(standard_promotion):
             _zeros(params), tx.init(params), params, value_fn=loss_fn, batch=bad
         )[0]
 
-    after = optax.chain(
-        smooth_gradients(0.1), optax.apply_if_finite(optax.sgd(0.1), 5)
-    )
+    after = optax.chain(smooth_gradients(0.1), optax.apply_if_finite(optax.sgd(0.1), 5))
     around = optax.apply_if_finite(
         optax.chain(smooth_gradients(0.1), optax.sgd(0.1)), 5
     )

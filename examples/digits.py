@@ -1,0 +1,351 @@
+"""Flat-minimum training on real handwritten digits, compared at equal budgets.
+
+Trains a small convolutional network on few images with some wrong labels, by SGD, SAM,
+LPF-SGD and NSO. Every method gets the same number of gradient evaluations of single
+images, and the same number of settings to choose from on a validation split. Prints a
+table and saves a figure: accuracy along training, and the training loss under random
+perturbations of growing radius. What it prints is what it measured.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import rich.console
+import rich.table
+import tqdm
+import tyro
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import flatopt
+
+RADII = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1)
+NUM_VALIDATION, NUM_TEST = 400, 800
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the comparison."""
+
+    seeds: int = 5
+    """Number of final runs of each method: data, labels, start and noise all change."""
+    tuning_seeds: int = 2
+    """Number of runs of each setting on the validation split."""
+    train_images: int = 320
+    """Number of training images."""
+    label_noise: float = 0.3
+    """Share of training labels replaced by random ones."""
+    epochs: int = 100
+    """Passes over the training images for a method of one gradient a step."""
+    batch_size: int = 64
+    """Images a step."""
+    output: pathlib.Path = pathlib.Path("results")
+    """Folder of the figure and of the numbers as JSON."""
+    quick: bool = False
+    """A small version: fewer seeds, epochs and settings. Its numbers mean little."""
+
+
+class Network(nnx.Module):
+    """Two convolutions and two dense layers, 20,000 parameters."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.hidden = nnx.Linear(128, 64, rngs=rngs)
+        self.output = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, images):
+        x = nnx.avg_pool(nnx.relu(self.first(images)), (2, 2), strides=(2, 2))
+        x = nnx.avg_pool(nnx.relu(self.second(x)), (2, 2), strides=(2, 2))
+        return self.output(nnx.relu(self.hidden(x.reshape(len(x), -1))))
+
+
+GRAPHDEF, _ = nnx.split(Network(nnx.Rngs(0)))
+
+
+def logits_fn(params, images):
+    return nnx.merge(GRAPHDEF, params)(images)
+
+
+def loss_fn(params, images, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits_fn(params, images), labels
+    ).mean()
+
+
+# Methods: a transformation, what update needs beside params, gradients a step, settings
+
+
+def sgd(learning_rate, weight_decay):
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=0.9),
+    )
+
+
+def sam(learning_rate, weight_decay, radius):
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(radius))
+    return optax.contrib.sam(
+        sgd(learning_rate, weight_decay), ascent, opaque_mode=True, reset_state=False
+    )
+
+
+def lpf_sgd(learning_rate, weight_decay, radius, key):
+    return flatopt.lpf_sgd(
+        learning_rate,
+        radius,
+        weight_decay=weight_decay,
+        batch_argnames=("images", "labels"),
+        key=key,
+    )
+
+
+def nso_sgd(learning_rate, weight_decay, radius, key):
+    return flatopt.nso_sgd(learning_rate, radius, weight_decay=weight_decay, key=key)
+
+
+@dataclasses.dataclass
+class Method:
+    """A method of the comparison."""
+
+    make: object
+    gradients_a_step: int
+    grid: dict
+
+
+RATES, DECAYS = (0.02, 0.05), (2e-3, 1e-2)
+
+
+def flat_grid(radii):
+    return {"learning_rate": RATES, "weight_decay": DECAYS, "radius": radii}
+
+
+# Twelve settings each. SGD has no radius, so it has more of the other two.
+METHODS = {
+    "SGD": Method(
+        sgd,
+        1,
+        {"learning_rate": (0.02, 0.05, 0.1), "weight_decay": (5e-4, 2e-3, 1e-2, 3e-2)},
+    ),
+    "SAM": Method(sam, 2, flat_grid((0.05, 0.2, 0.5))),
+    "LPF-SGD": Method(lpf_sgd, 1, flat_grid((0.01, 0.03, 0.1))),
+    "NSO": Method(nso_sgd, 2, flat_grid((0.01, 0.03, 0.1))),
+}
+
+
+def make_data(seed, config):
+    """Images in [0, 1] and labels: training (some wrong), validation, test."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16.0).reshape(-1, 8, 8, 1).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(images))
+    test, validation, rest = np.split(order, [NUM_TEST, NUM_TEST + NUM_VALIDATION])
+    rng = np.random.default_rng(seed)
+    train = rng.permutation(rest)[: config.train_images]
+    train_labels = labels[train].copy()
+    wrong = rng.random(len(train)) < config.label_noise
+    train_labels[wrong] = rng.integers(0, 10, wrong.sum())
+    return {
+        "train": (jnp.asarray(images[train]), jnp.asarray(train_labels)),
+        "validation": (
+            jnp.asarray(images[validation]),
+            jnp.asarray(labels[validation]),
+        ),
+        "test": (jnp.asarray(images[test]), jnp.asarray(labels[test])),
+    }
+
+
+@jax.jit
+def accuracy(params, images, labels):
+    return (logits_fn(params, images).argmax(axis=-1) == labels).mean()
+
+
+@jax.jit
+def perturbed_loss(params, key, radius, images, labels):
+    smoothed = flatopt.smooth(
+        loss_fn, radius, flatopt.kernels.filterwise(), num_samples=8, strategy="unroll"
+    )
+    return smoothed(key, params, images, labels)
+
+
+class Trainer:
+    """Trains one method; its step is compiled once for all settings and seeds."""
+
+    def __init__(self, name, config):
+        self.method, self.config = METHODS[name], config
+        self.step = jax.jit(self._step, donate_argnums=(0, 1))
+
+    def _transformation(self, setting, seed):
+        key = {"key": seed} if self.method.make in (lpf_sgd, nso_sgd) else {}
+        return optax.inject_hyperparams(self.method.make)(**setting, **key)
+
+    def _step(self, params, state, images, labels):
+        transformation = self._transformation(dict.fromkeys(self.method.grid, 0.0), 0)
+        if self.method.make in (sgd, sam):
+            grads = jax.grad(loss_fn)(params, images, labels)
+            extra = {}
+            if self.method.make is sam:
+                extra["grad_fn"] = lambda params, _: jax.grad(loss_fn)(
+                    params, images, labels
+                )
+        else:
+            grads = optax.tree.zeros_like(params)  # not read: flatopt makes its own
+            extra = {"value_fn": loss_fn, "images": images, "labels": labels}
+        updates, state = transformation.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    def train(self, setting, seed, evaluate_on, num_points=0):
+        """Train once; return parameters, accuracies along training and seconds."""
+        config = self.config
+        data = make_data(seed, config)
+        images, labels = data["train"]
+        _, params = nnx.split(Network(nnx.Rngs(seed)))
+        state = self._transformation(setting, seed).init(params)
+        steps = config.epochs * len(images) // config.batch_size
+        steps //= self.method.gradients_a_step
+        marks = set(np.linspace(0, steps, num_points + 1)[1:].astype(int))
+        rng = np.random.default_rng(seed)
+        batches = itertools.chain.from_iterable(
+            np.array_split(
+                rng.permutation(len(images)), len(images) // config.batch_size
+            )
+            for _ in itertools.count()
+        )
+        curve, seconds = [], 0.0
+        for step in range(1, steps + 1):
+            batch = next(batches)
+            start = time.perf_counter()
+            params, state = self.step(params, state, images[batch], labels[batch])
+            jax.block_until_ready(params)
+            seconds += time.perf_counter() - start
+            if step in marks:
+                evaluations = step * config.batch_size * self.method.gradients_a_step
+                curve.append((evaluations, float(accuracy(params, *data[evaluate_on]))))
+        return params, data, curve, seconds
+
+
+def compare(config):
+    """Tune and train every method; return one result a method."""
+    settings = {
+        name: [
+            dict(zip(method.grid, values, strict=True))
+            for values in itertools.product(*method.grid.values())
+        ][:: 5 if config.quick else 1]
+        for name, method in METHODS.items()
+    }
+    total = sum(len(s) * config.tuning_seeds + config.seeds for s in settings.values())
+    results = {}
+    with tqdm.tqdm(total=total, unit="run") as progress:
+        for name in METHODS:
+            trainer = Trainer(name, config)
+            scores = []
+            for setting in settings[name]:
+                progress.set_description(f"{name}, tuning")
+                score = 0.0
+                for seed in range(config.tuning_seeds):
+                    params, data, *_ = trainer.train(setting, 100 + seed, "validation")
+                    score += float(accuracy(params, *data["validation"]))
+                    progress.update()
+                scores.append(score / config.tuning_seeds)
+            best = settings[name][int(np.argmax(scores))]
+            runs = []
+            for seed in range(config.seeds):
+                progress.set_description(f"{name}, final")
+                runs.append(final_run(trainer, best, seed))
+                progress.update()
+            results[name] = {"setting": best, "validation": max(scores), "runs": runs}
+    return results
+
+
+def final_run(trainer, setting, seed):
+    params, data, curve, seconds = trainer.train(setting, seed, "test", num_points=20)
+    key = jax.random.key(seed)
+    return {
+        "test_accuracy": float(accuracy(params, *data["test"])),
+        "train_loss": float(loss_fn(params, *data["train"])),
+        "perturbed_loss": [
+            float(perturbed_loss(params, key, radius, *data["train"]))
+            for radius in RADII
+        ],
+        "curve": curve,
+        "seconds": seconds,
+    }
+
+
+def mean_and_error(values, axis=0):
+    values = np.asarray(values, float)
+    if len(values) == 1:
+        return values.mean(axis), np.full(values.shape[1:], np.nan)
+    return values.mean(axis), values.std(axis, ddof=1) / np.sqrt(len(values))
+
+
+def print_table(results, config):
+    table = rich.table.Table(
+        title=f"Digits: {config.train_images} training images, "
+        f"{config.label_noise:.0%} of labels random, {config.seeds} seeds "
+        "(mean ± standard error), equal gradient evaluations"
+    )
+    columns = ["method", "test accuracy %", "train loss", "radius 0.04", "radius 0.1"]
+    for column in [*columns, "seconds", "chosen setting"]:
+        table.add_column(column)
+    for name, result in results.items():
+        runs = result["runs"]
+
+        def cell(values, digits=3):
+            mean, error = mean_and_error(values)
+            return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+        chosen = ", ".join(f"{k} {v:g}" for k, v in result["setting"].items())
+        table.add_row(
+            name,
+            cell([100 * r["test_accuracy"] for r in runs], 1),
+            cell([r["train_loss"] for r in runs]),
+            cell([r["perturbed_loss"][RADII.index(0.04)] for r in runs]),
+            cell([r["perturbed_loss"][RADII.index(0.1)] for r in runs]),
+            f"{np.mean([r['seconds'] for r in runs]):.2f}",
+            chosen,
+        )
+    rich.console.Console(width=140).print(table)
+    print("radius r: training loss under filter-normalized Gaussian noise of scale r")
+
+
+def plot(results, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, result in results.items():
+        runs = result["runs"]
+        evaluations = [point[0] for point in runs[0]["curve"]]
+        mean, error = mean_and_error([[p[1] for p in r["curve"]] for r in runs])
+        left.errorbar(evaluations, 100 * mean, 100 * error, label=name, capsize=2)
+        mean, error = mean_and_error([r["perturbed_loss"] for r in runs])
+        right.errorbar(RADII, mean, error, label=name, capsize=2)
+    left.set(xlabel="gradient evaluations of single images", ylabel="test accuracy (%)")
+    right.set(xlabel="perturbation radius (filter norms)", ylabel="training loss")
+    left.set_title("Accuracy along training")
+    right.set_title("Loss under random perturbation")
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(config: Config) -> None:
+    if config.quick:
+        config = dataclasses.replace(config, seeds=2, tuning_seeds=1, epochs=30)
+    results = compare(config)
+    print_table(results, config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    plot(results, config.output / "digits.png")
+    settings = {**dataclasses.asdict(config), "output": str(config.output)}
+    report = {"config": settings, "jax": jax.__version__, "results": results}
+    (config.output / "digits.json").write_text(json.dumps(report, indent=1))
+    print(f"figure: {config.output / 'digits.png'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

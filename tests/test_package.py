@@ -1,0 +1,73 @@
+"""The package as a reader meets it: names, documentation, README."""
+
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import flatopt
+import flatopt.flax
+
+ROOT = pathlib.Path(__file__).parent.parent
+SUBMODULES = [flatopt.kernels, flatopt.schedules, flatopt.flax]
+
+
+def _public_names():
+    names = [f"flatopt.{n}" for n in flatopt.__all__ if callable(getattr(flatopt, n))]
+    for module in SUBMODULES:
+        for name, value in vars(module).items():
+            if inspect.getmodule(value) is module and not name.startswith("_"):
+                names.append(f"{module.__name__}.{name}")
+    return names
+
+
+def _resolve(name):
+    value = flatopt
+    for part in name.split(".")[1:]:
+        value = getattr(value, part)
+    return value
+
+
+def test_all_is_what_the_package_binds():
+    bound = {n for n in vars(flatopt) if not n.startswith("_")}
+    modules = {n for n in bound if inspect.ismodule(getattr(flatopt, n))}
+    assert set(flatopt.__all__) == (bound - modules) | {"kernels", "schedules"}
+
+
+@pytest.mark.parametrize("name", _public_names())
+def test_every_public_name_is_documented_with_an_example(name):
+    reference = (ROOT / "docs" / "api.md").read_text()
+    assert re.search(rf":: {re.escape(name)}$", reference, re.MULTILINE)
+    docstring = inspect.getdoc(_resolve(name))
+    assert ">>>" in docstring
+
+
+def test_reference_names_nothing_that_is_gone():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^\.\. auto\w+:: (\S+)$", reference, re.MULTILINE)
+    assert sorted(listed) == sorted(_public_names())
+
+
+def test_readme_code_runs():
+    blocks = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    params, loss_fn = namespace["params"], namespace["loss_fn"]
+    assert loss_fn(params, namespace["batch"]) < 0.999
+
+
+def test_package_imports_without_its_extras():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['flax', 'matplotlib', 'tqdm'])); "
+        "import flatopt; flatopt.lpf_sgd(0.1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
