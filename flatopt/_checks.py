@@ -22,6 +22,13 @@ def check_scale(scale, name="scale"):
             f"{name} must be a number or a scalar array, got {scale!r}; give the standard "
             "deviation of the noise in units of the kernel."
         )
+    if jnp.issubdtype(jnp.result_type(scale), jnp.complexfloating) or (
+        jnp.result_type(scale) == jnp.bool_
+    ):
+        raise TypeError(
+            f"{name} must be real, got dtype {jnp.result_type(scale)}; give the standard "
+            "deviation of the noise in units of the kernel."
+        )
     if jnp.ndim(scale) != 0:
         raise ValueError(
             f"{name} must be a scalar, got shape {jnp.shape(scale)}; give one number and "
@@ -95,6 +102,11 @@ def check_params(params):
     """Arrays of ``params``, which must be real and floating."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
+        if not _is_numeric(leaf):
+            raise TypeError(
+                f"params must be arrays, got {leaf!r} at {path_name(path)!r}; partition "
+                "what is not an array out of params first."
+            )
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
@@ -133,8 +145,21 @@ def takes_any_keyword(function):
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def _is_numeric(leaf):
+    return isinstance(leaf, numbers.Number | np.ndarray | np.generic | jax.Array)
+
+
 def check_value(value):
     """The scalar that a value_fn returned."""
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"value_fn must return a real scalar, got a tuple of {len(value)}; return the "
+            "loss alone, or use smooth_value_and_grad with has_aux=True for (loss, aux)."
+        )
+    if not _is_numeric(value):
+        raise TypeError(
+            f"value_fn must return a real scalar, got {value!r}; return the mean loss."
+        )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -144,12 +169,28 @@ def check_value(value):
     return jnp.asarray(value)
 
 
+def check_weight(weight):
+    """The scalar that a weight_fn returned."""
+    if not _is_numeric(weight) or jnp.shape(weight) != ():
+        raise TypeError(
+            "weight_fn must return a scalar, got "
+            f"{jnp.shape(weight) if _is_numeric(weight) else weight!r}; sum over the chunk, "
+            "as in chunk['mask'].sum()."
+        )
+    return jnp.asarray(weight)
+
+
 def forwarded(value_fn, extra_args):
-    """The extra arguments that ``value_fn`` takes."""
-    if takes_any_keyword(value_fn):
-        return extra_args
+    """The extra arguments that ``value_fn`` takes, but for its first parameter."""
+    if "sample_key" in extra_args:
+        raise ValueError(
+            "sample_key is the key that flatopt draws for each sample, got one as an "
+            "argument; choose another name for yours."
+        )
+    first = next(iter(parameters_of(value_fn) or {}), None)
     return {
         name: value
         for name, value in extra_args.items()
-        if names_keyword(value_fn, name)
+        if takes_any_keyword(value_fn)
+        or (name != first and names_keyword(value_fn, name))
     }

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from flatopt._trees import explicit_sharding
@@ -53,7 +54,7 @@ def split_batch(kwargs, names, num_samples):
             return leaf
         leaf = jnp.asarray(leaf)
         shape = (leaf.shape[0] // num_samples, num_samples, *leaf.shape[1:])
-        sharding = explicit_sharding(leaf)
+        sharding = explicit_sharding(jax.typeof(leaf))
         if sharding is None:
             return leaf.reshape(shape)
         first, *rest = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
@@ -67,11 +68,8 @@ def _is_split(leaf):
     return hasattr(leaf, "shape") and len(leaf.shape) >= 1
 
 
-def sum_samples(sample, num_samples, chunks, strategy, inputs, rematerialize):
-    """Sum ``sample(index, chunk)[0]`` over samples; stack the aux ``[1]``.
-
-    ``inputs`` are the key and params, looked at to tell a trace from eager calls.
-    """
+def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
+    """Sum ``sample(index, chunk)[0]`` over samples; stack the aux ``[1]``."""
     leaves, treedef = jax.tree.flatten(chunks)
     is_split = [_is_split(leaf) for leaf in leaves]
     arrays = [leaf for leaf, split in zip(leaves, is_split, strict=True) if split]
@@ -84,69 +82,86 @@ def sum_samples(sample, num_samples, chunks, strategy, inputs, rematerialize):
 
     def one(index):
         parts = [jax.lax.dynamic_index_in_dim(x, index, 1, False) for x in arrays]
-        return sample(index, rebuild(parts))
+        total, aux = sample(index, rebuild(parts))
+        return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
 
-    def group(start, size):
-        if size == 1:
-            total, aux = one(start)
-            return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
+    def batch(start, size):
         parts = [jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in arrays]
+        indices = start + jnp.arange(size, dtype=jnp.int32)
         total, aux = jax.vmap(lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1))(
-            start + jnp.arange(size, dtype=jnp.int32), parts
+            indices, parts
         )
         return jax.tree.map(lambda x: x.sum(axis=0), total), aux
 
-    if strategy == "auto":
-        strategy = choose_strategy(one, num_samples, (inputs, arrays))
     if strategy == "vmap":
-        return group(jnp.int32(0), num_samples)
-    if strategy == "unroll" or num_samples == 1:
-        return _unroll(lambda i: group(jnp.int32(i), 1), num_samples)
-    size = 1 if strategy == "scan" else min(strategy, num_samples)
-    return _scan(group, num_samples, size, rematerialize)
+        return batch(jnp.int32(0), num_samples)
+    # A loop outside a trace would compile anew at each call.
+    staged = isinstance(jnp.zeros(()), jax.core.Tracer)
+    if num_samples == 1 or (strategy in ("auto", "unroll") and not staged):
+        return _unroll(one, num_samples)
+    if isinstance(strategy, str):
+        traced, jaxpr = _trace(one)
+        if strategy == "auto":
+            strategy = choose_strategy(jaxpr)
+        if strategy == "unroll":
+            return _unroll(traced, num_samples)
+        return _scan(traced, jaxpr, num_samples, 1, rematerialize)
+    size = min(strategy, num_samples)
+    loops, left = divmod(num_samples, size)
+    traced, jaxpr = _trace(functools.partial(batch, size=size))
+    total, aux = _scan(traced, jaxpr, loops * size, size, rematerialize)
+    if not left:
+        return total, aux
+    part, rest = batch(jnp.int32(loops * size), left)
+    return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
 
 
-def _unroll(group, num_samples):
-    total, aux = group(0)
+def _trace(function):
+    """Trace a function of a start index once, to be called many times."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(jnp.int32(0))
+    treedef, flat = jax.tree.structure(shapes), jax.extend.core.jaxpr_as_fun(closed)
+    return lambda start: treedef.unflatten(flat(start)), closed.jaxpr
+
+
+def _unroll(one, num_samples):
+    total, aux = one(jnp.int32(0))
     auxes = [aux]
     for i in range(1, num_samples):
-        part, aux = group(i)
+        part, aux = one(jnp.int32(i))
         total = jax.tree.map(jnp.add, total, part)
         auxes.append(aux)
-    return total, jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+    return total, _concatenate(*auxes)
 
 
-def _scan(group, num_samples, size, rematerialize):
-    """Full groups in a loop, what is left after it."""
-    loops, left = divmod(num_samples, size)
-    body = functools.partial(group, size=size)
-    if rematerialize:
-        body = jax.checkpoint(body)
+def _concatenate(*auxes):
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+
+
+def _scan(traced, jaxpr, num_samples, size, rematerialize):
+    body = jax.checkpoint(traced) if rematerialize else traced
 
     def step(total, start):
         part, aux = body(start)
         return jax.tree.map(jnp.add, total, part), aux
 
-    starts = size * jnp.arange(loops, dtype=jnp.int32)
-    shapes, _ = jax.eval_shape(body, starts[0])
-    total, aux = jax.lax.scan(step, jax.tree.map(_zeros, shapes), starts)
-    aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
-    if left:
-        part, rest = group(jnp.int32(loops * size), left)
-        total = jax.tree.map(jnp.add, total, part)
-        aux = jax.tree.map(lambda *a: jnp.concatenate(a), aux, rest)
-    return total, aux
+    starts = jnp.arange(0, num_samples, size, dtype=jnp.int32)
+    shapes, _ = jax.eval_shape(traced, starts[0])
+    treedef = jax.tree.structure(shapes)
+    zeros = [_zeros(v.aval) for v in jaxpr.outvars[: treedef.num_leaves]]
+    total, aux = jax.lax.scan(step, treedef.unflatten(zeros), starts)
+    return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
 
-def _zeros(like):
-    """Zeros of the type of ``like``: shape, dtype, sharding and varying axes."""
-    zeros = jnp.zeros(like.shape, like.dtype, out_sharding=_explicit_sharding_of(like))
-    return make_varying(zeros, varying_axes(like))
+def _zeros(aval):
+    """Zeros of an abstract value's type: shape, dtype, sharding and varying axes."""
+    sharding = explicit_sharding(aval)
+    zeros = jnp.zeros(aval.shape, aval.dtype, out_sharding=sharding)
+    return make_varying(zeros, varying_axes(aval))
 
 
-def varying_axes(like):
+def varying_axes(aval):
     """Axes of ``jax.shard_map`` over which a value differs between devices."""
-    kind = getattr(like, "manual_axis_type", None)
+    kind = getattr(aval, "manual_axis_type", None)
     return tuple(sorted(kind.varying)) if kind is not None else ()
 
 
@@ -156,39 +171,23 @@ def make_varying(leaf, axes):
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-def _explicit_sharding_of(like):
-    sharding = getattr(like, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        return None
-    return sharding
+def choose_strategy(jaxpr):
+    """The layout for ``strategy="auto"`` inside a trace; see ``docs/strategies.md``.
 
-
-def choose_strategy(sample, num_samples, inputs):
-    """The layout for ``strategy="auto"``; see ``docs/strategies.md``.
-
-    Outside a trace a loop would compile anew at each call. On CPU, XLA runs
-    convolutions inside loops many times slower than outside, and everything else best
-    in a loop. On accelerators a loop is the conservative choice.
+    On CPU, XLA runs convolutions inside loops many times slower than outside, and
+    everything else best in a loop. On accelerators a loop is the conservative choice.
     """
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
-    if num_samples == 1 or not traced:
-        return "unroll"
-    if jax.default_backend() == "cpu" and _has_convolution(
-        jax.make_jaxpr(sample)(jnp.int32(0)).jaxpr
-    ):
+    if jax.default_backend() == "cpu" and _has_convolution(jaxpr):
         return "unroll"
     return "scan"
 
 
 def _has_convolution(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            return True
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns") and _has_convolution(inner):
-                return True
-    return False
+    return any(
+        equation.primitive.name == "conv_general_dilated"
+        or any(
+            _has_convolution(getattr(inner, "jaxpr", inner))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params)
+        )
+        for equation in jaxpr.eqns
+    )

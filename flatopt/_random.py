@@ -15,6 +15,10 @@ import jax.numpy as jnp
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+# Up to this size each value of any sampler depends on the key and on its flat index
+# alone, so that the noise of many small leaves can be drawn in one go.
+SMALL = 2048
+
 # Jitted for eager calls, inlined in traces.
 _jit = functools.partial(
     jax.jit, static_argnames=("shape", "dtype", "out_sharding"), inline=True
@@ -84,30 +88,81 @@ def laplace(key, shape, dtype, out_sharding=None):
 
 @_jit
 def signs(key, shape, dtype, out_sharding=None):
-    *leading, last = shape or (1,)
-    packed = None if out_sharding is None else _packed_sharding(out_sharding, shape)
-    words = bits(key, (*leading, -(-last // 32)), packed)
-    # Without the barrier each consumer draws the word again for each of its bits.
-    words = jax.lax.optimization_barrier(words)
-    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
-    flags = (words[..., None] >> shifts) & jnp.uint32(1)
+    return 1 - 2 * _flags(key, shape, out_sharding).astype(dtype)
+
+
+def _flags(key, shape, out_sharding):
+    """Random zeros and ones as uint32, up to 32 from each random word.
+
+    Small arrays take one word a value. In others, along the packed axis, values
+    i * count + j are bit j of word i. Other axes keep their places, so the words of a
+    sharded array are sharded like it.
+    """
+    if math.prod(shape) <= SMALL:
+        return bits(key, shape, out_sharding) >> jnp.uint32(31)
+    axis, count = _packing(shape)
+    packed = (*shape[:axis], shape[axis] // count, *shape[axis + 1 :])
+    sharding = None
+    if out_sharding is not None:
+        sharding = _packed_sharding(out_sharding, axis, packed)
+    words = jnp.expand_dims(_stored_bits(key, packed, sharding), axis + 1)
+    shifts = jnp.arange(count, dtype=jnp.uint32)
+    shifts = shifts.reshape([count if a == axis + 1 else 1 for a in range(words.ndim)])
     flags = jax.lax.reshape(
-        flags, (*leading, 32 * words.shape[-1]), out_sharding=packed
+        (words >> shifts) & jnp.uint32(1), shape, out_sharding=sharding
     )
-    values = 1 - 2 * flags[..., :last].reshape(shape).astype(dtype)
-    return values if packed is None else jax.sharding.reshard(values, out_sharding)
+    return flags if sharding is None else jax.sharding.reshard(flags, out_sharding)
 
 
-def _packed_sharding(sharding, shape):
-    """The sharding of the words behind an array: its own, if its last axis allows."""
-    if not shape:
-        return sharding
-    *leading, last = (*sharding.spec, *[None] * len(shape))[: len(shape)]
-    names = () if last is None else (last,) if isinstance(last, str) else last
-    parts = 32 * math.prod(sharding.mesh.shape[name] for name in names)
-    if shape[-1] % parts:
-        last = None
-    return sharding.update(spec=jax.sharding.PartitionSpec(*leading, last))
+def _packing(shape):
+    """The axis to pack and how many values a word holds: a divisor of its length.
+
+    The last axis comes last, so that the inner loop runs over stored words.
+    """
+    last = len(shape) - 1
+    counts = {
+        axis: max(d for d in range(1, 33) if length % d == 0)
+        for axis, length in enumerate(shape)
+    }
+    axis = max(counts, key=lambda axis: (counts[axis], axis != last, axis))
+    return axis, counts[axis]
+
+
+def _stored_bits(key, shape, out_sharding):
+    """Random words that XLA stores, since each is used for many values.
+
+    Fused with its uses, the generator would run once for each value. On CPU a barrier
+    does not prevent that; a loop does, and here two rounds of it suffice.
+    """
+    size, rounds = math.prod(shape), 2
+    if size < 512:
+        return bits(key, shape, out_sharding)
+    if (
+        jax.default_backend() != "cpu"
+        or out_sharding is not None
+        or not _is_threefry(key)
+        or size >= 2**32
+    ):
+        return jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
+    data = jax.random.key_data(key)
+    part = -(-size // rounds)
+    low = jnp.arange(part, dtype=jnp.uint32)
+
+    def draw(start):
+        first, second = _threefry(data[0], data[1], jnp.zeros_like(low), low + start)
+        return first ^ second
+
+    starts = jnp.arange(rounds, dtype=jnp.uint32) * jnp.uint32(part)
+    return jax.lax.map(draw, starts).reshape(-1)[:size].reshape(shape)
+
+
+def _packed_sharding(sharding, axis, shape):
+    """The sharding of an array for its words, replicated where they are too few."""
+    spec = [*sharding.spec, *[None] * len(shape)][: len(shape)]
+    names = (spec[axis],) if isinstance(spec[axis], str) else spec[axis] or ()
+    if shape[axis] % math.prod(sharding.mesh.shape[name] for name in names):
+        spec[axis] = None
+    return sharding.update(spec=jax.sharding.PartitionSpec(*spec))
 
 
 def _open_interval(key, shape, out_sharding):

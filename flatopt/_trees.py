@@ -31,15 +31,16 @@ def path_hashes(params):
 
 
 def leaf_keys(key, hashes):
+    if not len(hashes):
+        return []
     fold = jax.random.fold_in
     return jax.vmap(lambda word: fold(fold(key, word[0]), word[1]))(hashes)
 
 
-def explicit_sharding(leaf):
-    """The leaf's sharding where it is part of its type (Explicit mesh), else None."""
-    sharding = jax.typeof(leaf).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return sharding if explicit else None
+def explicit_sharding(aval):
+    """The sharding of a type where it is part of it (Explicit mesh), else None."""
+    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+    return aval.sharding if explicit else None
 
 
 def mask_flags(mask, params):

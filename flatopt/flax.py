@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flatopt import _checks, kernels, smoothing
+from flatopt import _checks, smoothing
 
 
 def value_and_grad(
@@ -34,8 +34,9 @@ def value_and_grad(
     """Return the smoothed loss and its gradient: the drop-in for nnx.value_and_grad.
 
     The model is updated in place, as by ``nnx.value_and_grad``: running statistics of
-    BatchNorm and the counters of random streams. Each draw of noise has its own dropout
-    mask, the same at +U and -U. Works eagerly and under ``nnx.jit``.
+    BatchNorm as ``batch_norm`` says, all other variables (counters, say) as the first
+    draw left them; sown intermediates are dropped. Each draw of noise has its own
+    dropout mask, the same at +U and -U. Works eagerly and under ``nnx.jit``.
 
     Args:
       loss_fn: ``loss_fn(model, *args, **kwargs) -> scalar``, or ``(scalar, aux)`` with
@@ -89,18 +90,13 @@ def value_and_grad(
     def smoothed(key, model, /, *args, **kwargs):
         graphdef, params, rest = nnx.split(model, wrt, ...)
 
-        def value_fn(params, *args, sample_key, **kwargs):
-            streams = _fold_streams(rest, sample_key)
-            copy = nnx.merge(graphdef, params, streams, copy=True)
+        def with_state(copy, *args, **kwargs):
             out = loss_fn(copy, *args, **kwargs)
-            if not has_aux:
-                return out, (None, _mutable(copy))
-            loss, aux = out
+            loss, aux = out if has_aux else (out, None)
             return loss, (aux, _mutable(copy))
 
-        value_fn.__signature__ = _with_sample_key(loss_fn)
         (loss, (aux, states)), grads = smoothing.smooth_value_and_grad(
-            value_fn,
+            _value_fn(with_state, loss_fn, graphdef, rest),
             scale,
             kernel,
             num_samples=num_samples,
@@ -110,12 +106,9 @@ def value_and_grad(
             has_aux=True,
             strategy=strategy,
         )(key, params, *args, **kwargs)
-        if batch_norm == "clean":
-            copy = nnx.merge(graphdef, params, rest, copy=True)
-            loss_fn(copy, *args, **kwargs)
-            after = _mutable(copy)
-        else:
-            after = _mean_state(states, leading=1 + antithetic)
+        after = _mean_state(states, leading=1 + antithetic)
+        if batch_norm == "clean" and nnx.state(model, nnx.BatchStat):
+            after = _clean_state(loss_fn, graphdef, params, rest, args, kwargs)
         _write_back(model, after)
         return ((loss, aux), grads) if has_aux else (loss, grads)
 
@@ -129,9 +122,10 @@ def update(
 
     Builds ``value_fn`` from ``loss_fn`` and hands it to ``optimizer.update``; no
     gradient is computed but those at perturbed parameters. Each draw of noise has its
-    own dropout mask. If the model has BatchNorm, its running statistics come from one
-    more forward pass at the unperturbed parameters; :func:`value_and_grad` can do
-    without.
+    own dropout mask, from the key in the optimizer's state; the counters of random
+    streams stay as they are. If the model holds variables that a forward pass may
+    change (running statistics of BatchNorm, counters), they come from one more forward
+    pass at the unperturbed parameters; :func:`value_and_grad` can do without.
 
     Args:
       optimizer: an ``nnx.Optimizer`` made with :func:`flatopt.smooth_gradients`,
@@ -164,17 +158,11 @@ def update(
             "make it with nnx.Optimizer(model, flatopt.lpf_sgd(0.1), wrt=nnx.Param)."
         )
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
-
-    def value_fn(params, *, sample_key, **kwargs):
-        streams = _fold_streams(rest, sample_key)
-        return loss_fn(nnx.merge(graphdef, params, streams, copy=True), **kwargs)
-
-    value_fn.__signature__ = _with_sample_key(loss_fn)
     after = None
-    if nnx.state(model, nnx.BatchStat):
-        copy = nnx.merge(graphdef, params, rest, copy=True)
-        loss_fn(copy, **_checks.forwarded(loss_fn, kwargs))
-        after = _mutable(copy)
+    if nnx.state(model, nnx.Not(nnx.Any(_FIXED, nnx.RngState))):
+        given = _checks.forwarded(loss_fn, kwargs)
+        after = _clean_state(loss_fn, graphdef, params, rest, (), given)
+    value_fn = _value_fn(loss_fn, loss_fn, graphdef, rest)
     zeros = jax.tree.map(jnp.zeros_like, params)
     optimizer.update(model, zeros, value_fn=value_fn, **kwargs)
     if after is not None:
@@ -213,15 +201,18 @@ def filter_axes(model: nnx.Module) -> dict[str, Any]:
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
-        node[name] = _layer_axes(parent, name, variable.ndim)
+        node[name] = jax.tree.map(
+            lambda leaf, parent=parent, name=name: _layer_axes(parent, name, leaf.ndim),
+            variable.get_value(),
+        )
     return tree
 
 
 def _layer_axes(module, name, ndim):
     own = _unstacked_axes(module, name)
     if own is None:
-        path_axis = kernels._default_filter_axes(str(name), None)
-        return (path_axis % ndim,) if ndim > 1 else ()
+        axis = 0 if name == "embedding" else ndim - 1
+        return (axis,) if ndim > 1 else ()
     own_ndim, axes = own
     stacked = ndim - own_ndim
     return (*range(stacked), *(stacked + axis for axis in axes))
@@ -274,17 +265,30 @@ _LAYERS_WITH_VECTORS = (
 )
 
 
+def _value_fn(apply, loss_fn, graphdef, rest):
+    """A function of parameters from one of a model, with ``loss_fn``'s signature."""
+
+    def value_fn(params, /, *args, sample_key, **kwargs):
+        if _checks.names_keyword(loss_fn, "sample_key"):
+            kwargs["sample_key"] = sample_key
+        streams = _fold_streams(rest, sample_key)
+        return apply(nnx.merge(graphdef, params, streams, copy=True), *args, **kwargs)
+
+    value_fn.__signature__ = _with_sample_key(loss_fn)
+    return value_fn
+
+
 def _with_sample_key(loss_fn):
     """The signature of ``loss_fn`` with a keyword ``sample_key``."""
-    keyword = inspect.Parameter("sample_key", inspect.Parameter.KEYWORD_ONLY)
     given = _checks.parameters_of(loss_fn)
     if given is None:
-        first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)
-        others = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-        return inspect.Signature([first, keyword, others])
-    before = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    after = [p for p in given.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    return inspect.Signature([*before, keyword, *after])
+        given = inspect.signature(lambda params, /, **kwargs: None).parameters
+    if "sample_key" in given:
+        return inspect.Signature(list(given.values()))
+    keyword = inspect.Parameter("sample_key", inspect.Parameter.KEYWORD_ONLY)
+    variable = [p for p in given.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    others = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return inspect.Signature([*others, keyword, *variable])
 
 
 def _fold_streams(rest, sample_key):
@@ -301,22 +305,34 @@ def _fold_streams(rest, sample_key):
     return jax.tree.map(fold, rest, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+_FIXED = nnx.Any(nnx.Param, nnx.RngKey, nnx.Intermediate)
+
+
 def _mutable(model):
     """What a forward pass may change: all but parameters, keys and intermediates."""
-    fixed = nnx.Any(nnx.Param, nnx.RngKey, nnx.Intermediate)
-    return nnx.state(model, nnx.Not(fixed))
+    return nnx.state(model, nnx.Not(_FIXED))
+
+
+def _clean_state(loss_fn, graphdef, params, rest, args, kwargs):
+    """What one forward pass at the unperturbed parameters leaves."""
+    copy = nnx.merge(graphdef, params, rest, copy=True)
+    loss_fn(copy, *args, **kwargs)
+    return _mutable(copy)
 
 
 def _mean_state(states, leading):
     """The mean over draws of BatchNorm's statistics; of all else the first draw."""
 
+    def mean(value):
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        return value.astype(wide).mean(axis=tuple(range(leading))).astype(value.dtype)
+
+    def first(value):
+        return value[(0,) * leading]
+
     def combine(variable):
-        value = variable[...]
-        if isinstance(variable, nnx.BatchStat):
-            wide = jnp.promote_types(value.dtype, jnp.float32)
-            mean = value.astype(wide).mean(axis=tuple(range(leading)))
-            return variable.replace(mean.astype(value.dtype))
-        return variable.replace(value[(0,) * leading])
+        pick = mean if isinstance(variable, nnx.BatchStat) else first
+        return variable.replace(jax.tree.map(pick, variable.get_value()))
 
     return jax.tree.map(combine, states, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

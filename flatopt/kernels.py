@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt import _random, _trees
 
@@ -56,7 +57,6 @@ def _accepts_out_sharding(sampler):
 
 def _leafwise(sampler, deviation=None):
     """The kernel of independent ``sampler`` values times ``deviation(path, leaf)``."""
-    accepts_out_sharding = _accepts_out_sharding(sampler)
 
     def bind(key, params):
         del key
@@ -71,20 +71,47 @@ def _leafwise(sampler, deviation=None):
         hashes = _trees.path_hashes(params)
 
         def draw(key):
-            noise = []
-            if leaves:
-                keys = _trees.leaf_keys(key, hashes)
-            for i, (leaf, std) in enumerate(zip(leaves, deviations, strict=True)):
-                options = {}
-                if accepts_out_sharding:
-                    options["out_sharding"] = _trees.explicit_sharding(leaf)
-                unit = sampler(keys[i], leaf.shape, jnp.float32, **options)
-                noise.append(unit * std)
+            units = _sample_leaves(sampler, _trees.leaf_keys(key, hashes), leaves)
+            noise = [u * std for u, std in zip(units, deviations, strict=True)]
             return jax.tree.unflatten(jax.tree.structure(params), noise)
 
         return draw
 
     return Kernel(bind)
+
+
+def _sample_leaves(sampler, keys, leaves):
+    """One array of ``sampler`` values a leaf, each from its own key.
+
+    Small leaves are drawn in one loop on CPU: the values are the same, and a deep
+    network compiles one generator instead of hundreds.
+    """
+    shardings = [_trees.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
+    small = [
+        i
+        for i, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True))
+        if leaf.size <= _random.SMALL and sharding is None
+    ]
+    block = {}
+    if (
+        len(small) > 1
+        and sampler in (normal, signs, uniform, laplace)
+        and jax.default_backend() == "cpu"
+    ):
+        length = max(leaves[i].size for i in small)
+        rows = jax.lax.map(
+            lambda key: sampler(key, (length,), jnp.float32), keys[np.array(small)]
+        )
+        block = dict(zip(small, rows, strict=True))
+    accepts_out_sharding = _accepts_out_sharding(sampler)
+
+    def sample(i):
+        if i in block:
+            return block[i][: leaves[i].size].reshape(leaves[i].shape)
+        options = {"out_sharding": shardings[i]} if accepts_out_sharding else {}
+        return sampler(keys[i], leaves[i].shape, jnp.float32, **options)
+
+    return [sample(i) for i in range(len(leaves))]
 
 
 def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -114,7 +141,7 @@ def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
 
 
 def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
-    """Random signs (Rademacher), unpacked from one random bit a value.
+    """Random signs (Rademacher), up to 32 unpacked from each random word.
 
     The second moments are those of the normal distribution, so smoothing with
     signs has the same leading-order penalty, at a fraction of the cost of drawing.
@@ -214,9 +241,10 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
       filter_axes: the axes of a leaf that index its filters: an int; a tuple of
         ints (``()``: the whole leaf is one filter); a function
         ``(path, leaf) -> axes`` of the path as a string such as
-        ``"dense/kernel"``; or a tree of ints and tuples with the paths of
-        ``params``. Default: the last axis, as in Flax, but the first for a leaf
-        named ``embedding``. PyTorch layouts: 0.
+        ``"dense/kernel"``; or a tree with an int or a tuple for each leaf, at
+        the paths of ``params``. A tuple of ints is always the axes of one leaf, or
+        of all: for ``params`` that are a tuple, give a list. Default: the last axis,
+        as in Flax, but the first for a leaf named ``embedding``. PyTorch layouts: 0.
 
     Returns:
       A kernel ``(key, params) -> perturbation``.
@@ -265,6 +293,50 @@ def elementwise(sampler: Sampler = normal) -> Kernel:
       Array([0., 2., 3.], dtype=float32)
     """
     return _leafwise(sampler, lambda path, leaf: jnp.abs(leaf.astype(jnp.float32)))
+
+
+def shared_magnitude(kernel: Kernel) -> Kernel:
+    r"""One draw of ``kernel`` a step; each sample gives it fresh random signs.
+
+    Signs cost one random bit a value, so that M samples cost little more than one draw
+    of ``kernel``. For a kernel of symmetric noise every sample is distributed exactly as
+    a draw of ``kernel``, and samples of one step are uncorrelated: the Monte Carlo
+    gradient has the mean of independent draws, and their variance to leading order in
+    the scale. Samples of one step are not independent: they share magnitudes.
+
+    Args:
+      kernel: a kernel of noise that is symmetric in each element, such as
+        :func:`filterwise` or :func:`isotropic`.
+
+    Returns:
+      A kernel ``(key, params) -> perturbation``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flatopt
+      >>> kernel = flatopt.kernels.shared_magnitude(flatopt.kernels.isotropic())
+      >>> draw = kernel.bind(jax.random.key(0), jnp.zeros(64))
+      >>> first, second = draw(jax.random.key(1)), draw(jax.random.key(2))
+      >>> bool((abs(first) == abs(second)).all()), bool((first == second).all())
+      (True, False)
+    """
+
+    def shared_bind(key, params):
+        # Samples fold in their index, which stays below this number.
+        step_key = jax.random.fold_in(key, 2**31 - 1)
+        magnitude = _trees.bind(kernel, key, params)(step_key)
+        magnitude = jax.lax.optimization_barrier(magnitude)
+        leaves, treedef = jax.tree.flatten(magnitude)
+        hashes = _trees.path_hashes(params)
+
+        def draw(key):
+            units = _sample_leaves(signs, _trees.leaf_keys(key, hashes), leaves)
+            return treedef.unflatten(
+                [unit * leaf for unit, leaf in zip(units, leaves, strict=True)]
+            )
+
+        return draw
+
+    return Kernel(shared_bind)
 
 
 def masked(kernel: Kernel, mask: Any) -> Kernel:
@@ -322,8 +394,8 @@ def _default_filter_axes(path: str, leaf: jax.Array) -> int:
 
 
 def _is_axes(value):
-    return isinstance(value, int) or (
-        isinstance(value, tuple) and all(isinstance(a, int) for a in value)
+    return isinstance(value, int | np.integer) or (
+        isinstance(value, tuple) and all(isinstance(a, int | np.integer) for a in value)
     )
 
 
@@ -360,7 +432,7 @@ def _check_axes(axes, path, leaf):
         )
     if leaf.ndim <= 1:
         return ()
-    axes = (axes,) if isinstance(axes, int) else axes
+    axes = axes if isinstance(axes, tuple) else (axes,)
     if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
         raise ValueError(
             f"filter_axes names axis {axes} for the leaf {path!r} of shape {leaf.shape}; "

@@ -143,7 +143,8 @@ def nso_sgd(
 
 
 def _sgd(learning_rate, momentum, nesterov, weight_decay, mask):
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=mask),
+    tx = optax.chain(
+        optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
     )
+    return tx if mask is None else optax.masked(tx, mask)

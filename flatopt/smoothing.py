@@ -118,10 +118,12 @@ def smooth_value_and_grad(
         examples j, j + M, j + 2M, ... Array leaves of ndim >= 1 are split, all else
         goes whole to every sample.
       weight_fn: weight of a chunk, from the chunk of the one argument in
-        ``batch_argnames``, or from a dict of chunks if there are several. Default:
-        chunks count equally. A chunk of weight 0 contributes nothing.
+        ``batch_argnames``, or from a dict of chunks if there are several; a scalar.
+        Default: chunks count equally. A chunk of weight 0 contributes nothing; if all
+        weights are 0 the result is NaN.
       has_aux: whether ``value_fn`` returns ``(value, aux)``. Leaves of ``aux`` gain
-        leading axes ``(num_samples,)``, or ``(num_samples, 2)`` when antithetic.
+        leading axes ``(num_samples,)``, or ``(num_samples, 2)`` when antithetic; under
+        ``axis_name`` they stay each device's own.
       strategy: how samples are laid out. ``"vmap"``: all at once (fast where memory and
         matrix units are plenty). ``"scan"``: one after another in a loop.
         ``"unroll"``: one after another without a loop. An int: that many at once
@@ -189,7 +191,7 @@ def smooth_value_and_grad(
             weight = jnp.ones((), value.dtype)
             if weight_fn is not None:
                 only = chunk[names[0]] if len(names) == 1 else chunk
-                weight = jnp.asarray(weight_fn(only), value.dtype)
+                weight = _checks.check_weight(weight_fn(only)).astype(value.dtype)
                 value, grads = jax.tree.map(
                     lambda x: jnp.where(weight == 0, 0, weight.astype(x.dtype) * x),
                     (value, grads),
@@ -235,7 +237,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
             noise_key = jax.random.fold_in(key, index)
             options = {}
             if wants_key:
-                noise_key, options["sample_key"] = jax.random.split(noise_key)
+                options["sample_key"] = jax.random.split(noise_key)[1]
             noise = draw(noise_key)
             if antithetic:
                 # Without the barrier XLA draws the same noise once for each sign.
@@ -250,9 +252,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
             total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
             return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
 
-        return _layout.sum_samples(
-            sample, num_samples, chunks, strategy, (key, params), rematerialize
-        )
+        return _layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
 
     return estimate
 

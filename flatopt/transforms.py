@@ -94,10 +94,11 @@ def smooth_gradients(
         masked out get no noise and are not differentiated; their update is zero.
       strategy: layout of the samples, see :func:`smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over.
-      key: an int or a JAX random key.
+      key: an int or a JAX random key, read by ``init``.
 
     Returns:
-      A transformation with state :class:`SmoothGradientsState`.
+      A transformation with state :class:`SmoothGradientsState`. Under
+      ``optax.inject_hyperparams`` name ``kernel`` and ``weight_fn`` in ``static_args``.
 
     Raises:
       TypeError, ValueError: at the call or while tracing ``update``, in one sentence,
@@ -134,7 +135,8 @@ def smooth_gradients(
     def init_fn(params):
         return SmoothGradientsState(
             count=jnp.zeros((), jnp.int32),
-            noise_key=jax.random.key_data(_as_key(key)),
+            # A copy: the state may be donated, the caller's key must live on.
+            noise_key=jnp.array(jax.random.key_data(_as_key(key)), copy=True),
             smoothed_value=jnp.full((), jnp.inf, _value_dtype(params)),
         )
 
@@ -224,30 +226,33 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _is_typed(key):
+    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
 def _check_key(key):
-    if isinstance(key, bool) or not isinstance(key, int | np.integer | jax.Array):
+    whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
+    arrays = isinstance(key, jax.Array | np.ndarray) and (
+        (_is_typed(key) and key.shape == ())
+        or (jnp.issubdtype(key.dtype, jnp.integer) and key.shape in ((), (2,)))
+    )
+    if not (whole or arrays):
         raise TypeError(
-            f"key must be an int or a JAX random key, got {key!r}; write key=0 or "
+            f"key must be an int or a single JAX random key, got {key!r}; write key=0 or "
             "key=jax.random.key(0)."
         )
 
 
 def _as_key(key):
-    if not isinstance(key, jax.Array):
-        return jax.random.key(int(key))
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if _is_typed(key):
         return key
-    return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
+    return jax.random.wrap_key_data(key) if np.ndim(key) else jax.random.key(key)
 
 
 def _stored_key(data, key):
     """The key whose raw data the state holds, of the same generator as ``key``."""
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(
-        key.dtype, jax.dtypes.prng_key
-    )
-    return jax.random.wrap_key_data(
-        data, impl=jax.random.key_impl(key) if typed else None
-    )
+    impl = jax.random.key_impl(key) if _is_typed(key) else None
+    return jax.random.wrap_key_data(data, impl=impl)
 
 
 def _value_dtype(params):
@@ -314,4 +319,8 @@ def _partition(value_fn, params, mask):
     def value_of(free, **kwargs):
         return value_fn(merge(free), **kwargs)
 
-    return value_of, free, fill_with([jnp.zeros_like(leaf) for leaf in leaves])
+    return (
+        value_of,
+        free,
+        fill_with([jnp.zeros_like(x) if hasattr(x, "dtype") else x for x in leaves]),
+    )

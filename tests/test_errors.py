@@ -226,12 +226,66 @@ def test_masked_nodes_from_a_wrapper_around_us():
         )
 
 
-@pytest.mark.parametrize("key", [0.5, True, "seed"])
+@pytest.mark.parametrize(
+    "key", [0.5, True, "seed", jax.random.split(jax.random.key(0)), np.ones(2)]
+)
 def test_key(key):
     with _raises(
-        TypeError, "key must be an int or a JAX random key, got .*; write key=0"
+        TypeError, "(?s)key must be an int or a single JAX random key, got .*; write"
     ):
         smooth_gradients(0.1, key=key)
+
+
+@pytest.mark.parametrize("scale", [jnp.array(True), np.array(True), jnp.array(1j)])
+def test_scale_that_is_not_real(scale):
+    with _raises(TypeError, "scale must be real, got dtype (bool|complex64); give"):
+        smooth_gradients(scale)
+
+
+@pytest.mark.parametrize(
+    ("value_fn", "match"),
+    [
+        (
+            lambda p: (p.sum(), 0),
+            "got a tuple of 2; return the loss alone, or use smooth_va",
+        ),
+        (
+            lambda p: None,
+            "value_fn must return a real scalar, got None; return the mean",
+        ),
+    ],
+)
+def test_value_fn_with_aux_or_without_return(value_fn, match):
+    with _raises(TypeError, match):
+        _update(smooth_gradients(0.1), jnp.ones(2), value_fn=value_fn)
+
+
+def test_weight_fn_that_returns_no_scalar():
+    f = smooth_value_and_grad(
+        lambda p, batch: (p * batch.sum()).sum(),
+        0.1,
+        batch_argnames=("batch",),
+        weight_fn=lambda chunk: chunk,
+    )
+    with _raises(
+        TypeError, r"weight_fn must return a scalar, got \(3,\); sum over the"
+    ):
+        f(KEY, jnp.ones(2), batch=jnp.ones(3))
+
+
+def test_leaves_that_are_no_arrays():
+    for leaf in (jnp.tanh, "name"):
+        with _raises(
+            TypeError, "params must be arrays, got .* at 'f'; partition what is"
+        ):
+            smooth(lambda p: p["w"].sum(), 0.1)(KEY, {"w": jnp.ones(2), "f": leaf})
+
+
+def test_sample_key_given_by_the_user():
+    with _raises(
+        ValueError, "sample_key is the key that flatopt draws for each sample"
+    ):
+        _update(smooth_gradients(0.1), jnp.ones(2), value_fn=total, sample_key=KEY)
 
 
 def test_kernel_of_another_structure_or_shape():

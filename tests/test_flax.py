@@ -111,8 +111,7 @@ def test_perturbed_batch_norm_averages_the_perturbed_passes(jit, antithetic):
     params = nnx.state(model, nnx.Param)
     for j in range(4):
         key = jax.random.fold_in(jax.random.key(2), j)
-        noise_key, _ = jax.random.split(key)
-        noise = kernels.filterwise()(noise_key, params)
+        noise = kernels.filterwise()(key, params)
         for sign in (1, -1)[: 1 + antithetic]:
             copy = _copy(model)
             moved = jax.tree.map(lambda p, u, s=sign: p + s * 0.1 * u, params, noise)
@@ -277,6 +276,81 @@ def test_update_without_our_links_and_closures_over_the_batch():
         flatopt.flax.update(
             optimizer, model, lambda model: loss_fn(model, _batch()), batch=_batch()
         )
+
+
+class Counter(nnx.Module):
+    """A layer with variables of its own kinds."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(2, 1, rngs=rngs)
+        self.pair = nnx.Param({"a": jnp.ones((2, 3)), "b": jnp.ones(2)})
+        self.calls = nnx.Variable(jnp.array(0))
+        self.nothing = nnx.Variable(None)
+        self.tree = nnx.Variable({"a": jnp.zeros(2)})
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.dense(x) + self.pair.get_value()["b"].sum()
+
+
+def test_variables_of_any_kind_are_kept_and_counted():
+    model = Counter(nnx.Rngs(0))
+    value_fn = lambda model, batch: (model(batch) ** 2).mean()  # noqa: E731
+    f = flatopt.flax.value_and_grad(value_fn, 0.1, num_samples=2)
+    f(jax.random.key(0), model, batch=jnp.ones((4, 2)))
+    assert model.calls[...] == 1
+    optimizer = nnx.Optimizer(model, flatopt.nso_sgd(0.1), wrt=nnx.Param)
+    flatopt.flax.update(optimizer, model, value_fn, batch=jnp.ones((4, 2)))
+    assert model.calls[...] == 2
+    assert model.nothing.get_value() is None
+    assert flatopt.flax.filter_axes(model)["pair"] == {"a": (1,), "b": ()}
+
+
+def test_loss_fn_may_name_sample_key_and_params():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+
+    def value_fn(model, params, sample_key):
+        noise = jax.random.normal(sample_key, (4, 1))
+        return ((model(params) + noise) ** 2).mean()
+
+    f = flatopt.flax.value_and_grad(value_fn, 0.1)
+    loss, _ = f(jax.random.key(0), model, params=jnp.ones((4, 2)))
+    assert jnp.isfinite(loss)
+
+
+@pytest.mark.parametrize("kernel", ["isotropic", "filterwise"])
+def test_every_form_of_the_model_sees_the_same_noise(kernel):
+    kernel = getattr(kernels, kernel)()
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    inputs = jnp.arange(12.0).reshape(4, 3)
+
+    def value_fn(model, inputs):
+        return jnp.sin(model(inputs)).mean()
+
+    def plain(params, inputs):
+        return value_fn(nnx.merge(graphdef, params), inputs)
+
+    def with_key(params, inputs, sample_key):
+        return plain(params, inputs)
+
+    key = jax.random.key(5)
+    step_key = jax.random.fold_in(key, 0)
+    expected = flatopt.smooth_value_and_grad(plain, 0.5, kernel)(
+        step_key, state, inputs
+    )
+    forms = [nnx.to_pure_dict(state), nnx.as_pure(state)]
+    values = [
+        flatopt.smooth_value_and_grad(f, 0.5, kernel)(step_key, form, inputs)[0]
+        for form in forms
+        for f in (plain, with_key)
+    ]
+    in_flax = flatopt.flax.value_and_grad(value_fn, 0.5, kernel)
+    values.append(in_flax(step_key, model, inputs)[0])
+    tx = optax.chain(flatopt.smooth_gradients(0.5, kernel, key=key), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    values.append(flatopt.flax.update(optimizer, model, value_fn, inputs=inputs))
+    np.testing.assert_allclose(values, expected[0], rtol=1e-6)
 
 
 # Paths and filters

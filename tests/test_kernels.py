@@ -44,12 +44,30 @@ def test_signs_are_independent_between_neighbours_and_rows():
     assert np.abs(correlation).max() < 5.5 / np.sqrt(len(values))
 
 
-def test_signs_draw_one_random_bit_a_value():
-    words = jax.random.bits(jax.random.key(0), (64, 8), jnp.uint32)
-    flags = np.unpackbits(np.asarray(words).view("u1"), bitorder="little")
-    expected = 1.0 - 2.0 * flags.reshape(64, 256)
-    signs = kernels.signs(jax.random.key(0), (64, 256))
-    np.testing.assert_array_equal(signs, expected)
+@pytest.mark.parametrize(
+    "shape", [(64, 256), (4096,), (6, 1024), (96, 130), (3, 64, 17)]
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_signs_are_the_bits_of_few_random_words(shape, jit):
+    packed = {(6, 1024): 1, (3, 64, 17): 1}.get(shape, 0)
+    words_shape = list(shape)
+    words_shape[packed] //= 32
+    words = np.asarray(jax.random.bits(jax.random.key(0), words_shape, jnp.uint32))
+    bits = np.stack([(words >> j) & 1 for j in range(32)], axis=packed + 1)
+    expected = 1.0 - 2.0 * bits.reshape(shape)
+    draw = jax.jit(kernels.signs, static_argnums=1) if jit else kernels.signs
+    np.testing.assert_array_equal(draw(jax.random.key(0), shape), expected)
+
+
+def test_small_leaves_drawn_together_get_the_noise_of_each_alone():
+    params = {name: jnp.ones(n) for name, n in [("a", 3), ("b", 40), ("c", 2049)]}
+    params["scalar"] = jnp.float32(1)
+    for sampler in SAMPLERS:
+        kernel = kernels.isotropic(sampler)
+        together = kernel(jax.random.key(0), params)
+        for name, leaf in params.items():
+            alone = kernel(jax.random.key(0), {name: leaf})[name]
+            np.testing.assert_array_equal(together[name], alone)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 2), (7,), (3, 5, 2)])
@@ -179,3 +197,47 @@ def test_attribute_value_at_the_end_of_a_path_is_dropped():
     assert _trees.path_name((key("a"), get("value"))) == "a"
     assert _trees.path_name((key("a"), key("value"))) == "a/value"
     assert _trees.path_name(()) == ""
+
+
+# Shared magnitudes
+
+
+def test_shared_magnitude_draws_are_marginally_those_of_the_kernel():
+    params = {"w": jnp.ones((40, 50))}
+    kernel = kernels.shared_magnitude(kernels.isotropic())
+    step_keys = jax.random.split(jax.random.key(0), 200)
+
+    def draws(step_key):
+        draw = kernel.bind(step_key, params)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(3))
+        return jax.vmap(draw)(keys)["w"]
+
+    values = np.asarray(
+        jax.jit(jax.vmap(draws))(step_keys), "f8"
+    )  # steps, samples, ...
+    size = values[:, 0].size
+    for sample in range(3):
+        flat = values[:, sample].ravel()
+        for power, moment, eighth in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105)):
+            error = 5 * np.sqrt(eighth / size)
+            assert abs((flat**power).mean() - moment) < error
+        # Kolmogorov-Smirnov distance to the standard normal distribution.
+        ordered = np.sort(flat)
+        uniform = np.asarray(jax.scipy.stats.norm.cdf(ordered), "f8")
+        distance = np.abs(uniform - (np.arange(size) + 0.5) / size).max()
+        assert distance < 1.95 / np.sqrt(size)  # exceeded once in a thousand
+
+
+def test_shared_magnitude_samples_are_uncorrelated_and_fresh_each_step():
+    params = {"w": jnp.ones((40, 50))}
+    kernel = kernels.shared_magnitude(kernels.isotropic())
+    first = kernel.bind(jax.random.key(0), params)
+    second = kernel.bind(jax.random.key(1), params)
+    a, b = (np.asarray(first(jax.random.key(k))["w"], "f8").ravel() for k in (2, 3))
+    c = np.asarray(second(jax.random.key(2))["w"], "f8").ravel()
+    np.testing.assert_array_equal(np.abs(a), np.abs(b))
+    assert np.abs(np.abs(a) - np.abs(c)).max() > 1
+    # The product of two samples has variance E[u^4] = 3.
+    assert abs((a * b).mean()) < 5 * np.sqrt(3 / a.size)
+    neighbours = (a[:-1] * b[1:]).mean()
+    assert abs(neighbours) < 5 / np.sqrt(a.size)

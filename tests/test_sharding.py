@@ -16,6 +16,7 @@ NUM_DEVICES = 8
 KERNELS = {
     "filterwise": kernels.filterwise(),
     "signs": kernels.isotropic(kernels.signs),
+    "shared": kernels.shared_magnitude(kernels.isotropic()),
 }
 
 
@@ -75,7 +76,7 @@ def test_a_sharded_batch_moves_nothing_but_one_gradient(strategy):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_noise_of_sharded_parameters_is_drawn_in_place(axis_type, kernel):
-    kernel = KERNELS[kernel] if kernel == "signs" else kernels.isotropic()
+    kernel = kernels.isotropic() if kernel == "filterwise" else KERNELS[kernel]
     mesh = _mesh(axis_type)
     for spec in (P("data", None), P(None, "data")):
         params = {"w": jnp.ones((64, 512))}

@@ -19,10 +19,9 @@ from flatopt import kernels, smooth, smooth_value_and_grad
 KERNELS = {
     "isotropic": kernels.isotropic(),
     "signs": kernels.isotropic(kernels.signs),
-    "uniform": kernels.isotropic(kernels.uniform),
-    "laplace": kernels.isotropic(kernels.laplace),
     "filterwise": kernels.filterwise(),
     "elementwise": kernels.elementwise(),
+    "shared": kernels.shared_magnitude(kernels.filterwise()),
     "masked": kernels.masked(kernels.filterwise(), {"first": True, "second": False}),
     "function": lambda key, params: jax.tree.map(
         lambda p: jax.random.normal(key, p.shape) * p, params
@@ -97,6 +96,27 @@ def test_variance_falls_as_sigma_squared_for_one_point_and_fourth_for_two(x64):
     }
     assert abs(slopes[False] - 2) < 0.02
     assert abs(slopes[True] - 4) < 0.05
+
+
+def test_shared_magnitudes_have_the_variance_of_independent_draws(x64):
+    # f = theta' H theta / 2: the one-point variance is sigma^2 |H|_F^2 / M exactly.
+    dimension, sigma, num_samples = 6, 0.1, 4
+    a = jax.random.normal(jax.random.key(1), (dimension, dimension))
+    hessian = a + a.T
+    measured = {}
+    for name, kernel in {
+        "independent": kernels.isotropic(),
+        "shared": kernels.shared_magnitude(kernels.isotropic()),
+    }.items():
+        f = smooth_value_and_grad(
+            lambda t: t @ hessian @ t / 2, sigma, kernel, num_samples=num_samples
+        )
+        keys = jax.random.split(jax.random.key(2), 20_000)
+        grads = jax.vmap(lambda k, f=f: f(k, jnp.zeros(dimension))[1])(keys)
+        measured[name] = float(jnp.var(grads, axis=0, ddof=1).sum())
+    expected = sigma**2 * float(jnp.sum(hessian**2)) / num_samples
+    np.testing.assert_allclose(measured["independent"], expected, rtol=0.04)
+    np.testing.assert_allclose(measured["shared"], expected, rtol=0.04)
 
 
 def test_smoothed_value_adds_half_sigma_squared_times_the_trace(x64):
@@ -303,6 +323,11 @@ def test_a_second_call_compiles_nothing():
         with count_compilations() as compiled:
             f(jax.random.key(1), params, batch=batch)
         assert not compiled, strategy
+    smoothed = smooth(loss_fn, 0.1, num_samples=4)
+    for _ in range(2):
+        with count_compilations() as compiled:
+            jax.grad(lambda p: smoothed(jax.random.key(0), p, batch))(params)
+    assert not compiled
     jitted = jax.jit(f)
     jitted(jax.random.key(0), params, batch=batch)
     with count_compilations() as compiled:
@@ -325,6 +350,22 @@ def test_auto_loops_over_dense_layers_and_unrolls_convolutions_on_cpu():
 
     assert "scan[" in text(dense, jnp.ones(3))
     assert "scan[" not in text(convolve, jnp.ones((1, 1, 3, 3)))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "scan", "unroll", "vmap"])
+def test_value_fn_is_traced_once(strategy):
+    params, batch = regression()
+    calls = []
+
+    def counted(params, batch):
+        calls.append(1)
+        return loss_fn(params, batch)
+
+    f = smooth_value_and_grad(
+        counted, 0.1, num_samples=8, batch_argnames=("batch",), strategy=strategy
+    )
+    jax.jit(f).lower(jax.random.key(0), params, batch=batch)
+    assert len(calls) == 1
 
 
 # Memory

@@ -133,6 +133,38 @@ def test_masked_leaves_get_neither_noise_nor_gradient(mask):
     assert_close(masked["second"], expected["second"])
 
 
+def test_functions_and_integers_may_be_masked_out_of_recipes():
+    params = {"w": jnp.ones(2), "steps": jnp.arange(2), "activation": jnp.tanh}
+    mask = {"w": True, "steps": False, "activation": False}
+    tx = smooth_gradients(0.1, mask=mask)
+    value_fn = lambda p: p["activation"](p["w"]).sum()  # noqa: E731
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=value_fn)
+    assert jnp.all(updates["w"] != 0)
+
+    arrays = {"w": jnp.ones(2), "steps": jnp.arange(2)}
+    recipe = flatopt.lpf_sgd(
+        0.1, num_samples=1, mask={"w": True, "steps": False}, batch_argnames=()
+    )
+    state = recipe.init(arrays)
+    value_fn = lambda p: (p["w"] ** 2).sum()  # noqa: E731
+    updates, new_state = recipe.update(None, state, arrays, value_fn=value_fn)
+    assert types(updates) == types(arrays)
+    assert types(new_state) == types(state)
+    assert sum(x.size for x in jax.tree.leaves(optax.tree.get(state, "trace"))) == 2
+
+
+def test_donating_the_state_leaves_the_users_key_alone():
+    params, key = jnp.ones(2), jax.random.key(3)
+    tx = smooth_gradients(0.1, key=key)
+
+    def step(state):
+        return tx.update(None, state, params, value_fn=lambda p: p.sum())[1]
+
+    jax.jit(step, donate_argnums=0)(tx.init(params))
+    jax.jit(step, donate_argnums=0)(tx.init(params))
+    assert not key.is_deleted()
+
+
 def test_integer_leaves_may_be_masked_out():
     params = {"w": jnp.ones(2), "steps": jnp.arange(3)}
     tx = smooth_gradients(0.1, mask={"w": True, "steps": False})

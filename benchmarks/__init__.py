@@ -1,0 +1,1 @@
+"""Speed and memory of flatopt against what one would use instead, as ratios."""
