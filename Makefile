@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint doctest docs bench clean
 
 help:
-	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
+	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and formatting"
 	@echo "make doctest  run every example in the docstrings"

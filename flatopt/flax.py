@@ -96,7 +96,7 @@ def value_and_grad(
             return loss, (aux, _mutable(copy))
 
         (loss, (aux, states)), grads = smoothing.smooth_value_and_grad(
-            _value_fn(with_state, loss_fn, graphdef, rest),
+            _value_fn(with_state, loss_fn, graphdef, params, rest),
             scale,
             kernel,
             num_samples=num_samples,
@@ -162,7 +162,7 @@ def update(
     if nnx.state(model, nnx.Not(nnx.Any(_FIXED, nnx.RngState))):
         given = _checks.forwarded(loss_fn, kwargs)
         after = _clean_state(loss_fn, graphdef, params, rest, (), given)
-    value_fn = _value_fn(loss_fn, loss_fn, graphdef, rest)
+    value_fn = _value_fn(loss_fn, loss_fn, graphdef, params, rest)
     zeros = jax.tree.map(jnp.zeros_like, params)
     optimizer.update(model, zeros, value_fn=value_fn, **kwargs)
     if after is not None:
@@ -265,12 +265,15 @@ _LAYERS_WITH_VECTORS = (
 )
 
 
-def _value_fn(apply, loss_fn, graphdef, rest):
+def _value_fn(apply, loss_fn, graphdef, params, rest):
     """A function of parameters from one of a model, with ``loss_fn``'s signature."""
+    treedef = jax.tree.structure(params)
 
     def value_fn(params, /, *args, sample_key, **kwargs):
         if _checks.names_keyword(loss_fn, "sample_key"):
             kwargs["sample_key"] = sample_key
+        # An optimizer hands over bare arrays in place of variables.
+        params = treedef.unflatten(jax.tree.leaves(params))
         streams = _fold_streams(rest, sample_key)
         return apply(nnx.merge(graphdef, params, streams, copy=True), *args, **kwargs)
 
