@@ -20,8 +20,15 @@ def no_noise(key, params):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
 
 
+def copy(key, params):
+    """A kernel of one random number: the price of writing perturbed parameters."""
+    size = jax.random.uniform(key)
+    return jax.tree.map(lambda leaf: size * leaf.astype(jnp.float32), params)
+
+
 KERNELS = {
     "no noise": no_noise,
+    "copy": copy,
     "signs": kernels.filterwise(kernels.signs),
     "shared": kernels.shared_magnitude(kernels.filterwise()),
     "normal": kernels.filterwise(),

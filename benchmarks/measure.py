@@ -34,21 +34,29 @@ def measure(problem, contenders, repeats, seed=0, compiler_options=None):
             jax.block_until_ready(step(key, problem.params, state, problem.batch))
             if repeat:
                 times[name].append(time.perf_counter() - start)
-    return summarize(times, rows)
+    return summarize(times, rows) if repeats else rows
 
 
-def summarize(times, rows, reference="plain"):
-    """Quartiles of step times and of their ratios to the reference."""
+def summarize(times, rows):
+    """Quartiles of step times and of their ratios to the references of each row."""
     for name, values in times.items():
         row = rows.setdefault(name, {})
         row["seconds"] = quartiles(values)
-        row["over_plain"] = quartiles(np.divide(values, times[reference]))
-        floor = "floor " + name.rsplit(" ", 1)[-1]
-        if floor in times and name != floor:
-            row["over_floor"] = quartiles(np.divide(values, times[floor]))
-        if "optax SAM" in times and name.startswith("NSO"):
-            row["over_sam"] = quartiles(np.divide(values, times["optax SAM"]))
+        for column, reference in references(name).items():
+            if reference in times and reference != name:
+                row[column] = quartiles(np.divide(values, times[reference]))
     return rows
+
+
+def references(name):
+    """What a contender is compared with, by column."""
+    found = {"over_plain": "plain"}
+    if name.startswith("LPF-SGD "):
+        found["over_floor"] = f"LPF-SGD no noise, {name.rsplit(', ', 1)[-1]}"
+        found["over_copy"] = f"LPF-SGD copy, {name.rsplit(', ', 1)[-1]}"
+    if name.startswith("NSO"):
+        found["over_sam"] = "optax SAM"
+    return found
 
 
 def quartiles(values):

@@ -69,19 +69,21 @@ class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions with GroupNorm and a shortcut."""
 
     def __init__(self, inner, outer, strides, rngs):
-        convolution = nnx.Conv
-        self.first = convolution(
+        self.first = nnx.Conv(
             inner, outer, (3, 3), strides=strides, use_bias=False, rngs=rngs
         )
-        self.second = convolution(outer, outer, (3, 3), use_bias=False, rngs=rngs)
+        self.second = nnx.Conv(outer, outer, (3, 3), use_bias=False, rngs=rngs)
         self.norms = nnx.List(
             [nnx.GroupNorm(outer, num_groups=8, rngs=rngs) for _ in range(2)]
         )
-        self.shortcut = None
-        if inner != outer or strides != 1:
-            self.shortcut = convolution(
+        same = inner == outer and strides == 1
+        self.shortcut = nnx.data(
+            None
+            if same
+            else nnx.Conv(
                 inner, outer, (1, 1), strides=strides, use_bias=False, rngs=rngs
             )
+        )
 
     def __call__(self, x):
         y = nnx.relu(self.norms[0](self.first(x)))

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -25,14 +26,30 @@ _jit = functools.partial(
 )
 
 
+def fold_in(key, word):
+    """``jax.random.fold_in``, without loops for a threefry key; ``word`` may be traced."""
+    if not _is_threefry(key):
+        return jax.random.fold_in(key, word)
+    data = _data(key)
+    low = jnp.asarray(word).astype(jnp.uint32)
+    folded = jnp.stack(_threefry(data[0], data[1], jnp.zeros_like(low), low))
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(folded) if typed else folded
+
+
 def bits(key, shape, out_sharding=None):
     """Random uint32, those of ``jax.random.bits`` for a threefry key."""
     if not _is_threefry(key) or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
-    data = jax.random.key_data(key)
+    data = _data(key)
     low = _flat_index(shape, out_sharding)
     first, second = _threefry(data[0], data[1], jnp.zeros_like(low), low)
     return first ^ second
+
+
+def _data(key):
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(key) if typed else key
 
 
 def _is_threefry(key):
@@ -69,49 +86,139 @@ def _threefry(key0, key1, x0, x1):
 
 @_jit
 def normal(key, shape, dtype, out_sharding=None):
-    values = _open_interval(key, shape, out_sharding)
-    return (jnp.float32(2**0.5) * jax.lax.erf_inv(values)).astype(dtype)
+    return to_normal(bits(key, shape, out_sharding)).astype(dtype)
 
 
 @_jit
 def uniform(key, shape, dtype, out_sharding=None):
-    values = _open_interval(key, shape, out_sharding)
-    return (jnp.float32(3**0.5) * values).astype(dtype)
+    return to_uniform(bits(key, shape, out_sharding)).astype(dtype)
 
 
 @_jit
 def laplace(key, shape, dtype, out_sharding=None):
-    values = _open_interval(key, shape, out_sharding)
-    size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
-    return (jnp.sign(values) * size).astype(dtype)
+    return to_laplace(bits(key, shape, out_sharding)).astype(dtype)
 
 
 @_jit
 def signs(key, shape, dtype, out_sharding=None):
-    return 1 - 2 * _flags(key, shape, out_sharding).astype(dtype)
+    return to_signs(_flags(key, shape, out_sharding)).astype(dtype)
+
+
+def to_normal(words):
+    return jnp.float32(2**0.5) * jax.lax.erf_inv(_open_interval(words))
+
+
+def to_uniform(words):
+    return jnp.float32(3**0.5) * _open_interval(words)
+
+
+def to_laplace(words):
+    values = _open_interval(words)
+    size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
+    return jnp.sign(values) * size
+
+
+def to_signs(flags):
+    return 1 - 2 * flags.astype(jnp.float32)
+
+
+def sample_leaves(keys, shapes, transform):
+    """Values of a sampler for many small leaves, in one go and stored.
+
+    The values are those of each leaf drawn alone, from ``transform`` of its bits.
+    """
+    values = _joint_bits(keys, [math.prod(shape) for shape in shapes], transform)
+    return [v.reshape(shape) for v, shape in zip(values, shapes, strict=True)]
+
+
+def sample_leaves_signs(keys, shapes):
+    """The values of ``signs`` for all leaves, from one run of the generator."""
+    words = _joint_bits(
+        keys, [math.prod(_packed(shape)) for shape in shapes], lambda words: words
+    )
+    return [
+        to_signs(_unpack(w.reshape(_packed(shape)), shape))
+        for w, shape in zip(words, shapes, strict=True)
+    ]
+
+
+def can_sample_leaves(keys):
+    """On CPU, for threefry: elsewhere loops cost more than they save."""
+    return jax.default_backend() == "cpu" and _is_threefry(keys)
+
+
+def _joint_bits(keys, sizes, transform):
+    """``transform(bits(key, (size,)))`` for each key, by one elementwise expression.
+
+    The lists are laid out in blocks of one key each. XLA would fuse the generator with
+    each use of its values, and so run it again for each; a barrier does not prevent
+    that on CPU, but a loop does, and two rounds of it suffice.
+    """
+    width, rounds = 256, 2
+    counts = [-(-size // width) for size in sizes]
+    blocks = -(-sum(counts) // rounds) * rounds
+    owners = np.zeros(blocks, np.int32)
+    owners[: sum(counts)] = np.repeat(np.arange(len(sizes)), counts)
+    firsts = np.cumsum([0, *counts])
+    starts = (np.arange(blocks) - firsts[owners]) * width
+    data = jax.random.key_data(keys)[owners].reshape(rounds, -1, 2)
+    starts = jnp.asarray(starts, jnp.uint32).reshape(rounds, -1)
+
+    def draw(block):
+        data, starts = block
+        lane = jnp.arange(width, dtype=jnp.uint32)[None]
+        low = starts[:, None] + lane
+        first, second = _threefry(data[:, :1], data[:, 1:], jnp.zeros_like(low), low)
+        return transform(first ^ second)
+
+    flat = jax.lax.map(draw, (data, starts)).reshape(-1)
+    return [
+        flat[first * width : first * width + size]
+        for first, size in zip(firsts, sizes, strict=False)
+    ]
 
 
 def _flags(key, shape, out_sharding):
-    """Random zeros and ones as uint32, up to 32 from each random word.
-
-    Small arrays take one word a value. In others, along the packed axis, values
-    i * count + j are bit j of word i. Other axes keep their places, so the words of a
-    sharded array are sharded like it.
-    """
-    if math.prod(shape) <= SMALL:
-        return bits(key, shape, out_sharding) >> jnp.uint32(31)
-    axis, count = _packing(shape)
-    packed = (*shape[:axis], shape[axis] // count, *shape[axis + 1 :])
-    sharding = None
-    if out_sharding is not None:
-        sharding = _packed_sharding(out_sharding, axis, packed)
-    words = jnp.expand_dims(_stored_bits(key, packed, sharding), axis + 1)
-    shifts = jnp.arange(count, dtype=jnp.uint32)
-    shifts = shifts.reshape([count if a == axis + 1 else 1 for a in range(words.ndim)])
-    flags = jax.lax.reshape(
-        (words >> shifts) & jnp.uint32(1), shape, out_sharding=sharding
-    )
+    """Random zeros and ones as uint32, up to 32 from each random word."""
+    packed, sharding = _packed(shape), None
+    if out_sharding is not None and packed != shape:
+        sharding = _packed_sharding(out_sharding, _packing(shape)[0], packed)
+    if packed == shape:
+        words = bits(key, shape, out_sharding)
+    elif can_sample_leaves(key) and sharding is None:
+        keys = jax.random.wrap_key_data(_data(key)[None])
+        words = _joint_bits(keys, [math.prod(packed)], lambda words: words)[0]
+        words = words.reshape(packed)
+    else:
+        words = jax.random.bits(key, packed, jnp.uint32, out_sharding=sharding)
+    flags = _unpack(words, shape, sharding)
     return flags if sharding is None else jax.sharding.reshard(flags, out_sharding)
+
+
+def _packed(shape):
+    """The shape of the random words behind an array of signs."""
+    if math.prod(shape) <= SMALL:
+        return shape
+    axis, count = _packing(shape)
+    return (*shape[:axis], shape[axis] // count, *shape[axis + 1 :])
+
+
+def _unpack(words, shape, sharding=None):
+    """The bits of random words as zeros and ones.
+
+    Small arrays take the top bit of one word a value. In others, along the packed axis,
+    values i * count + j are bit j of word i; the other axes keep their places, so the
+    words of a sharded array are sharded like it.
+    """
+    if words.shape == shape:
+        return words >> jnp.uint32(31)
+    axis, count = _packing(shape)
+    shifts = jnp.arange(count, dtype=jnp.uint32)
+    shifts = shifts.reshape(
+        [count if a == axis + 1 else 1 for a in range(words.ndim + 1)]
+    )
+    flags = (jnp.expand_dims(words, axis + 1) >> shifts) & jnp.uint32(1)
+    return jax.lax.reshape(flags, shape, out_sharding=sharding)
 
 
 def _packing(shape):
@@ -128,34 +235,6 @@ def _packing(shape):
     return axis, counts[axis]
 
 
-def _stored_bits(key, shape, out_sharding):
-    """Random words that XLA stores, since each is used for many values.
-
-    Fused with its uses, the generator would run once for each value. On CPU a barrier
-    does not prevent that; a loop does, and here two rounds of it suffice.
-    """
-    size, rounds = math.prod(shape), 2
-    if size < 512:
-        return bits(key, shape, out_sharding)
-    if (
-        jax.default_backend() != "cpu"
-        or out_sharding is not None
-        or not _is_threefry(key)
-        or size >= 2**32
-    ):
-        return jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
-    data = jax.random.key_data(key)
-    part = -(-size // rounds)
-    low = jnp.arange(part, dtype=jnp.uint32)
-
-    def draw(start):
-        first, second = _threefry(data[0], data[1], jnp.zeros_like(low), low + start)
-        return first ^ second
-
-    starts = jnp.arange(rounds, dtype=jnp.uint32) * jnp.uint32(part)
-    return jax.lax.map(draw, starts).reshape(-1)[:size].reshape(shape)
-
-
 def _packed_sharding(sharding, axis, shape):
     """The sharding of an array for its words, replicated where they are too few."""
     spec = [*sharding.spec, *[None] * len(shape)][: len(shape)]
@@ -165,11 +244,9 @@ def _packed_sharding(sharding, axis, shape):
     return sharding.update(spec=jax.sharding.PartitionSpec(*spec))
 
 
-def _open_interval(key, shape, out_sharding):
+def _open_interval(words):
     """Uniform float32 in (-1, 1), as ``jax.random.normal`` makes it from its bits."""
-    mantissa = (bits(key, shape, out_sharding) >> jnp.uint32(9)) | jnp.uint32(
-        0x3F800000
-    )
+    mantissa = (words >> jnp.uint32(9)) | jnp.uint32(0x3F800000)
     unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
     lowest = jnp.float32(-0.99999994)
     return jnp.maximum(lowest, unit * (jnp.float32(1) - lowest) + lowest)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt import _random
+
 
 def path_name(path):
     """Name a leaf: its keys joined by ``/``, without a trailing attribute ``.value``.
@@ -31,9 +33,12 @@ def path_hashes(params):
 
 
 def leaf_keys(key, hashes):
+    """One typed key a leaf: the key with the two words of its hash folded in."""
     if not len(hashes):
         return []
-    fold = jax.random.fold_in
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    fold = _random.fold_in
     return jax.vmap(lambda word: fold(fold(key, word[0]), word[1]))(hashes)
 
 

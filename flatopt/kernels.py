@@ -83,33 +83,35 @@ def _leafwise(sampler, deviation=None):
 def _sample_leaves(sampler, keys, leaves):
     """One array of ``sampler`` values a leaf, each from its own key.
 
-    Small leaves are drawn in one loop on CPU: the values are the same, and a deep
+    Where it pays, leaves are drawn together: the values are the same, and a deep
     network compiles one generator instead of hundreds.
     """
+    shapes = [leaf.shape for leaf in leaves]
     shardings = [_trees.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
-    small = [
-        i
-        for i, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True))
-        if leaf.size <= _random.SMALL and sharding is None
-    ]
-    block = {}
-    if (
-        len(small) > 1
-        and sampler in (normal, signs, uniform, laplace)
-        and jax.default_backend() == "cpu"
-    ):
-        length = max(leaves[i].size for i in small)
-        rows = jax.lax.map(
-            lambda key: sampler(key, (length,), jnp.float32), keys[np.array(small)]
-        )
-        block = dict(zip(small, rows, strict=True))
+    transforms = {
+        normal: _random.to_normal,
+        uniform: _random.to_uniform,
+        laplace: _random.to_laplace,
+    }
+    together = {}
+    if leaves and not any(shardings) and _random.can_sample_leaves(keys):
+        if sampler is signs:
+            return _random.sample_leaves_signs(keys, shapes)
+        if sampler in transforms:
+            small = [i for i, leaf in enumerate(leaves) if leaf.size <= _random.SMALL]
+            values = _random.sample_leaves(
+                keys[np.array(small, int)],
+                [shapes[i] for i in small],
+                transforms[sampler],
+            )
+            together = dict(zip(small, values, strict=True))
     accepts_out_sharding = _accepts_out_sharding(sampler)
 
     def sample(i):
-        if i in block:
-            return block[i][: leaves[i].size].reshape(leaves[i].shape)
+        if i in together:
+            return together[i]
         options = {"out_sharding": shardings[i]} if accepts_out_sharding else {}
-        return sampler(keys[i], leaves[i].shape, jnp.float32, **options)
+        return sampler(keys[i], shapes[i], jnp.float32, **options)
 
     return [sample(i) for i in range(len(leaves))]
 
@@ -322,7 +324,7 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
 
     def shared_bind(key, params):
         # Samples fold in their index, which stays below this number.
-        step_key = jax.random.fold_in(key, 2**31 - 1)
+        step_key = _random.fold_in(key, 2**31 - 1)
         magnitude = _trees.bind(kernel, key, params)(step_key)
         magnitude = jax.lax.optimization_barrier(magnitude)
         leaves, treedef = jax.tree.flatten(magnitude)

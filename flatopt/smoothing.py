@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks, _layout, _trees, kernels
+from flatopt import _checks, _layout, _random, _trees, kernels
 
 Strategy = Literal["auto", "vmap", "scan", "unroll"] | int
 
@@ -234,7 +234,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
         draw = _trees.bind(kernel, key, params)
 
         def sample(index, chunk):
-            noise_key = jax.random.fold_in(key, index)
+            noise_key = _random.fold_in(key, index)
             options = {}
             if wants_key:
                 options["sample_key"] = jax.random.split(noise_key)[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import regression
 
-from flatopt import _trees, kernels
+from flatopt import _random, _trees, kernels
 
 SAMPLERS = [
     kernels.normal,
@@ -197,6 +197,19 @@ def test_attribute_value_at_the_end_of_a_path_is_dropped():
     assert _trees.path_name((key("a"), get("value"))) == "a"
     assert _trees.path_name((key("a"), key("value"))) == "a/value"
     assert _trees.path_name(()) == ""
+
+
+def test_fold_in_is_that_of_jax():
+    for key in (
+        jax.random.key(3),
+        jax.random.PRNGKey(3),
+        jax.random.key(3, impl="rbg"),
+    ):
+        for word in (0, 1, 12345, 2**31 - 1):
+            ours, theirs = _random.fold_in(key, word), jax.random.fold_in(key, word)
+            assert ours.dtype == theirs.dtype
+            ours, theirs = (jax.random.normal(k, (3,)) for k in (ours, theirs))
+            np.testing.assert_array_equal(ours, theirs)
 
 
 # Shared magnitudes

@@ -1,0 +1,168 @@
+"""``docs/benchmarks.md`` and its figure, from the JSON alone."""
+
+import json
+import pathlib
+import sys
+
+import matplotlib.pyplot as plt
+
+TITLES = {
+    "mlp": "MLP",
+    "cnn": "CNN with GroupNorm",
+    "transformer": "Transformer language model",
+    "resnet18": "ResNet-18, CIFAR shapes",
+}
+HEADER = """# Benchmarks
+
+`make bench` measures this page: every contender makes a whole training step of SGD with
+momentum, contenders take turns within one process, and figures are ratios within a round,
+as median (quartiles). LPF-SGD splits the batch into 8 chunks and uses the filter-wise kernel;
+NSO uses one pair and the isotropic one. Ratios carry over to other machines only roughly:
+measure on yours.
+
+- **over plain**: step time over one plain gradient of the same batch.
+- **over floor**: over the same chunks with no noise at all. **over copy**: over the same chunks
+  at parameters scaled by one random number a chunk, which is what writing perturbed parameters
+  to memory costs (without noise XLA also shares work on the parameters between chunks).
+- **memory**: temporary memory beyond that of the plain step, in parameter sizes; in brackets
+  with XLA's memory-optimized scheduler (see [layouts](strategies.md)).
+- **compile**: compile time over that of the plain step.
+- Kernels: *no noise* is the floor; *signs*, *shared* (one Gaussian draw a step, fresh signs a
+  chunk), *normal* (independent Gaussians), *jax.random.normal* (the same numbers, from JAX's
+  own generator).
+"""
+
+
+def write(results, page):
+    """Render the page and the figure of growth."""
+    report = json.loads(pathlib.Path(results).read_text())
+    lines = [HEADER, _machine(report)]
+    for name, problem in report["problems"].items():
+        lines += [_problem(name, problem)]
+    lines += [_targets(report)]
+    if "growth" in report:
+        lines += [_growth(report, page)]
+    pathlib.Path(page).write_text("\n".join(lines))
+
+
+def _machine(report):
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    hardware = report["hardware"]
+    return (
+        f"Measured on {hardware['cores']} {hardware['processor']} cores "
+        f"({hardware['backend']}) with {versions}; {report['repeats']} rounds.\n"
+    )
+
+
+def _quartiles(row, column):
+    if column not in row:
+        return ""
+    low, median, high = row[column]
+    return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _problem(name, problem):
+    size, batch = problem["num_parameters"], problem["batch_size"]
+    lines = [
+        f"## {TITLES[name]}\n",
+        f"{size / 1e6:.2f} million parameters, batch {batch}.\n",
+    ]
+    lines += [
+        "| step | over plain | over floor | over copy | over SAM | memory | compile |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    rows = problem["rows"]
+    for contender, row in rows.items():
+        memory = f"{row['temporary'] - rows['plain']['temporary']:.1f}"
+        if "temporary_memory_scheduler" in row:
+            plain = rows["plain"]["temporary_memory_scheduler"]
+            memory += f" ({row['temporary_memory_scheduler'] - plain:.1f})"
+        compile_ratio = row["compile_seconds"] / rows["plain"]["compile_seconds"]
+        columns = ["over_plain", "over_floor", "over_copy", "over_sam"]
+        cells = [_quartiles(row, column) for column in columns]
+        lines += [
+            f"| {' | '.join([contender, *cells, memory, f'{compile_ratio:.1f}'])} |"
+        ]
+    if "torch" in problem:
+        lines += [
+            f"\nPyTorch {problem['torch']['version']}, the same network and batch:\n"
+        ]
+        lines += ["| step | over its own plain | over JAX's plain |", "|---|---|---|"]
+        base = rows["plain"]["seconds"][1]
+        for contender, row in problem["torch"]["rows"].items():
+            other = f"{row['seconds'][1] / base:.2f}"
+            own = _quartiles(row, "over_plain")
+            lines += [f"| {contender} | {own} | {other} |"]
+    return "\n".join(lines) + "\n"
+
+
+def _targets(report):
+    problems = report["problems"]
+    lines = [
+        "## Targets\n",
+        "| figure | target | measured | met |",
+        "|---|---|---|---|",
+    ]
+
+    def add(figure, target, name, contender, column):
+        if name in problems and contender in problems[name]["rows"]:
+            value = problems[name]["rows"][contender][column][1]
+            verdict = "yes" if value <= target else "no"
+            lines.append(f"| {figure} | ≤ {target} | {value:.2f} | {verdict} |")
+
+    cnn, mlp = "LPF-SGD {}, unroll", "LPF-SGD {}, scan"
+    add("CNN, signs, over floor", 1.2, "cnn", cnn.format("signs"), "over_floor")
+    add("CNN, signs, over plain", 1.0, "cnn", cnn.format("signs"), "over_plain")
+    add("CNN, Gaussian, over floor", 1.4, "cnn", cnn.format("normal"), "over_floor")
+    add("MLP, signs, over floor", 1.15, "mlp", mlp.format("signs"), "over_floor")
+    add("MLP, signs, over copy", 1.1, "mlp", mlp.format("signs"), "over_copy")
+    add(
+        "MLP, shared Gaussian, over floor",
+        2.0,
+        "mlp",
+        mlp.format("shared"),
+        "over_floor",
+    )
+    for name in ("cnn", "mlp"):
+        limit = 1.15 if name == "cnn" else 1.0
+        title = TITLES[name]
+        add(f"NSO signs over SAM, {title}", 1.0, name, "NSO signs", "over_sam")
+        if name == "cnn":
+            add(f"NSO normal over SAM, {title}", limit, name, "NSO normal", "over_sam")
+    return "\n".join(lines) + "\n"
+
+
+def _growth(report, page):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    labels = {"samples": "samples M", "width": "parameters", "batch": "batch size"}
+    titles = {
+        "samples": "MLP, batch 64",
+        "width": "Transformer, M = 8",
+        "batch": "MLP, M = 8",
+    }
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        points = report["growth"][name]
+        x = [float(value) for value in points]
+        for column, text in (
+            ("over_plain", "over plain"),
+            ("over_floor", "over floor"),
+        ):
+            low, median, high = zip(*(p[column] for p in points.values()), strict=True)
+            axis.plot(x, median, marker="o", label=text)
+            axis.fill_between(x, low, high, alpha=0.2)
+        axis.set(xlabel=label, xscale="log", title=titles[name], ylim=(0, None))
+    axes[0].set_ylabel("step time ratio")
+    axes[0].legend()
+    images = pathlib.Path(page).parent / "images"
+    images.mkdir(exist_ok=True)
+    figure.savefig(images / "benchmarks_growth.png", dpi=130)
+    return (
+        "## Growth\n\nLPF-SGD with signs in a loop: the cost of chunks grows with their "
+        "number, the cost of noise beyond them hardly.\n\n"
+        "![Step time ratios against samples, parameters and batch size]"
+        "(images/benchmarks_growth.png)\n"
+    )
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], sys.argv[2])
