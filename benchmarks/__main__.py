@@ -50,6 +50,7 @@ def suite(problem_name):
     """The contenders of one problem, and its batch size."""
     pairs = {
         "optax SAM": c.optax_sam,
+        "SAM": c.sam,
         "NSO signs": c.nso(kernels.signs),
         "NSO normal": c.nso(kernels.normal),
     }

@@ -98,3 +98,17 @@ def optax_sam(problem):
         return optax.apply_updates(params, updates), state
 
     return tx, step
+
+
+def sam(problem):
+    """SAM as flatopt has it."""
+    tx = optax.chain(flatopt.sam_gradients(RADIUS), _sgd())
+
+    def step(key, params, state, batch):
+        del key
+        updates, state = tx.update(
+            None, state, params, value_fn=problem.value_fn, **batch
+        )
+        return optax.apply_updates(params, updates), state
+
+    return tx, step

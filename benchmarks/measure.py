@@ -54,7 +54,7 @@ def references(name):
     if name.startswith("LPF-SGD "):
         found["over_floor"] = f"LPF-SGD no noise, {name.rsplit(', ', 1)[-1]}"
         found["over_copy"] = f"LPF-SGD copy, {name.rsplit(', ', 1)[-1]}"
-    if name.startswith("NSO"):
+    if name == "SAM" or name.startswith("NSO"):
         found["over_sam"] = "optax SAM"
     return found
 

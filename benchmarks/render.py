@@ -129,6 +129,7 @@ def _targets(report):
         add(f"NSO signs over SAM, {title}", 1.0, name, "NSO signs", "over_sam")
         if name == "cnn":
             add(f"NSO normal over SAM, {title}", limit, name, "NSO normal", "over_sam")
+        add(f"SAM over optax's, {title}", 1.0, name, "SAM", "over_sam")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,17 @@
 
 from flatopt import kernels as kernels
 from flatopt import schedules as schedules
+from flatopt.adversarial import AdversarialState as AdversarialState
+from flatopt.adversarial import asam_gradients as asam_gradients
+from flatopt.adversarial import bayesian_sam_gradients as bayesian_sam_gradients
+from flatopt.adversarial import filterwise_asam_gradients as filterwise_asam_gradients
+from flatopt.adversarial import fisher_sam_gradients as fisher_sam_gradients
+from flatopt.adversarial import friendly_sam_gradients as friendly_sam_gradients
+from flatopt.adversarial import gsam_gradients as gsam_gradients
+from flatopt.adversarial import look_sam_gradients as look_sam_gradients
+from flatopt.adversarial import random_sam_gradients as random_sam_gradients
+from flatopt.adversarial import sam_gradients as sam_gradients
+from flatopt.adversarial import usam_gradients as usam_gradients
 from flatopt.optimizers import lpf_sgd as lpf_sgd
 from flatopt.optimizers import nso_sgd as nso_sgd
 from flatopt.smoothing import smooth as smooth
@@ -14,14 +25,25 @@ from flatopt.transforms import smooth_gradients as smooth_gradients
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdversarialState",
+    "asam_gradients",
+    "bayesian_sam_gradients",
+    "filterwise_asam_gradients",
+    "fisher_sam_gradients",
+    "friendly_sam_gradients",
+    "gsam_gradients",
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "kernels",
+    "look_sam_gradients",
     "lpf_sgd",
     "nso_sgd",
+    "random_sam_gradients",
+    "sam_gradients",
     "schedules",
     "skip_nonfinite",
     "smooth",
     "smooth_gradients",
     "smooth_value_and_grad",
+    "usam_gradients",
 ]

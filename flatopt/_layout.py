@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from flatopt._trees import explicit_sharding
 
+MOST_UNROLLED = 16
+
 
 def split_batch(kwargs, names, num_samples):
     """Split the named arguments into ``num_samples`` strided chunks.
@@ -102,7 +104,7 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
     if isinstance(strategy, str):
         traced, jaxpr = _trace(one)
         if strategy == "auto":
-            strategy = choose_strategy(jaxpr)
+            strategy = choose_strategy(jaxpr, num_samples)
         if strategy == "unroll":
             return _unroll(traced, num_samples)
         return _scan(traced, jaxpr, num_samples, 1, rematerialize)
@@ -171,13 +173,24 @@ def make_varying(leaf, axes):
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
-def choose_strategy(jaxpr):
+def tree_varying(params, axis_name):
+    """Parameters as values of each device: gradients of replicated ones come summed."""
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    return jax.tree.map(lambda leaf: make_varying(jnp.asarray(leaf), axes), params)
+
+
+def choose_strategy(jaxpr, num_samples):
     """The layout for ``strategy="auto"`` inside a trace; see ``docs/strategies.md``.
 
     On CPU, XLA runs convolutions inside loops many times slower than outside, and
-    everything else best in a loop. On accelerators a loop is the conservative choice.
+    everything else best in a loop. Compile time grows with the number of unrolled
+    samples, so there is a limit to it. On accelerators a loop is the conservative choice.
     """
-    if jax.default_backend() == "cpu" and _has_convolution(jaxpr):
+    if (
+        jax.default_backend() == "cpu"
+        and num_samples <= MOST_UNROLLED
+        and _has_convolution(jaxpr)
+    ):
         return "unroll"
     return "scan"
 

@@ -105,3 +105,12 @@ def bind(kernel, key, params):
         return jax.lax.stop_gradient(noise)
 
     return draw
+
+
+def wide(dtype):
+    """The dtype to accumulate in: float32, or wider."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def widen(x):
+    return x.astype(wide(x.dtype))

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt import _random, _trees
+from flatopt import _filters, _random, _trees
 
 Sampler = Callable[..., jax.Array]
-FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
+FilterAxes = _filters.FilterAxes
 
 
 class Kernel:
@@ -65,7 +65,7 @@ def _leafwise(sampler, deviation=None):
         deviations = [1.0] * len(leaves)
         if deviation is not None:
             deviations = [
-                deviation(_trees.path_name(path), leaf)
+                deviation(_trees.path_name(path), leaf).astype(jnp.float32)
                 for (path, _), leaf in zip(named, leaves, strict=True)
             ]
         hashes = _trees.path_hashes(params)
@@ -160,7 +160,7 @@ def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
     Example:
       >>> import jax, flatopt
       >>> flatopt.kernels.signs(jax.random.key(0), (6,))
-      Array([-1., -1., -1.,  1.,  1., -1.], dtype=float32)
+      Array([-1., -1.,  1.,  1., -1.,  1.], dtype=float32)
     """
     return _random.signs(key, tuple(shape), dtype, out_sharding)
 
@@ -268,15 +268,7 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
       Array([[5., 1.],
              [5., 1.]], dtype=float32)
     """
-    axes_of = _filter_axes_function(filter_axes)
-
-    def deviation(path, leaf):
-        axes = _check_axes(axes_of(path, leaf), path, leaf)
-        others = tuple(a for a in range(leaf.ndim) if a not in axes)
-        square = jnp.square(leaf.astype(jnp.float32))
-        return jnp.sqrt(jnp.sum(square, axis=others, keepdims=True))
-
-    return _leafwise(sampler, deviation)
+    return _leafwise(sampler, _filters.filter_norm(filter_axes))
 
 
 def elementwise(sampler: Sampler = normal) -> Kernel:
@@ -294,7 +286,7 @@ def elementwise(sampler: Sampler = normal) -> Kernel:
       >>> jnp.abs(kernel(jax.random.key(0), jnp.array([0.0, -2.0, 3.0])))
       Array([0., 2., 3.], dtype=float32)
     """
-    return _leafwise(sampler, lambda path, leaf: jnp.abs(leaf.astype(jnp.float32)))
+    return _leafwise(sampler, lambda path, leaf: jnp.abs(leaf))
 
 
 def shared_magnitude(kernel: Kernel) -> Kernel:
@@ -379,65 +371,3 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
         return draw
 
     return Kernel(masked_bind)
-
-
-def _default_filter_axes(path: str, leaf: jax.Array) -> int:
-    """The axis that indexes filters in Flax layouts: last, or first for embeddings.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> _default_filter_axes("dense/kernel", jnp.ones((3, 4)))
-      -1
-      >>> _default_filter_axes("embed/embedding", jnp.ones((3, 4)))
-      0
-    """
-    del leaf
-    return 0 if path.split("/")[-1] == "embedding" else -1
-
-
-def _is_axes(value):
-    return isinstance(value, int | np.integer) or (
-        isinstance(value, tuple) and all(isinstance(a, int | np.integer) for a in value)
-    )
-
-
-def _filter_axes_function(filter_axes):
-    if filter_axes is None:
-        return _default_filter_axes
-    if _is_axes(filter_axes):
-        return lambda path, leaf: filter_axes
-    if callable(filter_axes):
-        return filter_axes
-    by_path = {
-        _trees.path_name(path): axes
-        for path, axes in jax.tree_util.tree_leaves_with_path(
-            filter_axes, is_leaf=_is_axes
-        )
-    }
-
-    def from_tree(path, leaf):
-        if path not in by_path:
-            raise ValueError(
-                f"filter_axes has no entry for the leaf {path!r} of shape {leaf.shape}; "
-                f"it names {sorted(by_path)}, so give a tree with the paths of params."
-            )
-        return by_path[path]
-
-    return from_tree
-
-
-def _check_axes(axes, path, leaf):
-    if not _is_axes(axes) or isinstance(axes, bool):
-        raise ValueError(
-            f"filter_axes must give an int or a tuple of ints, got {axes!r} for the leaf "
-            f"{path!r}."
-        )
-    if leaf.ndim <= 1:
-        return ()
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
-        raise ValueError(
-            f"filter_axes names axis {axes} for the leaf {path!r} of shape {leaf.shape}; "
-            f"give axes between {-leaf.ndim} and {leaf.ndim - 1}."
-        )
-    return tuple(a % leaf.ndim for a in axes)

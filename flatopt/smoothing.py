@@ -73,7 +73,7 @@ def smooth(
             del chunk
             value = _checks.check_value(value_fn(perturbed, *args, **kwargs, **sample))
             dtypes.append(value.dtype)
-            return _widen(value), None
+            return _trees.widen(value), None
 
         value, _ = estimate(evaluate, key, params, {}, rematerialize=True)
         return (value / num_samples).astype(dtypes[0])
@@ -187,7 +187,7 @@ def smooth_value_and_grad(
                 perturbed, chunk, sample
             )
             dtypes.append(value.dtype)
-            value, grads = jax.tree.map(_widen, (value, grads))
+            value, grads = jax.tree.map(_trees.widen, (value, grads))
             weight = jnp.ones((), value.dtype)
             if weight_fn is not None:
                 only = chunk[names[0]] if len(names) == 1 else chunk
@@ -200,11 +200,7 @@ def smooth_value_and_grad(
 
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            # As values of each device: gradients of replicated ones come summed.
-            axes = (axis_name,) if isinstance(axis_name, str) else axis_name
-            params = jax.tree.map(
-                lambda leaf: _layout.make_varying(jnp.asarray(leaf), axes), params
-            )
+            params = _layout.tree_varying(params, axis_name)
         totals, aux = estimate(evaluate, key, params, chunks)
         if axis_name is not None:
             totals = jax.lax.pmean(totals, axis_name)
@@ -259,17 +255,9 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
 
 def _perturb(params, sign, scale, noise):
     def perturb(leaf, unit):
-        dtype = _wide(leaf.dtype)
+        dtype = _trees.wide(leaf.dtype)
         step = jnp.asarray(scale).astype(dtype) * unit.astype(dtype)
         moved = leaf.astype(dtype) + step if sign > 0 else leaf.astype(dtype) - step
         return moved.astype(leaf.dtype)
 
     return jax.tree.map(perturb, params, noise)
-
-
-def _wide(dtype):
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
-
-
-def _widen(x):
-    return x.astype(_wide(x.dtype))

@@ -1,15 +1,13 @@
 """Optax transformations that put the gradient of a smoothed loss into a chain."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from flatopt import _checks, _trees, smoothing
+from flatopt import _checks, _links, smoothing
 
 
 class SmoothGradientsState(NamedTuple):
@@ -130,20 +128,19 @@ def smooth_gradients(
     _checks.check_num_samples(num_samples)
     _checks.check_strategy(strategy)
     batch_argnames = _checks.check_names(batch_argnames)
-    _check_key(key)
+    _links.check_key(key)
 
     def init_fn(params):
         return SmoothGradientsState(
             count=jnp.zeros((), jnp.int32),
-            # A copy: the state may be donated, the caller's key must live on.
-            noise_key=jnp.array(jax.random.key_data(_as_key(key)), copy=True),
-            smoothed_value=jnp.full((), jnp.inf, _value_dtype(params)),
+            noise_key=_links.key_data(key),
+            smoothed_value=jnp.full((), jnp.inf, _links.value_dtype(params)),
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
-        _check_update(params, value_fn, "smooth_gradients")
-        value_of, free, fill = _partition(value_fn, params, mask)
+        _links.check_update(params, value_fn, "smooth_gradients")
+        value_of, select, merge = _links.partition(value_fn, params, mask)
         value, grads = smoothing.smooth_value_and_grad(
             value_of,
             scale(state.count) if callable(scale) else scale,
@@ -155,11 +152,12 @@ def smooth_gradients(
             strategy=strategy,
             axis_name=axis_name,
         )(
-            jax.random.fold_in(_stored_key(state.noise_key, key), state.count),
-            free,
+            jax.random.fold_in(_links.stored_key(state.noise_key, key), state.count),
+            select(params),
             **_checks.forwarded(value_fn, extra_args),
         )
-        return fill(grads), SmoothGradientsState(
+        updates = merge(grads, _links.zeros_like(params))
+        return updates, SmoothGradientsState(
             count=optax.safe_increment(state.count),
             noise_key=state.noise_key,
             smoothed_value=value.astype(state.smoothed_value.dtype),
@@ -224,103 +222,3 @@ def skip_nonfinite(
         return updates, SkipNonfiniteState(inner_state, num_skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_typed(key):
-    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
-def _check_key(key):
-    whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
-    arrays = isinstance(key, jax.Array | np.ndarray) and (
-        (_is_typed(key) and key.shape == ())
-        or (jnp.issubdtype(key.dtype, jnp.integer) and key.shape in ((), (2,)))
-    )
-    if not (whole or arrays):
-        raise TypeError(
-            f"key must be an int or a single JAX random key, got {key!r}; write key=0 or "
-            "key=jax.random.key(0)."
-        )
-
-
-def _as_key(key):
-    if _is_typed(key):
-        return key
-    return jax.random.wrap_key_data(key) if np.ndim(key) else jax.random.key(key)
-
-
-def _stored_key(data, key):
-    """The key whose raw data the state holds, of the same generator as ``key``."""
-    impl = jax.random.key_impl(key) if _is_typed(key) else None
-    return jax.random.wrap_key_data(data, impl=impl)
-
-
-def _value_dtype(params):
-    dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(params)]
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
-
-
-def _check_update(params, value_fn, name):
-    if params is None:
-        raise ValueError(
-            f"{name} needs params, got None; call "
-            "tx.update(grads, state, params, value_fn=loss_fn)."
-        )
-    if value_fn is None:
-        raise ValueError(
-            f"{name} needs value_fn, which was not passed; call "
-            "tx.update(grads, state, params, value_fn=loss_fn, batch=batch) with "
-            "loss_fn(params, batch), and note that Flax Linen's TrainState drops it."
-        )
-    if not callable(value_fn):
-        raise TypeError(
-            f"value_fn must be a function of params, got {value_fn!r}; pass the loss "
-            "function itself, not its value."
-        )
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
-        raise ValueError(
-            f"params hold MaskedNodes, which value_fn cannot take: optax.masked or "
-            f"optax.partition is around {name}; put {name} outside of them and pass it "
-            "mask= instead."
-        )
-
-
-def _partition(value_fn, params, mask):
-    """The parameters to differentiate, by a mask.
-
-    Returns ``value_fn`` of the free parameters alone, the free parameters (None
-    in place of the others, so that paths stay), and a function that fills their
-    gradients up with zeros.
-    """
-    if mask is None:
-        return value_fn, params, lambda grads: grads
-    flags = _trees.mask_flags(mask, params)
-    leaves, treedef = jax.tree.flatten(params)
-    free = treedef.unflatten(
-        [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
-    )
-
-    def fill_with(others):
-        def fill(tree):
-            given = treedef.flatten_up_to(tree)
-            return treedef.unflatten(
-                [
-                    ours if flag else other
-                    for ours, other, flag in zip(given, others, flags, strict=True)
-                ]
-            )
-
-        return fill
-
-    merge = fill_with(leaves)
-
-    @functools.wraps(value_fn)
-    def value_of(free, **kwargs):
-        return value_fn(merge(free), **kwargs)
-
-    return (
-        value_of,
-        free,
-        fill_with([jnp.zeros_like(x) if hasattr(x, "dtype") else x for x in leaves]),
-    )

@@ -1,5 +1,8 @@
 """Smoothing against closed forms, and its layouts against each other."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,12 +347,15 @@ def test_auto_loops_over_dense_layers_and_unrolls_convolutions_on_cpu():
         images = jnp.ones((1, 1, 8, 8))
         return jax.lax.conv(images, params, (1, 1), "SAME").sum()
 
-    def text(value_fn, params):
-        f = smooth_value_and_grad(value_fn, 0.1, num_samples=4)
+    def text(value_fn, params, num_samples=4):
+        kernel = kernels.isotropic(jax.random.normal)  # ours draws in a loop of its own
+        f = smooth_value_and_grad(value_fn, 0.1, kernel, num_samples=num_samples)
         return str(jax.make_jaxpr(f)(jax.random.key(0), params))
 
     assert "scan[" in text(dense, jnp.ones(3))
-    assert "scan[" not in text(convolve, jnp.ones((1, 1, 3, 3)))
+    kernel = jnp.ones((1, 1, 3, 3))
+    assert "scan[" not in text(convolve, kernel)
+    assert "scan[" in text(convolve, kernel, num_samples=17)  # compile time has a limit
 
 
 @pytest.mark.parametrize("strategy", ["auto", "scan", "unroll", "vmap"])
@@ -366,6 +372,30 @@ def test_value_fn_is_traced_once(strategy):
     )
     jax.jit(f).lower(jax.random.key(0), params, batch=batch)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("problem", ["mlp", "cnn"])
+def test_auto_picks_what_the_benchmark_found_fastest_on_cpu(problem):
+    from benchmarks.problems import make_problem
+
+    path = pathlib.Path(__file__).parent.parent / "docs" / "results"
+    report = json.loads((path / "benchmarks_cpu.json").read_text())
+    rows = report["problems"][problem]["rows"]
+    seconds = {
+        strategy: rows[f"LPF-SGD signs, {strategy}"]["seconds"][1]
+        for strategy in ("scan", "unroll", "vmap")
+    }
+    network = make_problem(problem, 8)
+    f = smooth_value_and_grad(
+        network.value_fn,
+        0.1,
+        kernels.filterwise(jax.random.normal),
+        num_samples=8,
+        batch_argnames=("inputs", "labels"),
+    )
+    jaxpr = str(jax.make_jaxpr(f)(jax.random.key(0), network.params, **network.batch))
+    picked = "scan" if "scan[" in jaxpr else "unroll"
+    assert picked == min(seconds, key=seconds.get)
 
 
 # Memory

@@ -1,0 +1,448 @@
+"""The sharpness-aware family against its formulas in NumPy, over ten steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, count_compilations, loss_fn, regression, types
+
+import flatopt
+from flatopt import kernels
+
+STEPS, RHO, RATE = 10, 0.3, 0.2
+METHODS = {
+    "sam": flatopt.sam_gradients(RHO),
+    "usam": flatopt.usam_gradients(RHO),
+    "asam": flatopt.asam_gradients(RHO, 0.05),
+    "filterwise_asam": flatopt.filterwise_asam_gradients(RHO, 0.05),
+    "random_sam": flatopt.random_sam_gradients(RHO, 0.1, key=3),
+    "bayesian_sam": flatopt.bayesian_sam_gradients(RHO, 0.1, key=3),
+    "gsam": flatopt.gsam_gradients(RHO, 0.4),
+    "look_sam": flatopt.look_sam_gradients(RHO, every=3, alpha=0.7),
+    "friendly_sam": flatopt.friendly_sam_gradients(RHO, 0.8, 0.9),
+    "fisher_sam": flatopt.fisher_sam_gradients(RHO, 0.5),
+}
+GRADIENTS = {name: 2 for name in METHODS}
+
+
+# Two problems with gradients written out in NumPy
+
+
+def _softmax():
+    keys = jax.random.split(jax.random.key(11), 4)
+    params = {
+        "bias": jax.random.normal(keys[1], (3,)),
+        "kernel": jax.random.normal(keys[0], (6, 3)),
+    }
+    inputs = jax.random.normal(keys[2], (32, 6))
+    labels = jax.random.randint(keys[3], (32,), 0, 3)
+
+    def value_fn(params, inputs, labels):
+        logits = inputs @ params["kernel"] + params["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def gradient(params, inputs, labels):
+        logits = inputs @ params["kernel"] + params["bias"]
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        error = (p - np.eye(3)[labels]) / len(labels)
+        return {"bias": error.sum(axis=0), "kernel": inputs.T @ error}
+
+    return params, {"inputs": inputs, "labels": labels}, value_fn, gradient
+
+
+def _factorization():
+    keys = jax.random.split(jax.random.key(12), 3)
+    params = {
+        "left": jax.random.normal(keys[0], (4, 2)) / 2,
+        "right": jax.random.normal(keys[1], (5, 2)) / 2,
+    }
+    target = jax.random.normal(keys[2], (4, 5))
+
+    def value_fn(params, target):
+        return jnp.mean((params["left"] @ params["right"].T - target) ** 2)
+
+    def gradient(params, target):
+        error = 2 * (params["left"] @ params["right"].T - target) / target.size
+        return {"left": error @ params["right"], "right": error.T @ params["left"]}
+
+    return params, {"target": target}, value_fn, gradient
+
+
+PROBLEMS = {"softmax": _softmax, "factorization": _factorization}
+
+
+# The methods in NumPy, on dicts of float64 arrays
+
+
+def _map(function, *trees):
+    return {name: function(*(t[name] for t in trees)) for name in trees[0]}
+
+
+def _dot(a, b):
+    return sum((a[name] * b[name]).sum() for name in a)
+
+
+def _norm(a):
+    return np.sqrt(_dot(a, a))
+
+
+def _step(params, direction, length):
+    norm = _norm(direction)
+    return _map(lambda p, d: p + length * d / norm, params, direction)
+
+
+def _filter_norms(leaf):
+    axes = tuple(range(leaf.ndim - 1)) if leaf.ndim > 1 else (0,)
+    return np.sqrt((leaf**2).sum(axis=axes, keepdims=True))
+
+
+def _noise(kernel, params, step):
+    key = jax.random.fold_in(jax.random.key(3), step)  # of the step
+    key = jax.random.fold_in(key, 0)  # of the only microbatch
+    noise = kernel(key, _map(lambda p: jnp.asarray(p, jnp.float32), params))
+    return _map(lambda u: np.asarray(u, "f8"), noise)
+
+
+def _adaptive(params, g, gradient, sizes):
+    scaled = _map(lambda t, x: t * x, sizes, g)
+    step = _map(lambda t, x: t * x, sizes, scaled)
+    return gradient(_map(lambda p, e: p + RHO * e / _norm(scaled), params, step))
+
+
+def _reference(name, params, gradient, step, memory):
+    if name in ("random_sam", "bayesian_sam"):
+        kernel = kernels.filterwise() if name == "random_sam" else kernels.isotropic()
+        noise = _noise(kernel, params, step)
+        g = gradient(_map(lambda p, u: p + 0.1 * u, params, noise))
+        return gradient(_step(params, g, RHO)), memory
+    g = gradient(params)
+    if name == "sam":
+        return gradient(_step(params, g, RHO)), memory
+    if name == "usam":
+        return gradient(_map(lambda p, x: p + RHO * x, params, g)), memory
+    if name == "asam":
+        sizes = _map(lambda p: np.abs(p) + 0.05, params)
+        return _adaptive(params, g, gradient, sizes), memory
+    if name == "filterwise_asam":
+        sizes = _map(lambda p: _filter_norms(p) + 0.05, params)
+        return _adaptive(params, g, gradient, sizes), memory
+    if name == "gsam":
+        moved = gradient(_step(params, g, RHO))
+        share = _dot(g, moved) / _dot(moved, moved)
+        return _map(lambda m, x: m - 0.4 * (x - share * m), moved, g), memory
+    if name == "look_sam":
+        if step % 3 == 0:
+            moved = gradient(_step(params, g, RHO))
+            share = _dot(moved, g) / _dot(g, g)
+            return moved, _map(lambda m, x: m - share * x, moved, g)
+        ratio = 0.7 * _norm(g) / _norm(memory)
+        return _map(lambda x, v: x + ratio * v, g, memory), memory
+    if name == "friendly_sam":
+        if memory is None:
+            return gradient(_step(params, g, RHO)), g
+        own = _map(lambda x, m: x - 0.8 * m, g, memory)
+        memory = _map(lambda m, x: 0.9 * m + 0.1 * x, memory, g)
+        return gradient(_step(params, own, RHO)), memory
+    assert name == "fisher_sam"
+    inverse = _map(lambda x: 1 / (1 + 0.5 * x**2), g)
+    length = np.sqrt(sum((g[n] ** 2 * inverse[n]).sum() for n in g))
+    moved = _map(lambda p, x, f: p + RHO * f * x / length, params, g, inverse)
+    return gradient(moved), memory
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_steps_follow_the_formula(name, problem, x64):
+    params, data, value_fn, numpy_gradient = PROBLEMS[problem]()
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    data = {k: v.astype(jnp.float64) if k != "labels" else v for k, v in data.items()}
+    expected = {k: np.asarray(v) for k, v in params.items()}
+    arrays = {k: np.asarray(v) for k, v in data.items()}
+
+    tx = optax.chain(METHODS[name], optax.sgd(RATE))
+    state, memory = tx.init(params), None
+
+    @jax.jit
+    def update(params, state):
+        updates, state = tx.update(None, state, params, value_fn=value_fn, **data)
+        return optax.apply_updates(params, updates), state
+
+    for step in range(STEPS):
+        params, state = update(params, state)
+        grads, memory = _reference(
+            name, expected, lambda p: numpy_gradient(p, **arrays), step, memory
+        )
+        expected = _map(lambda p, g: p - RATE * g, expected, grads)
+    for leaf in params:
+        # Filter norms of the noise are float32, in another order of rounding.
+        tolerance = 1e-6 if name == "random_sam" else 1e-9
+        np.testing.assert_allclose(
+            params[leaf], expected[leaf], rtol=tolerance, atol=tolerance
+        )
+
+
+def test_sam_is_optax_sam_with_normalize():
+    params, batch = regression()
+    ours = optax.chain(flatopt.sam_gradients(0.05), optax.sgd(0.1, momentum=0.9))
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    theirs = optax.contrib.sam(
+        optax.sgd(0.1, momentum=0.9), ascent, opaque_mode=True, reset_state=False
+    )
+    a, b = params, params
+    state_a, state_b = ours.init(a), theirs.init(b)
+    for _ in range(10):
+        updates, state_a = ours.update(None, state_a, a, value_fn=loss_fn, batch=batch)
+        a = optax.apply_updates(a, updates)
+        updates, state_b = theirs.update(
+            jax.grad(loss_fn)(b, batch),
+            state_b,
+            b,
+            grad_fn=lambda p, _: jax.grad(loss_fn)(p, batch),
+        )
+        b = optax.apply_updates(b, updates)
+    assert_close(a, b)
+
+
+# Counts of gradients, microbatches, late starts
+
+
+def _counting(calls):
+    def value_fn(params, batch):
+        calls.append(batch["targets"].shape[0])
+        return loss_fn(params, batch)
+
+    return value_fn
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_counts_are_exact(name):
+    params, batch = regression()
+    calls, counts = [], []
+    tx = METHODS[name]
+    state = tx.init(params)
+    for _ in range(4):
+        calls.clear()
+        _, state = tx.update(
+            None, state, params, value_fn=_counting(calls), batch=batch
+        )
+        counts.append(len(calls))
+    assert counts == ([2, 1, 1, 2] if name == "look_sam" else [2, 2, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam"])
+def test_microbatches_average_the_method_over_chunks(name):
+    params, batch = regression()
+    make = {
+        "sam": lambda **kw: flatopt.sam_gradients(RHO, **kw),
+        "gsam": lambda **kw: flatopt.gsam_gradients(RHO, 0.4, **kw),
+        "friendly_sam": lambda **kw: flatopt.friendly_sam_gradients(RHO, **kw),
+    }[name]
+    split = make(num_microbatches=4, batch_argnames=("batch",))
+
+    def update(tx, batch):
+        return tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
+
+    updates, state = jax.jit(lambda: update(split, batch))()
+    parts = [
+        update(make(), jax.tree.map(lambda x, j=j: x[j::4], batch)) for j in range(4)
+    ]
+    mean = jax.tree.map(lambda *x: sum(x) / 4, *[p[0] for p in parts])
+    assert_close(updates, mean)
+    values = [p[1].clean_value for p in parts]
+    np.testing.assert_allclose(state.clean_value, sum(values) / 4, rtol=1e-5)
+    whole, _ = update(make(), batch)
+    with pytest.raises(AssertionError):
+        assert_close(updates, whole)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_start_step_delays_the_method_and_costs_one_gradient_until_then(jit):
+    params, batch = regression()
+    tx = flatopt.sam_gradients(RHO, start_step=2)
+    plain, sam = jax.grad(loss_fn)(params, batch), flatopt.sam_gradients(RHO)
+    moved, _ = sam.update(None, sam.init(params), params, value_fn=loss_fn, batch=batch)
+    calls = []
+
+    def update(state):
+        return tx.update(None, state, params, value_fn=_counting(calls), batch=batch)
+
+    update = jax.jit(update) if jit else update
+    state = tx.init(params)
+    for step in range(4):
+        calls.clear()
+        updates, state = update(state)
+        assert_close(updates, plain if step < 2 else moved)
+        if not jit:
+            assert len(calls) == (1 if step < 2 else 2)
+
+
+def test_rho_may_be_a_schedule_and_a_hyperparameter():
+    params, batch = regression()
+    tx = flatopt.sam_gradients(lambda count: jnp.where(count == 0, 0.0, RHO))
+    updates, state = tx.update(
+        None, tx.init(params), params, value_fn=loss_fn, batch=batch
+    )
+    assert_close(updates, jax.grad(loss_fn)(params, batch))
+    injected = optax.inject_hyperparams(flatopt.sam_gradients)(rho=0.0)
+    state = injected.init(params)
+    step = jax.jit(
+        lambda s: injected.update(
+            _zeros(params), s, params, value_fn=loss_fn, batch=batch
+        )
+    )
+    updates, state = step(state)
+    assert_close(updates, jax.grad(loss_fn)(params, batch))
+    state.hyperparams["rho"] = jnp.float32(RHO)
+    with count_compilations() as compiled:
+        moved, _ = step(state)
+    assert not compiled
+    with pytest.raises(AssertionError):
+        assert_close(moved, updates)
+
+
+def _zeros(params):
+    return optax.tree.zeros_like(params)
+
+
+# Safety
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_zero_gradient_gives_zero_and_no_nan(name):
+    params = {"w": jnp.zeros((2, 2))}
+    tx = METHODS[name]
+    updates, _ = tx.update(
+        None, tx.init(params), params, value_fn=lambda p: 0.0 * jnp.sum(p["w"])
+    )
+    np.testing.assert_array_equal(updates["w"], np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tiny_gradients_do_not_underflow(dtype):
+    # |g| = 5e-25: its square is below float32, SAM's step must have length rho still.
+    params = jnp.zeros(2, dtype)
+    direction = jnp.array([3e-25, 4e-25], dtype)
+    seen = []
+
+    def value_fn(params):
+        seen.append(params)
+        return jnp.sum(direction * params)
+
+    with jax.disable_jit():
+        tx = flatopt.sam_gradients(0.5)
+        tx.update(None, tx.init(params), params, value_fn=value_fn)
+    moved = jax.grad(lambda p: jnp.sum(direction * p))(params)
+    assert moved.dtype == params.dtype
+    from flatopt import _ascent
+
+    step = _ascent.ascent(direction.astype(jnp.float32), 0.5)
+    np.testing.assert_allclose(step, [0.3, 0.4], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_types_never_change(name, dtype, x64):
+    params, batch = regression(16, jnp.dtype(dtype))
+    tx = METHODS[name]
+    state = tx.init(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert types(jax.eval_shape(tx.init, shapes)) == types(state)
+    update = jax.eval_shape(
+        lambda s: tx.update(None, s, params, value_fn=loss_fn, batch=batch), state
+    )
+    assert types(update[0]) == types(params)
+    assert types(update[1]) == types(state)
+    optax.tree.map_params(tx, lambda x: x, state)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masked_leaves_do_not_move(name):
+    params, batch = regression()
+    mask = {"first": False, "second": True}
+    make = getattr(flatopt, f"{name}_gradients")
+    extra = {"random_sam": (0.1,), "bayesian_sam": (0.1,), "gsam": (0.4,)}.get(name, ())
+    tx = make(RHO, *extra, mask=mask)
+    seen = []
+
+    def value_fn(params, batch):
+        seen.append(params["first"]["kernel"])
+        return loss_fn(params, batch)
+
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(None, state, params, value_fn=value_fn, batch=batch)
+    assert all(leaf is params["first"]["kernel"] for leaf in seen)
+    np.testing.assert_array_equal(updates["first"]["kernel"], np.zeros((5, 4)))
+    assert jnp.all(updates["second"]["kernel"] != 0)
+
+
+def test_sharded_batch_gives_the_result_of_one_device():
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    params, batch = regression()
+    tx = flatopt.sam_gradients(RHO)
+    step = jax.jit(
+        lambda p, b: tx.update(None, tx.init(p), p, value_fn=loss_fn, batch=b)[0]
+    )
+    expected = step(params, batch)
+    for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            place = lambda tree, spec, mesh=mesh: jax.tree.map(  # noqa: E731
+                lambda x: jax.device_put(x, NamedSharding(mesh, spec)), tree
+            )
+            result = step(place(params, P()), place(batch, P("data")))
+            assert_close(result, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (
+            lambda: flatopt.sam_gradients(-1),
+            ValueError,
+            "rho must be finite and not neg",
+        ),
+        (
+            lambda: flatopt.sam_gradients(True),
+            TypeError,
+            "rho must be a number or a sc",
+        ),
+        (lambda: flatopt.gsam_gradients(0.1, -1), ValueError, "alpha must be finite"),
+        (lambda: flatopt.asam_gradients(0.1, -1), ValueError, "eta must be finite"),
+        (
+            lambda: flatopt.look_sam_gradients(0.1, 0),
+            ValueError,
+            "every must be an int",
+        ),
+        (
+            lambda: flatopt.random_sam_gradients(0.1, -1),
+            ValueError,
+            "sigma must be fin",
+        ),
+        (
+            lambda: flatopt.sam_gradients(0.1, num_microbatches=4),
+            ValueError,
+            "num_microbatches=4 needs batch_argnames, got none; name the arguments",
+        ),
+        (
+            lambda: flatopt.sam_gradients(0.1, num_microbatches=0),
+            ValueError,
+            "num_microbatches must be an int of at least 1, got 0",
+        ),
+    ],
+)
+def test_wrong_arguments(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_missing_value_fn_names_the_method(name):
+    tx = METHODS[name]
+    params = jnp.ones(2)
+    with pytest.raises(ValueError, match=f"{name}_gradients needs value_fn, which was"):
+        tx.update(None, tx.init(params), params)
