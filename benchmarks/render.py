@@ -12,6 +12,7 @@ TITLES = {
     "transformer": "Transformer language model",
     "resnet18": "ResNet-18, CIFAR shapes",
 }
+LAYOUTS = {"cnn": "unroll", "mlp": "scan", "transformer": "scan", "resnet18": "unroll"}
 HEADER = """# Benchmarks
 
 `make bench` measures this page: every contender makes a whole training step of SGD with
@@ -43,6 +44,29 @@ def write(results, page):
     if "growth" in report:
         lines += [_growth(report, page)]
     pathlib.Path(page).write_text("\n".join(lines))
+
+
+def summary(report):
+    """The table of the README: medians, by problem."""
+    lines = [
+        "| network | LPF-SGD, signs: over plain SGD | over writing perturbed parameters | "
+        "NSO, signs: over `optax.contrib.sam` | LPF-SGD in PyTorch: over its plain SGD |",
+        "|---|---|---|---|---|",
+    ]
+    for name, layout in LAYOUTS.items():
+        problem = report["problems"][name]
+        lpf = problem["rows"][f"LPF-SGD signs, {layout}"]
+        cells = [lpf["over_plain"][1], lpf["over_copy"][1]]
+        cells += [problem["rows"]["NSO signs"]["over_sam"][1]]
+        cells = [f"{cell:.2f}" for cell in cells]
+        torch = problem.get("torch", {}).get("rows", {}).get("LPF-SGD")
+        cells += ["" if torch is None else f"{torch['over_plain'][1]:.2f}"]
+        size = problem["num_parameters"] / 1e6
+        title = (
+            f"{TITLES[name]}, {size:.1f} M parameters, batch {problem['batch_size']}"
+        )
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    return "\n".join(lines)
 
 
 def _machine(report):
@@ -123,6 +147,9 @@ def _targets(report):
         mlp.format("shared"),
         "over_floor",
     )
+    for name, layout in (("cnn", cnn), ("resnet18", cnn), ("transformer", mlp)):
+        contender = layout.format("signs")
+        add(f"{TITLES[name]}, signs, over copy", 1.1, name, contender, "over_copy")
     for name in ("cnn", "mlp"):
         limit = 1.15 if name == "cnn" else 1.0
         title = TITLES[name]
@@ -167,3 +194,4 @@ def _growth(report, page):
 
 if __name__ == "__main__":
     write(sys.argv[1], sys.argv[2])
+    print(summary(json.loads(pathlib.Path(sys.argv[1]).read_text())))

@@ -13,8 +13,12 @@ from flatopt.adversarial import look_sam_gradients as look_sam_gradients
 from flatopt.adversarial import random_sam_gradients as random_sam_gradients
 from flatopt.adversarial import sam_gradients as sam_gradients
 from flatopt.adversarial import usam_gradients as usam_gradients
+from flatopt.optimizers import asam_sgd as asam_sgd
+from flatopt.optimizers import lpf_adamw as lpf_adamw
 from flatopt.optimizers import lpf_sgd as lpf_sgd
+from flatopt.optimizers import nso_adamw as nso_adamw
 from flatopt.optimizers import nso_sgd as nso_sgd
+from flatopt.optimizers import sam_sgd as sam_sgd
 from flatopt.smoothing import smooth as smooth
 from flatopt.smoothing import smooth_value_and_grad as smooth_value_and_grad
 from flatopt.transforms import SkipNonfiniteState as SkipNonfiniteState
@@ -27,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdversarialState",
     "asam_gradients",
+    "asam_sgd",
     "bayesian_sam_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
@@ -36,10 +41,13 @@ __all__ = [
     "SmoothGradientsState",
     "kernels",
     "look_sam_gradients",
+    "lpf_adamw",
     "lpf_sgd",
+    "nso_adamw",
     "nso_sgd",
     "random_sam_gradients",
     "sam_gradients",
+    "sam_sgd",
     "schedules",
     "skip_nonfinite",
     "smooth",

@@ -136,7 +136,8 @@ def update(
         other links in the chain.
 
     Returns:
-      The smoothed loss before the step, a scalar.
+      The loss before the step as the link measured it, a scalar: the smoothed loss, or
+      that at the clean parameters for the sharpness-aware links.
 
     Raises:
       ValueError: if the chain holds no link of flatopt.
@@ -152,7 +153,7 @@ def update(
       >>> loss.shape
       ()
     """
-    if optax.tree.get(optimizer.opt_state, "smoothed_value") is None:
+    if _last_value(optimizer) is None:
         raise ValueError(
             "optimizer has no link of flatopt in its chain, so value_fn would be ignored; "
             "make it with nnx.Optimizer(model, flatopt.lpf_sgd(0.1), wrt=nnx.Param)."
@@ -167,7 +168,7 @@ def update(
     optimizer.update(model, zeros, value_fn=value_fn, **kwargs)
     if after is not None:
         _write_back(model, after)
-    return optax.tree.get(optimizer.opt_state, "smoothed_value")[...]
+    return _last_value(optimizer)[...]
 
 
 def filter_axes(model: nnx.Module) -> dict[str, Any]:
@@ -263,6 +264,14 @@ _LAYERS_WITH_VECTORS = (
     nnx.GroupNorm,
     nnx.InstanceNorm,
 )
+
+
+def _last_value(optimizer):
+    for name in ("smoothed_value", "clean_value"):
+        value = optax.tree.get(optimizer.opt_state, name)
+        if value is not None:
+            return value
+    return None
 
 
 def _value_fn(apply, loss_fn, graphdef, params, rest):

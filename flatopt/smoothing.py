@@ -236,7 +236,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
                 options["sample_key"] = jax.random.split(noise_key)[1]
             noise = draw(noise_key)
             if antithetic:
-                # Without the barrier XLA draws the same noise once for each sign.
+                # Both signs use it: without the barrier XLA may draw it twice.
                 noise = jax.lax.optimization_barrier(noise)
             outs = [
                 evaluate(_perturb(params, sign, scale, noise), chunk, **options)

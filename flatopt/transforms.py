@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import _checks, _links, smoothing
+from flatopt._ascent import AdversarialState
 
 
 class SmoothGradientsState(NamedTuple):
@@ -204,16 +205,19 @@ def skip_nonfinite(
         for leaf in jax.tree.leaves(updates):
             finite &= jnp.isfinite(leaf).all()
 
+        def choose(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
         def keep(new, old):
-            if isinstance(new, SmoothGradientsState):
-                return new
-            return jnp.where(finite, new, old)
+            if isinstance(new, AdversarialState):
+                return new._replace(memory=choose(new.memory, old.memory))
+            return new if isinstance(new, SmoothGradientsState) else choose(new, old)
 
         inner_state = jax.tree.map(
             keep,
             new_state,
             state.inner_state,
-            is_leaf=lambda node: isinstance(node, SmoothGradientsState),
+            is_leaf=lambda x: isinstance(x, SmoothGradientsState | AdversarialState),
         )
         updates = jax.tree.map(
             lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates

@@ -263,6 +263,21 @@ def test_update_computes_no_gradient_that_is_thrown_away():
     assert calls == [(BATCH,)] + [(4,)] * 4  # statistics, then the chunks
 
 
+def test_update_takes_the_sharpness_aware_links():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    inputs = jnp.arange(12.0).reshape(4, 3) / 12
+
+    def value_fn(model, inputs):
+        return jnp.sin(model(inputs)).mean()
+
+    tx = optax.chain(flatopt.sam_gradients(0.1), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = value_fn(model, inputs)
+    loss = flatopt.flax.update(optimizer, model, value_fn, inputs=inputs)
+    np.testing.assert_allclose(loss, before, rtol=1e-6)
+    assert value_fn(model, inputs) < before
+
+
 def test_update_without_our_links_and_closures_over_the_batch():
     model = Network(nnx.Rngs(0))
     with pytest.raises(

@@ -190,3 +190,40 @@ def test_nso_descends_the_trace_penalty_of_a_valley():
     sharp = train(optax.with_extra_args_support(optax.sgd(0.02)))
     assert jnp.sum(flat**2) < 2.6  # the trace of the Hessian at a minimum
     assert jnp.sum(sharp**2) > 15
+
+
+def test_other_recipes_are_their_chains(standard_promotion):
+    def sgd(weight_decay):
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay), optax.sgd(0.1, momentum=0.9)
+        )
+
+    smooth = flatopt.smooth_gradients
+    names = ("inputs", "labels")
+    lpf = smooth(5e-4, kernels.filterwise(), num_samples=8, batch_argnames=names, key=2)
+    pairs = [
+        (
+            flatopt.sam_sgd(0.1, 0.3, weight_decay=0.01),
+            optax.chain(flatopt.sam_gradients(0.3), sgd(0.01)),
+        ),
+        (
+            flatopt.asam_sgd(0.1, 0.3, 0.05, weight_decay=0.01),
+            optax.chain(flatopt.asam_gradients(0.3, 0.05), sgd(0.01)),
+        ),
+        (
+            flatopt.lpf_adamw(0.1, weight_decay=0.01, batch_argnames=names, key=2),
+            optax.chain(lpf, optax.adamw(0.1, weight_decay=0.01)),
+        ),
+        (
+            flatopt.nso_adamw(0.1, 0.3, weight_decay=0.01, key=2),
+            optax.chain(
+                smooth(0.3, antithetic=True, key=2), optax.adamw(0.1, weight_decay=0.01)
+            ),
+        ),
+    ]
+    before, _, _ = _problem()
+    for recipe, chain in pairs:
+        result, expected = _run(recipe, 3), _run(chain, 3)
+        for name in result:
+            np.testing.assert_array_equal(result[name], expected[name])
+            assert jnp.all(result[name] != before[name])

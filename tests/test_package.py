@@ -1,6 +1,7 @@
 """The package as a reader meets it: names, documentation, README."""
 
 import inspect
+import json
 import pathlib
 import re
 import subprocess
@@ -71,3 +72,23 @@ def test_package_imports_without_its_extras():
         "import flatopt; flatopt.lpf_sgd(0.1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_benchmark_figures_are_those_of_the_measured_run():
+    from benchmarks import render
+
+    results = ROOT / "docs" / "results" / "benchmarks_cpu.json"
+    assert (
+        render.summary(json.loads(results.read_text()))
+        in (ROOT / "README.md").read_text()
+    )
+
+
+def test_benchmark_page_is_rendered_from_the_measured_run(tmp_path):
+    from benchmarks import render
+
+    render.write(
+        ROOT / "docs" / "results" / "benchmarks_cpu.json", tmp_path / "page.md"
+    )
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert (tmp_path / "page.md").read_text() == page
