@@ -179,6 +179,8 @@ def _growth(report, page):
             axis.plot(x, median, marker="o", label=text)
             axis.fill_between(x, low, high, alpha=0.2)
         axis.set(xlabel=label, xscale="log", title=titles[name], ylim=(0, None))
+        axis.set_xticks(x, [f"{v / 1e6:.1f} M" if v > 1e5 else f"{v:g}" for v in x])
+        axis.minorticks_off()
     axes[0].set_ylabel("step time ratio")
     axes[0].legend()
     images = pathlib.Path(page).parent / "images"

@@ -25,6 +25,9 @@ from flatopt.transforms import SkipNonfiniteState as SkipNonfiniteState
 from flatopt.transforms import SmoothGradientsState as SmoothGradientsState
 from flatopt.transforms import skip_nonfinite as skip_nonfinite
 from flatopt.transforms import smooth_gradients as smooth_gradients
+from flatopt.zeroth_order import (
+    smooth_gradients_zeroth_order as smooth_gradients_zeroth_order,
+)
 
 __version__ = "0.1.0"
 
@@ -52,6 +55,7 @@ __all__ = [
     "skip_nonfinite",
     "smooth",
     "smooth_gradients",
+    "smooth_gradients_zeroth_order",
     "smooth_value_and_grad",
     "usam_gradients",
 ]
