@@ -49,18 +49,26 @@ def write(results, page):
 def summary(report):
     """The table of the README: medians, by problem."""
     lines = [
-        "| network | LPF-SGD, signs: over plain SGD | over writing perturbed parameters | "
-        "NSO, signs: over `optax.contrib.sam` | LPF-SGD in PyTorch: over its plain SGD |",
-        "|---|---|---|---|---|",
+        "| network | LPF-SGD over plain SGD: Gaussian | signs | signs over writing perturbed "
+        "parameters | PyTorch loop of LPF-SGD (Gaussian) over its plain SGD | "
+        "NSO, signs: over `optax.contrib.sam` |",
+        "|---|---|---|---|---|---|",
     ]
     for name, layout in LAYOUTS.items():
         problem = report["problems"][name]
-        lpf = problem["rows"][f"LPF-SGD signs, {layout}"]
-        cells = [lpf["over_plain"][1], lpf["over_copy"][1]]
-        cells += [problem["rows"]["NSO signs"]["over_sam"][1]]
-        cells = [f"{cell:.2f}" for cell in cells]
-        torch = problem.get("torch", {}).get("rows", {}).get("LPF-SGD")
-        cells += ["" if torch is None else f"{torch['over_plain'][1]:.2f}"]
+        rows = problem["rows"]
+        signs = rows[f"LPF-SGD signs, {layout}"]
+        cells = [
+            rows.get(f"LPF-SGD normal, {layout}", {}).get("over_plain"),
+            signs["over_plain"],
+            signs["over_copy"],
+            problem.get("torch", {})
+            .get("rows", {})
+            .get("LPF-SGD", {})
+            .get("over_plain"),
+            rows["NSO signs"]["over_sam"],
+        ]
+        cells = ["–" if cell is None else f"{cell[1]:.2f}" for cell in cells]
         size = problem["num_parameters"] / 1e6
         title = (
             f"{TITLES[name]}, {size:.1f} M parameters, batch {problem['batch_size']}"

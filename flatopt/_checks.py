@@ -47,8 +47,8 @@ def check_num_samples(num_samples, name="num_samples"):
     if isinstance(num_samples, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array; it fixes shapes, so under "
-            "optax.inject_hyperparams bind it first: inject_hyperparams(lambda scale: "
-            "flatopt.smooth_gradients(scale, num_samples=8))(scale=0.01)."
+            "optax.inject_hyperparams bind it first, as in inject_hyperparams(lambda "
+            f"scale: flatopt.smooth_gradients(scale, {name}=8))(scale=0.01)."
         )
     if (
         isinstance(num_samples, bool)
@@ -102,7 +102,7 @@ def check_params(params):
     """Arrays of ``params``, which must be real and floating."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in leaves:
-        if not _is_numeric(leaf):
+        if not is_numeric(leaf):
             raise TypeError(
                 f"params must be arrays, got {leaf!r} at {path_name(path)!r}; partition "
                 "what is not an array out of params first."
@@ -145,7 +145,7 @@ def takes_any_keyword(function):
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def _is_numeric(leaf):
+def is_numeric(leaf):
     return isinstance(leaf, numbers.Number | np.ndarray | np.generic | jax.Array)
 
 
@@ -156,7 +156,7 @@ def check_value(value):
             f"value_fn must return a real scalar, got a tuple of {len(value)}; return the "
             "loss alone, or use smooth_value_and_grad with has_aux=True for (loss, aux)."
         )
-    if not _is_numeric(value):
+    if not is_numeric(value):
         raise TypeError(
             f"value_fn must return a real scalar, got {value!r}; return the mean loss."
         )
@@ -171,10 +171,10 @@ def check_value(value):
 
 def check_weight(weight):
     """The scalar that a weight_fn returned."""
-    if not _is_numeric(weight) or jnp.shape(weight) != ():
+    if not is_numeric(weight) or jnp.shape(weight) != ():
         raise TypeError(
             "weight_fn must return a scalar, got "
-            f"{jnp.shape(weight) if _is_numeric(weight) else weight!r}; sum over the chunk, "
+            f"{jnp.shape(weight) if is_numeric(weight) else weight!r}; sum over the chunk, "
             "as in chunk['mask'].sum()."
         )
     return jnp.asarray(weight)

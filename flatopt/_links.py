@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt import _trees
+from flatopt import _checks, _trees
 
 
 def _is_typed(key):
@@ -106,9 +106,9 @@ def partition(value_fn, params, mask):
 
 
 def zeros_like(params):
-    """Zeros for arrays; what is not an array stays."""
+    """Zeros for numbers and arrays; what is neither stays."""
     return jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf) if hasattr(leaf, "dtype") else leaf, params
+        lambda leaf: jnp.zeros_like(leaf) if _checks.is_numeric(leaf) else leaf, params
     )
 
 

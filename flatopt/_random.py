@@ -122,20 +122,24 @@ def to_signs(flags):
     return 1 - 2 * flags.astype(jnp.float32)
 
 
+def _unchanged(words):
+    return words
+
+
 def sample_leaves(keys, shapes, transform):
     """Values of a sampler for many small leaves, in one go and stored.
 
     The values are those of each leaf drawn alone, from ``transform`` of its bits.
     """
-    values = _joint_bits(keys, [math.prod(shape) for shape in shapes], transform)
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    values = _joint_bits(keys, sizes, transform)
     return [v.reshape(shape) for v, shape in zip(values, shapes, strict=True)]
 
 
 def sample_leaves_signs(keys, shapes):
     """The values of ``signs`` for all leaves, from one run of the generator."""
-    words = _joint_bits(
-        keys, [math.prod(_packed(shape)) for shape in shapes], lambda words: words
-    )
+    sizes = tuple(math.prod(_packed(shape)) for shape in shapes)
+    words = _joint_bits(keys, sizes, _unchanged)
     return [
         to_signs(_unpack(w.reshape(_packed(shape)), shape))
         for w, shape in zip(words, shapes, strict=True)
@@ -147,6 +151,7 @@ def can_sample_leaves(keys):
     return jax.default_backend() == "cpu" and _is_threefry(keys)
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "transform"), inline=True)
 def _joint_bits(keys, sizes, transform):
     """``transform(bits(key, (size,)))`` for each key, by one elementwise expression.
 
@@ -187,7 +192,7 @@ def _flags(key, shape, out_sharding):
         words = bits(key, shape, out_sharding)
     elif can_sample_leaves(key) and sharding is None:
         keys = jax.random.wrap_key_data(_data(key)[None])
-        words = _joint_bits(keys, [math.prod(packed)], lambda words: words)[0]
+        words = _joint_bits(keys, (math.prod(packed),), _unchanged)[0]
         words = words.reshape(packed)
     else:
         words = jax.random.bits(key, packed, jnp.uint32, out_sharding=sharding)

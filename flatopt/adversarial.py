@@ -208,6 +208,9 @@ def filterwise_asam_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM filter by filter: :math:`T_f = \|\theta_f\|_2 + \eta`.
 
+    Leaves with at most one axis (biases, scales) belong to no filter: there the units
+    are :math:`|\theta_i| + \eta` as in :func:`asam_gradients`.
+
     Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
     not read.
 
@@ -230,18 +233,23 @@ def filterwise_asam_gradients(
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt
-      >>> tx = optax.chain(flatopt.filterwise_asam_gradients(0.1), optax.sgd(0.1))
+      >>> tx = optax.chain(flatopt.filterwise_asam_gradients(0.5), optax.sgd(0.1))
       >>> params = jnp.array([3.0, 4.0])
       >>> updates, state = tx.update(
       ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
       >>> [round(float(u), 3) for u in updates]
-      [-0.33, -0.44]
+      [-0.374, -0.575]
     """
+    norm = _filters.filter_norm(filter_axes)
+
+    def size_of(path, leaf):
+        return norm(path, leaf) if leaf.ndim > 1 else jnp.abs(leaf)
+
     return _ascent.adaptive(
         "filterwise_asam_gradients",
         rho,
         eta,
-        _filters.filter_norm(filter_axes),
+        size_of,
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
@@ -259,7 +267,7 @@ def random_sam_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Random SAM: an ascent step along the gradient at filter-wise noisy parameters.
+    r"""Random SAM, NSO's variant: an ascent step along a gradient at noisy parameters.
 
     The gradient g is taken at :math:`\theta + \sigma U`; the step
     :math:`\rho\, g / \|g\|` starts from the clean :math:`\theta`.
@@ -280,10 +288,11 @@ def random_sam_gradients(
       TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
 
     References:
-      Liu, Mai, Chen, Hsieh, You, `Random Sharpness-Aware Minimization
-      <https://openreview.net/forum?id=htUvh7xPoa>`_, NeurIPS 2022; as a baseline in
       Zhang, Li, Ju, `Noise Stability Optimization for Finding Flat Minima
-      <https://arxiv.org/abs/2306.08553>`_, 2024.
+      <https://arxiv.org/abs/2306.08553>`_, 2024 (the baseline in the authors' code,
+      which starts from the clean parameters), after Liu, Mai, Chen, Hsieh, You, `Random
+      Sharpness-Aware Minimization <https://openreview.net/forum?id=htUvh7xPoa>`_,
+      NeurIPS 2022.
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt
@@ -475,7 +484,8 @@ def look_sam_gradients(
       [-0.303, -0.404]
     """
     _checks.check_scale(alpha, "alpha")
-    _checks.check_num_samples(every, "every")
+    if not isinstance(every, jax.Array):
+        _checks.check_num_samples(every, "every")
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key
@@ -490,7 +500,7 @@ def look_sam_gradients(
             _, norm = _ascent.normalize(clean)
             return _ascent.add(clean, alpha * norm, direction), memory
 
-        grads, memory = _ascent.cond(count % every == 0, look, reuse)
+        grads, memory = _ascent.cond((count - start_step) % every == 0, look, reuse)
         return value, grads, memory
 
     return _ascent.adversarial(
@@ -555,7 +565,7 @@ def friendly_sam_gradients(
     _checks.check_scale(decay, "decay")
 
     def gradients(value_and_grad, params, rho, key, memory, count):
-        del key
+        del key, count
         value, clean = value_and_grad(params)
         _, grads = value_and_grad(
             _ascent.move(
@@ -563,12 +573,9 @@ def friendly_sam_gradients(
             )
         )
         # The first gradient starts the average, as in the authors' code.
-        kept = jnp.where(count == 0, 0.0, decay)
-        memory = jax.tree.map(
-            lambda m, g: kept.astype(g.dtype) * m + (1 - kept.astype(g.dtype)) * g,
-            memory,
-            clean,
-        )
+        _, length = _ascent.normalize(memory)
+        kept = jnp.where(length == 0, 0.0, decay)
+        memory = _ascent.add(_ascent.scale(kept, memory), 1 - kept, clean)
         return value, grads, memory
 
     return _ascent.adversarial(
@@ -615,8 +622,8 @@ def fisher_sam_gradients(
 
     References:
       Kim, Li, Hu, Hospedales, `Fisher SAM: Information Geometry and Sharpness Aware
-      Minimisation <https://arxiv.org/abs/2206.04920>`_, ICML 2022; the damping 1 +
-      eta g^2 follows their implementation as we recall it.
+      Minimisation <https://arxiv.org/abs/2206.04920>`_, ICML 2022. The damping
+      1 + eta g^2 of the metric is ours.
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt

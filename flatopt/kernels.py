@@ -83,8 +83,9 @@ def _leafwise(sampler, deviation=None):
 def _sample_leaves(sampler, keys, leaves):
     """One array of ``sampler`` values a leaf, each from its own key.
 
-    Where it pays, leaves are drawn together: the values are the same, and a deep
-    network compiles one generator instead of hundreds.
+    Where it pays, leaves are drawn together (all of them for signs, small ones for
+    the other samplers here): the values are the same, and a deep network compiles one
+    generator instead of hundreds.
     """
     shapes = [leaf.shape for leaf in leaves]
     shardings = [_trees.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
@@ -121,8 +122,7 @@ def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
 
     The values are computed in float32 whatever ``dtype`` (a bfloat16 draw of
     ``jax.random.normal`` never exceeds 2.9). The generator is written so that XLA fuses
-    it with what uses the noise; on CPU this is several times faster and needs no
-    temporary memory.
+    it with what uses the noise; on CPU this is faster and stores no random words.
 
     Args:
       key: a JAX random key.

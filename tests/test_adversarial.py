@@ -126,7 +126,9 @@ def _reference(name, params, gradient, step, memory):
         sizes = _map(lambda p: np.abs(p) + 0.05, params)
         return _adaptive(params, g, gradient, sizes), memory
     if name == "filterwise_asam":
-        sizes = _map(lambda p: _filter_norms(p) + 0.05, params)
+        sizes = _map(
+            lambda p: (_filter_norms(p) if p.ndim > 1 else np.abs(p)) + 0.05, params
+        )
         return _adaptive(params, g, gradient, sizes), memory
     if name == "gsam":
         moved = gradient(_step(params, g, RHO))
@@ -276,6 +278,64 @@ def test_start_step_delays_the_method_and_costs_one_gradient_until_then(jit):
         assert_close(updates, plain if step < 2 else moved)
         if not jit:
             assert len(calls) == (1 if step < 2 else 2)
+
+
+def test_late_starts_begin_with_the_first_step_of_the_method():
+    params, batch = regression()
+
+    def run(tx, steps):
+        state = tx.init(params)
+        for _ in range(steps):
+            updates, state = tx.update(
+                None, state, params, value_fn=loss_fn, batch=batch
+            )
+        return updates, state
+
+    for make in (
+        lambda **kw: flatopt.look_sam_gradients(RHO, every=3, **kw),
+        lambda **kw: flatopt.friendly_sam_gradients(RHO, **kw),
+    ):
+        for steps in (1, 2, 3):
+            updates, state = run(make(), steps)
+            late, late_state = run(make(start_step=2), steps + 2)
+            assert_close(late, updates)
+            assert_close(late_state.memory, state.memory)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_inject_hyperparams(name):
+    params, batch = regression()
+    extra = {"gsam": {"alpha": 0.4}, "random_sam": {"sigma": 0.1}}.get(name, {})
+    extra = {"sigma": 0.1} if name == "bayesian_sam" else extra
+    make = getattr(flatopt, f"{name}_gradients")
+    tx = optax.inject_hyperparams(make)(rho=RHO, **extra)
+    plain = make(RHO, **extra)
+
+    def update(tx):
+        return jax.jit(
+            lambda s: tx.update(
+                _zeros(params), s, params, value_fn=loss_fn, batch=batch
+            )
+        )(tx.init(params))[0]
+
+    assert_close(update(tx), update(plain))
+
+
+def test_python_numbers_masked_out_stay():
+    params = {"w": jnp.array([3.0, 4.0]), "factor": 2.0}
+    mask = {"w": True, "factor": False}
+    for tx in (
+        flatopt.sam_gradients(0.05, mask=mask),
+        flatopt.smooth_gradients(0.05, mask=mask),
+        flatopt.sam_sgd(0.1, mask=mask),
+    ):
+        updates, _ = tx.update(
+            None,
+            tx.init(params),
+            params,
+            value_fn=lambda p: jnp.sum(p["w"] ** 2) * p["factor"],
+        )
+        assert optax.apply_updates(params, updates)["factor"] == 2.0
 
 
 def test_rho_may_be_a_schedule_and_a_hyperparameter():
