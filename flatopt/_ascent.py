@@ -112,16 +112,14 @@ def adversarial(name, rho, gradients, options, init_memory=None):
         )
         radius = rho(state.count) if callable(rho) else rho
         _checks.check_scale(radius, "rho")
-        key = _links.stored_key(state.noise_key, options.key)
-        key = _random.fold_in(key, state.count)
+        key = _links.step_key(state, options.key)
         if options.axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(options.axis_name))
             free, memory = _layout.tree_varying((free, memory), options.axis_name)
 
         def microbatch(index, chunk):
-            sample_key, sample = _random.fold_in(key, index), {}
-            if _checks.names_keyword(value_fn, "sample_key"):
-                sample["sample_key"] = jax.random.split(sample_key)[1]
+            sample_key = _random.fold_in(key, index)
+            sample = _checks.sample_options(value_fn, sample_key)
 
             def value_and_grad(params):
                 def value_at(params):

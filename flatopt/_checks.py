@@ -180,6 +180,13 @@ def check_weight(weight):
     return jnp.asarray(weight)
 
 
+def sample_options(value_fn, noise_key):
+    """The key of one sample for a ``value_fn`` that names ``sample_key``."""
+    if not names_keyword(value_fn, "sample_key"):
+        return {}
+    return {"sample_key": jax.random.split(noise_key)[1]}
+
+
 def forwarded(value_fn, extra_args):
     """The extra arguments that ``value_fn`` takes, but for its first parameter."""
     if "sample_key" in extra_args:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt import _checks, _trees
+from flatopt import _checks, _random, _trees
 
 
 def _is_typed(key):
@@ -34,10 +34,11 @@ def key_data(key):
     return jnp.array(jax.random.key_data(key), copy=True)
 
 
-def stored_key(data, key):
-    """The key whose raw data the state holds, of the same generator as ``key``."""
+def step_key(state, key):
+    """The key of this step: that of the state, of ``key``'s generator, and the count."""
     impl = jax.random.key_impl(key) if _is_typed(key) else None
-    return jax.random.wrap_key_data(data, impl=impl)
+    stored = jax.random.wrap_key_data(state.noise_key, impl=impl)
+    return _random.fold_in(stored, state.count)
 
 
 def value_dtype(params):

@@ -222,7 +222,6 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     _checks.check_num_samples(num_samples)
     _checks.check_strategy(strategy)
     kernel = kernels.isotropic() if kernel is None else kernel
-    wants_key = _checks.names_keyword(value_fn, "sample_key")
     coefficients = (1, -1) if antithetic else (1,)
 
     def estimate(evaluate, key, params, chunks, rematerialize=False):
@@ -231,9 +230,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
 
         def sample(index, chunk):
             noise_key = _random.fold_in(key, index)
-            options = {}
-            if wants_key:
-                options["sample_key"] = jax.random.split(noise_key)[1]
+            options = _checks.sample_options(value_fn, noise_key)
             noise = draw(noise_key)
             if antithetic:
                 # Both signs use it: without the barrier XLA may draw it twice.

@@ -131,13 +131,6 @@ def smooth_gradients(
     batch_argnames = _checks.check_names(batch_argnames)
     _links.check_key(key)
 
-    def init_fn(params):
-        return SmoothGradientsState(
-            count=jnp.zeros((), jnp.int32),
-            noise_key=_links.key_data(key),
-            smoothed_value=jnp.full((), jnp.inf, _links.value_dtype(params)),
-        )
-
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
         _links.check_update(params, value_fn, "smooth_gradients")
@@ -153,18 +146,14 @@ def smooth_gradients(
             strategy=strategy,
             axis_name=axis_name,
         )(
-            jax.random.fold_in(_links.stored_key(state.noise_key, key), state.count),
+            _links.step_key(state, key),
             select(params),
             **_checks.forwarded(value_fn, extra_args),
         )
         updates = merge(grads, _links.zeros_like(params))
-        return updates, SmoothGradientsState(
-            count=optax.safe_increment(state.count),
-            noise_key=state.noise_key,
-            smoothed_value=value.astype(state.smoothed_value.dtype),
-        )
+        return updates, advance(state, value)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
 
 
 def skip_nonfinite(
@@ -226,3 +215,25 @@ def skip_nonfinite(
         return updates, SkipNonfiniteState(inner_state, num_skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def init_of(key):
+    """The ``init`` of a transformation with :class:`SmoothGradientsState`."""
+
+    def init_fn(params):
+        return SmoothGradientsState(
+            count=jnp.zeros((), jnp.int32),
+            noise_key=_links.key_data(key),
+            smoothed_value=jnp.full((), jnp.inf, _links.value_dtype(params)),
+        )
+
+    return init_fn
+
+
+def advance(state, value):
+    """The state after a step that measured ``value``."""
+    return SmoothGradientsState(
+        count=optax.safe_increment(state.count),
+        noise_key=state.noise_key,
+        smoothed_value=value.astype(state.smoothed_value.dtype),
+    )

@@ -16,7 +16,7 @@ from flatopt import (
     kernels,
     smoothing,
 )
-from flatopt.transforms import SmoothGradientsState
+from flatopt.transforms import advance, init_of
 
 
 def smooth_gradients_zeroth_order(
@@ -76,13 +76,6 @@ def smooth_gradients_zeroth_order(
     _checks.check_strategy(strategy)
     _links.check_key(key)
 
-    def init_fn(params):
-        return SmoothGradientsState(
-            count=jnp.zeros((), jnp.int32),
-            noise_key=_links.key_data(key),
-            smoothed_value=jnp.full((), jnp.inf, _links.value_dtype(params)),
-        )
-
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
         _links.check_update(params, value_fn, "smooth_gradients_zeroth_order")
@@ -91,14 +84,13 @@ def smooth_gradients_zeroth_order(
         kwargs = _checks.forwarded(value_fn, extra_args)
         sigma = scale(state.count) if callable(scale) else scale
         _check_positive(sigma)
-        step_key = _random.fold_in(_links.stored_key(state.noise_key, key), state.count)
+        step_key = _links.step_key(state, key)
         draw = _trees.bind(kernels.isotropic(sampler), step_key, free)
 
         def sample(index, chunk):
             del chunk
-            noise_key, options = _random.fold_in(step_key, index), {}
-            if _checks.names_keyword(value_fn, "sample_key"):
-                options["sample_key"] = jax.random.split(noise_key)[1]
+            noise_key = _random.fold_in(step_key, index)
+            options = _checks.sample_options(value_fn, noise_key)
             noise = jax.lax.optimization_barrier(draw(noise_key))
 
             def value_at(factor):
@@ -116,13 +108,9 @@ def smooth_gradients_zeroth_order(
         )
         value, grads = jax.tree.map(lambda x: x / num_samples, total)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
-        return merge(grads, _links.zeros_like(params)), SmoothGradientsState(
-            count=optax.safe_increment(state.count),
-            noise_key=state.noise_key,
-            smoothed_value=value.astype(state.smoothed_value.dtype),
-        )
+        return merge(grads, _links.zeros_like(params)), advance(state, value)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
 
 
 def _check_positive(scale):

@@ -5,6 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 STRATEGIES = ["vmap", "scan", "unroll", 3, "auto"]
 
@@ -65,3 +66,29 @@ def count_compilations():
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def softmax_regression():
+    """Parameters, inputs, labels and a loss whose gradient NumPy can write out."""
+    keys = jax.random.split(jax.random.key(11), 4)
+    params = {
+        "bias": jax.random.normal(keys[1], (3,)),
+        "kernel": jax.random.normal(keys[0], (6, 3)),
+    }
+    inputs = jax.random.normal(keys[2], (32, 6))
+    labels = jax.random.randint(keys[3], (32,), 0, 3)
+    return params, inputs, labels
+
+
+def softmax_loss(params, inputs, labels):
+    logits = inputs @ params["kernel"] + params["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def softmax_gradient(params, inputs, labels):
+    """The gradient of ``softmax_loss`` in NumPy."""
+    logits = inputs @ params["kernel"] + params["bias"]
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    error = (p - np.eye(3)[labels]) / len(labels)
+    return {"bias": error.sum(axis=0), "kernel": inputs.T @ error}

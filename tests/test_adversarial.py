@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, count_compilations, loss_fn, regression, types
+from helpers import (
+    assert_close,
+    count_compilations,
+    loss_fn,
+    regression,
+    softmax_gradient,
+    softmax_loss,
+    softmax_regression,
+    types,
+)
 
 import flatopt
 from flatopt import kernels
@@ -30,26 +39,8 @@ GRADIENTS = {name: 2 for name in METHODS}
 
 
 def _softmax():
-    keys = jax.random.split(jax.random.key(11), 4)
-    params = {
-        "bias": jax.random.normal(keys[1], (3,)),
-        "kernel": jax.random.normal(keys[0], (6, 3)),
-    }
-    inputs = jax.random.normal(keys[2], (32, 6))
-    labels = jax.random.randint(keys[3], (32,), 0, 3)
-
-    def value_fn(params, inputs, labels):
-        logits = inputs @ params["kernel"] + params["bias"][None]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    def gradient(params, inputs, labels):
-        logits = inputs @ params["kernel"] + params["bias"]
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        error = (p - np.eye(3)[labels]) / len(labels)
-        return {"bias": error.sum(axis=0), "kernel": inputs.T @ error}
-
-    return params, {"inputs": inputs, "labels": labels}, value_fn, gradient
+    params, inputs, labels = softmax_regression()
+    return params, {"inputs": inputs, "labels": labels}, softmax_loss, softmax_gradient
 
 
 def _factorization():

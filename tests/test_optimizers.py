@@ -5,39 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import softmax_gradient, softmax_loss, softmax_regression
 
 import flatopt
 from flatopt import kernels
 
-STEPS, EXAMPLES = 20, 32
-
-
-def _problem():
-    keys = jax.random.split(jax.random.key(11), 4)
-    params = {
-        "kernel": jax.random.normal(keys[0], (6, 3)),
-        "bias": jax.random.normal(keys[1], (3,)),
-    }
-    inputs = jax.random.normal(keys[2], (EXAMPLES, 6))
-    labels = jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
-    return params, inputs, labels
-
-
-def _loss_fn(params, inputs, labels):
-    logits = inputs @ params["kernel"] + params["bias"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def _numpy_gradient(params, inputs, labels):
-    logits = inputs @ params["kernel"] + params["bias"]
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    error = (p - np.eye(3)[labels]) / len(labels)
-    return {"kernel": inputs.T @ error, "bias": error.sum(axis=0)}
+STEPS = 20
 
 
 def _run(tx, steps=STEPS):
-    params, inputs, labels = _problem()
+    params, inputs, labels = softmax_regression()
     state = tx.init(params)
 
     @jax.jit
@@ -46,7 +23,7 @@ def _run(tx, steps=STEPS):
             optax.tree.zeros_like(params),
             state,
             params,
-            value_fn=_loss_fn,
+            value_fn=softmax_loss,
             inputs=inputs,
             labels=labels,
         )
@@ -59,7 +36,7 @@ def _run(tx, steps=STEPS):
 
 def _reference(gradient, learning_rate, momentum, nesterov, weight_decay):
     """SGD as in PyTorch: decay added to the gradient, then the momentum buffer."""
-    params, _, _ = _problem()
+    params, _, _ = softmax_regression()
     params = {name: np.asarray(leaf, "f8") for name, leaf in params.items()}
     buffer = {name: np.zeros_like(leaf) for name, leaf in params.items()}
     for step in range(STEPS):
@@ -86,7 +63,7 @@ def _check(params, expected):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lpf_sgd_against_numpy(nesterov, weight_decay):
     gamma, chunks = 0.2, 4
-    _, inputs, labels = (np.asarray(x) for x in (0, *_problem()[1:]))
+    _, inputs, labels = (np.asarray(x) for x in (0, *softmax_regression()[1:]))
 
     def gradient(params, step):
         total = {name: 0.0 for name in params}
@@ -98,7 +75,7 @@ def test_lpf_sgd_against_numpy(nesterov, weight_decay):
                 "bias": np.sqrt((params["bias"] ** 2).sum()),
             }
             perturbed = {n: params[n] + gamma * norms[n] * unit[n] for n in params}
-            grads = _numpy_gradient(perturbed, inputs[j::chunks], labels[j::chunks])
+            grads = softmax_gradient(perturbed, inputs[j::chunks], labels[j::chunks])
             total = {n: total[n] + grads[n] / chunks for n in params}
         return total
 
@@ -118,7 +95,7 @@ def test_lpf_sgd_against_numpy(nesterov, weight_decay):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_nso_sgd_against_numpy(nesterov, weight_decay):
     sigma, pairs = 0.3, 2
-    _, inputs, labels = (np.asarray(x) for x in (0, *_problem()[1:]))
+    _, inputs, labels = (np.asarray(x) for x in (0, *softmax_regression()[1:]))
 
     def gradient(params, step):
         total = {name: 0.0 for name in params}
@@ -127,7 +104,7 @@ def test_nso_sgd_against_numpy(nesterov, weight_decay):
             unit = _noise(kernels.isotropic(), key, params)
             for sign in (1, -1):
                 perturbed = {n: params[n] + sign * sigma * unit[n] for n in params}
-                grads = _numpy_gradient(perturbed, inputs, labels)
+                grads = softmax_gradient(perturbed, inputs, labels)
                 total = {n: total[n] + grads[n] / (2 * pairs) for n in params}
         return total
 
@@ -157,7 +134,7 @@ def test_defaults_are_the_papers():
 
 def test_masked_leaves_do_not_move_under_weight_decay():
     mask = {"kernel": True, "bias": False}
-    before, _, _ = _problem()
+    before, _, _ = softmax_regression()
     for tx in (
         flatopt.lpf_sgd(
             0.1, weight_decay=0.5, mask=mask, batch_argnames=("inputs", "labels")
@@ -221,7 +198,7 @@ def test_other_recipes_are_their_chains(standard_promotion):
             ),
         ),
     ]
-    before, _, _ = _problem()
+    before, _, _ = softmax_regression()
     for recipe, chain in pairs:
         result, expected = _run(recipe, 3), _run(chain, 3)
         for name in result:
