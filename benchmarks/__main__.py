@@ -16,7 +16,7 @@ import tyro
 import flatopt
 from benchmarks import contenders as c
 from benchmarks import render
-from benchmarks.measure import measure, summarize
+from benchmarks.measure import LOOK, measure, summarize
 from benchmarks.problems import make_problem
 from flatopt import kernels
 
@@ -53,6 +53,8 @@ def suite(problem_name):
         "SAM": c.sam,
         "NSO signs": c.nso(kernels.signs),
         "NSO normal": c.nso(kernels.normal),
+        LOOK[0]: c.look_sam(0),
+        LOOK[1]: c.look_sam(1),
     }
     few = ["no noise", "copy", "signs", "shared", "normal"]
     if problem_name == "mlp":
@@ -62,14 +64,15 @@ def suite(problem_name):
         return {"plain": c.plain, **chunks, **pairs}, 64
     if problem_name == "cnn":
         chunks = lpf_contenders("unroll", [*few, "jax.random.normal"])
-        chunks |= lpf_contenders("scan", ["no noise", "signs"])
+        chunks |= lpf_contenders("scan", ["no noise", "copy", "signs", "normal"])
         chunks |= lpf_contenders("vmap", ["no noise", "signs"])
         return {"plain": c.plain, **chunks, **pairs}, 64
     if problem_name == "transformer":
         chunks = lpf_contenders("scan", few)
         chunks |= lpf_contenders("unroll", ["no noise", "signs"])
         return {"plain": c.plain, **chunks, **pairs}, 32
-    chunks = lpf_contenders("unroll", ["no noise", "copy", "signs", "shared"])
+    chunks = lpf_contenders("scan", few)
+    chunks |= lpf_contenders("unroll", ["no noise", "signs"])
     return {"plain": c.plain, **chunks, **pairs}, 16
 
 

@@ -112,3 +112,27 @@ def sam(problem):
         return optax.apply_updates(params, updates), state
 
     return tx, step
+
+
+def look_sam(count):
+    """LookSAM's step number ``count``; of five, the first looks and the others do not."""
+
+    def make(problem):
+        link = flatopt.look_sam_gradients(RADIUS, every=5)
+        tx = optax.chain(link, _sgd())
+
+        def init(params):
+            state, *rest = tx.init(params)
+            memory = jax.tree.map(jnp.ones_like, state.memory)
+            return (state._replace(count=jnp.int32(count), memory=memory), *rest)
+
+        def step(key, params, state, batch):
+            del key
+            updates, state = tx.update(
+                None, state, params, value_fn=problem.value_fn, **batch
+            )
+            return optax.apply_updates(params, updates), state
+
+        return tx._replace(init=init), step
+
+    return make

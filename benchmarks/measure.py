@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import tqdm
 
+LOOK = ("LookSAM, looking", "LookSAM, between")
+
 
 def measure(problem, contenders, repeats, seed=0, compiler_options=None):
     """Time steps in turn; return one row of figures a contender.
@@ -34,6 +36,10 @@ def measure(problem, contenders, repeats, seed=0, compiler_options=None):
             jax.block_until_ready(step(key, problem.params, state, problem.batch))
             if repeat:
                 times[name].append(time.perf_counter() - start)
+    if LOOK[0] in times and repeats:
+        looking, between = (np.asarray(times[name]) for name in LOOK)
+        times["LookSAM, average of 5"] = (looking + 4 * between) / 5
+        rows["LookSAM, average of 5"] = dict(rows[LOOK[0]])
     return summarize(times, rows) if repeats else rows
 
 

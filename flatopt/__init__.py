@@ -13,6 +13,7 @@ from flatopt.adversarial import look_sam_gradients as look_sam_gradients
 from flatopt.adversarial import random_sam_gradients as random_sam_gradients
 from flatopt.adversarial import sam_gradients as sam_gradients
 from flatopt.adversarial import usam_gradients as usam_gradients
+from flatopt.entropy import entropy_sgd_gradients as entropy_sgd_gradients
 from flatopt.optimizers import asam_sgd as asam_sgd
 from flatopt.optimizers import lpf_adamw as lpf_adamw
 from flatopt.optimizers import lpf_sgd as lpf_sgd
@@ -21,8 +22,10 @@ from flatopt.optimizers import nso_sgd as nso_sgd
 from flatopt.optimizers import sam_sgd as sam_sgd
 from flatopt.smoothing import smooth as smooth
 from flatopt.smoothing import smooth_value_and_grad as smooth_value_and_grad
+from flatopt.transforms import AntiPGDState as AntiPGDState
 from flatopt.transforms import SkipNonfiniteState as SkipNonfiniteState
 from flatopt.transforms import SmoothGradientsState as SmoothGradientsState
+from flatopt.transforms import anti_pgd as anti_pgd
 from flatopt.transforms import skip_nonfinite as skip_nonfinite
 from flatopt.transforms import smooth_gradients as smooth_gradients
 from flatopt.zeroth_order import (
@@ -33,9 +36,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdversarialState",
+    "AntiPGDState",
+    "anti_pgd",
     "asam_gradients",
     "asam_sgd",
     "bayesian_sam_gradients",
+    "entropy_sgd_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
     "friendly_sam_gradients",

@@ -139,7 +139,7 @@ def adversarial(name, rho, gradients, options, init_memory=None):
 
             if isinstance(options.start_step, int) and options.start_step == 0:
                 return method(), None
-            return cond(state.count >= options.start_step, method, plain), None
+            return _layout.cond(state.count >= options.start_step, method, plain), None
 
         total, _ = _layout.sum_samples(
             microbatch, parts, chunks, "auto", rematerialize=False
@@ -159,13 +159,6 @@ def adversarial(name, rho, gradients, options, init_memory=None):
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def cond(condition, yes, no):
-    """``lax.cond`` in a trace; outside, where it would compile at each call, an if."""
-    if isinstance(condition, jax.core.Tracer):
-        return jax.lax.cond(condition, yes, no)
-    return yes() if condition else no()
-
-
 def normalize(tree):
     """The tree over its norm, and the norm; zero at zero.
 
@@ -176,9 +169,9 @@ def normalize(tree):
     top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
     divisor = jnp.where(top == 0, 1.0, top)
     scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
-    norm = jnp.sqrt(dot(scaled, scaled))
-    length = jnp.where(norm == 0, 1.0, norm)
-    return jax.tree.map(lambda x: x / length.astype(x.dtype), scaled), norm * divisor
+    length = jnp.sqrt(dot(scaled, scaled))
+    unit = jnp.where(length == 0, 1.0, length)
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * divisor
 
 
 def dot(tree, other):

@@ -43,6 +43,15 @@ def check_scale(scale, name="scale"):
         )
 
 
+def check_decay(decay):
+    check_scale(decay, "decay")
+    if not isinstance(decay, jax.core.Tracer) and decay >= 1:
+        raise ValueError(
+            f"decay must be less than 1, got {decay}; it is the weight of the past in a "
+            "moving average."
+        )
+
+
 def check_num_samples(num_samples, name="num_samples"):
     if isinstance(num_samples, jax.Array):
         raise TypeError(

@@ -3,12 +3,13 @@
 import functools
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 
+from flatopt import _convolutions
 from flatopt._trees import explicit_sharding
 
 MOST_UNROLLED = 16
+MOST_UNROLLED_VALUES = 1_000_000
 
 
 def split_batch(kwargs, names, num_samples):
@@ -70,6 +71,44 @@ def _is_split(leaf):
     return hasattr(leaf, "shape") and len(leaf.shape) >= 1
 
 
+def _chunk_at(chunks, index):
+    """Chunk ``index`` of what :func:`split_batch` returned."""
+    return jax.tree.map(
+        lambda x: (
+            jax.lax.dynamic_index_in_dim(x, index, 1, False) if _is_split(x) else x
+        ),
+        chunks,
+    )
+
+
+def walk(step, start, num_steps, chunks):
+    """Fold ``step(state, index, chunk) -> state`` over chunks, one after the other."""
+
+    def body(index, state):
+        return step(state, index, _chunk_at(chunks, index))
+
+    if _staged():
+        traced, _ = _convolutions.trace(body, jnp.int32(0), start)
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), traced, start)
+    state = start
+    for index in range(num_steps):
+        state = body(jnp.int32(index), state)
+    return state
+
+
+def cond(condition, yes, no):
+    """``lax.cond`` in a trace; outside, where it would compile at each call, an if."""
+    if not isinstance(condition, jax.core.Tracer):
+        return yes() if condition else no()
+    (yes, _), (no, _) = _convolutions.trace(yes), _convolutions.trace(no)
+    return jax.lax.cond(condition, yes, no)
+
+
+def _staged():
+    """Whether in a trace; outside of one a loop would compile anew at each call."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
 def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
     """Sum ``sample(index, chunk)[0]`` over samples; stack the aux ``[1]``."""
     leaves, treedef = jax.tree.flatten(chunks)
@@ -83,8 +122,7 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
         )
 
     def one(index):
-        parts = [jax.lax.dynamic_index_in_dim(x, index, 1, False) for x in arrays]
-        total, aux = sample(index, rebuild(parts))
+        total, aux = sample(index, _chunk_at(chunks, index))
         return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
 
     def batch(start, size):
@@ -97,32 +135,25 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
 
     if strategy == "vmap":
         return batch(jnp.int32(0), num_samples)
-    # A loop outside a trace would compile anew at each call.
-    staged = isinstance(jnp.zeros(()), jax.core.Tracer)
-    if num_samples == 1 or (strategy in ("auto", "unroll") and not staged):
+    if num_samples == 1 or (strategy in ("auto", "unroll") and not _staged()):
         return _unroll(one, num_samples)
     if isinstance(strategy, str):
-        traced, jaxpr = _trace(one)
+        traced, jaxpr = _convolutions.trace(one, jnp.int32(0))
         if strategy == "auto":
-            strategy = choose_strategy(jaxpr, num_samples)
+            strategy = choose_strategy(jaxpr, num_samples, rematerialize)
         if strategy == "unroll":
             return _unroll(traced, num_samples)
         return _scan(traced, jaxpr, num_samples, 1, rematerialize)
     size = min(strategy, num_samples)
     loops, left = divmod(num_samples, size)
-    traced, jaxpr = _trace(functools.partial(batch, size=size))
+    traced, jaxpr = _convolutions.trace(
+        functools.partial(batch, size=size), jnp.int32(0)
+    )
     total, aux = _scan(traced, jaxpr, loops * size, size, rematerialize)
     if not left:
         return total, aux
     part, rest = batch(jnp.int32(loops * size), left)
     return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
-
-
-def _trace(function):
-    """Trace a function of a start index once, to be called many times."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(jnp.int32(0))
-    treedef, flat = jax.tree.structure(shapes), jax.extend.core.jaxpr_as_fun(closed)
-    return lambda start: treedef.unflatten(flat(start)), closed.jaxpr
 
 
 def _unroll(one, num_samples):
@@ -179,28 +210,23 @@ def tree_varying(params, axis_name):
     return jax.tree.map(lambda leaf: make_varying(jnp.asarray(leaf), axes), params)
 
 
-def choose_strategy(jaxpr, num_samples):
+def choose_strategy(jaxpr, num_samples, rematerialize=False):
     """The layout for ``strategy="auto"`` inside a trace; see ``docs/strategies.md``.
 
-    On CPU, XLA runs convolutions inside loops many times slower than outside, and
-    everything else best in a loop. Compile time grows with the number of unrolled
-    samples, so there is a limit to it. On accelerators a loop is the conservative choice.
+    A loop, but for convolutions on CPU in two cases. Few parameters: XLA runs the samples
+    side by side, which is a little faster, at a price in memory and compile time that does
+    not matter yet. Convolutions that XLA would run slowly in a loop: those that cannot be
+    rewritten, and those of a backward pass that is still to come.
     """
     if (
         jax.default_backend() == "cpu"
         and num_samples <= MOST_UNROLLED
-        and _has_convolution(jaxpr)
+        and _convolutions.has_convolution(jaxpr)
+        and (
+            sum(v.aval.size for v in jaxpr.outvars) <= MOST_UNROLLED_VALUES
+            or rematerialize
+            or not _convolutions.are_fast_in_loops(jaxpr)
+        )
     ):
         return "unroll"
     return "scan"
-
-
-def _has_convolution(jaxpr):
-    return any(
-        equation.primitive.name == "conv_general_dilated"
-        or any(
-            _has_convolution(getattr(inner, "jaxpr", inner))
-            for inner in jax.extend.core.jaxprs_in_params(equation.params)
-        )
-        for equation in jaxpr.eqns
-    )

@@ -34,11 +34,15 @@ def key_data(key):
     return jnp.array(jax.random.key_data(key), copy=True)
 
 
-def step_key(state, key):
-    """The key of this step: that of the state, of ``key``'s generator, and the count."""
+def stored_key(state, key):
+    """The key of a state, of ``key``'s generator."""
     impl = jax.random.key_impl(key) if _is_typed(key) else None
-    stored = jax.random.wrap_key_data(state.noise_key, impl=impl)
-    return _random.fold_in(stored, state.count)
+    return jax.random.wrap_key_data(state.noise_key, impl=impl)
+
+
+def step_key(state, key):
+    """The key of this step: that of the state with the count folded in."""
+    return _random.fold_in(stored_key(state, key), state.count)
 
 
 def value_dtype(params):

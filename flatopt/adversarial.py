@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _ascent, _checks, _filters, kernels
+from flatopt import _ascent, _checks, _filters, _layout, kernels
 from flatopt._ascent import AdversarialState as AdversarialState
 
 Scalar = jax.typing.ArrayLike | optax.Schedule
@@ -493,14 +493,13 @@ def look_sam_gradients(
 
         def look():
             _, moved = value_and_grad(_ascent.move(params, _ascent.ascent(clean, rho)))
-            return moved, _ascent.orthogonal(moved, clean)
+            return moved, _ascent.normalize(_ascent.orthogonal(moved, clean))[0]
 
         def reuse():
-            direction, _ = _ascent.normalize(memory)
             _, norm = _ascent.normalize(clean)
-            return _ascent.add(clean, alpha * norm, direction), memory
+            return _ascent.add(clean, alpha * norm, memory), memory
 
-        grads, memory = _ascent.cond((count - start_step) % every == 0, look, reuse)
+        grads, memory = _layout.cond((count - start_step) % every == 0, look, reuse)
         return value, grads, memory
 
     return _ascent.adversarial(
@@ -562,7 +561,7 @@ def friendly_sam_gradients(
       [-0.303, -0.404]
     """
     _checks.check_scale(sigma, "sigma")
-    _checks.check_scale(decay, "decay")
+    _checks.check_decay(decay)
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count

@@ -333,6 +333,60 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
     return Kernel(shared_bind)
 
 
+def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> Kernel:
+    r"""Noise in one layer at a time, drawn at random; none in the others.
+
+    With L layers drawn uniformly, the penalty on the trace of the Hessian is 1/L of that
+    of ``kernel``, layer by layer; what is gone are the effects between layers, which grow
+    with width.
+
+    Args:
+      kernel: the kernel of the noise.
+      layer_of: the name of the layer of a leaf, from the leaf's path as a string such as
+        ``"dense/kernel"``. Default: all but the last part of the path, so that a kernel
+        and its bias are one layer.
+
+    Returns:
+      A kernel ``(key, params) -> perturbation``.
+
+    References:
+      Orvieto, Raj, Kersting, Bach, `Explicit Regularization in Overparametrized Models via
+      Noise Injection <https://arxiv.org/abs/2206.04613>`_, AISTATS 2023.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flatopt
+      >>> kernel = flatopt.kernels.one_layer(flatopt.kernels.isotropic())
+      >>> params = {"a": {"w": jnp.zeros(3)}, "b": {"w": jnp.zeros(3)}}
+      >>> noise = kernel(jax.random.key(0), params)
+      >>> [bool((leaf != 0).all()) for leaf in jax.tree.leaves(noise)]
+      [False, True]
+    """
+
+    def layer(path):
+        name = _trees.path_name(path)
+        return name.rpartition("/")[0] if layer_of is None else layer_of(name)
+
+    def one_layer_bind(key, params):
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        names = [layer(path) for path, _ in paths]
+        order = {name: i for i, name in enumerate(sorted(set(names)))}
+        indices = treedef.unflatten([order[name] for name in names])
+        inner = _trees.bind(kernel, key, params)
+
+        def draw(key):
+            choice_key = _random.fold_in(key, 2**31 - 2)
+            chosen = jax.random.randint(choice_key, (), 0, max(len(order), 1))
+            return jax.tree.map(
+                lambda index, noise: jnp.where(index == chosen, noise, 0),
+                indices,
+                inner(key),
+            )
+
+        return draw
+
+    return Kernel(one_layer_bind)
+
+
 def masked(kernel: Kernel, mask: Any) -> Kernel:
     """No noise where the mask says False.
 

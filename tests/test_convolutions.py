@@ -1,0 +1,180 @@
+"""Convolutions in loops and branches on CPU: XLA's fast kernels, the same numbers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import assert_close
+
+import flatopt
+from flatopt import _convolutions, kernels
+
+KEYS = jax.random.split(jax.random.key(3), 4)
+FAST = "b01f_01io->b01f"
+
+# spec of inputs, kernel and outputs; shapes; options
+CASES = {
+    "plain": (("NHWC", "HWIO", "NHWC"), (2, 7, 6, 4), (3, 3, 4, 5), {}),
+    "strides": (
+        ("NHWC", "HWIO", "NHWC"),
+        (2, 7, 6, 4),
+        (3, 2, 4, 5),
+        {"window_strides": (2, 3)},
+    ),
+    "dilation": (
+        ("NHWC", "HWIO", "NHWC"),
+        (2, 9, 8, 4),
+        (3, 3, 4, 5),
+        {"rhs_dilation": (2, 1), "lhs_dilation": (1, 2)},
+    ),
+    "channels first": (("NCHW", "OIHW", "NCHW"), (2, 4, 7, 6), (5, 4, 3, 3), {}),
+    "groups": (
+        ("NHWC", "HWIO", "NHWC"),
+        (2, 7, 6, 4),
+        (3, 3, 2, 6),
+        {"feature_group_count": 2},
+    ),
+    "one axis": (("NWC", "WIO", "NWC"), (2, 7, 4), (3, 4, 5), {}),
+    "three axes": (("NDHWC", "DHWIO", "NDHWC"), (2, 5, 4, 3, 2), (2, 2, 2, 2, 3), {}),
+    "no space": (("NC", "IO", "NC"), (2, 4), (4, 5), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rewritten_convolutions_and_their_gradients_are_the_same(case):
+    specs, inputs_shape, kernel_shape, options = CASES[case]
+    inputs = jax.random.normal(KEYS[0], inputs_shape)
+    kernel = jax.random.normal(KEYS[1], kernel_shape)
+    options = {
+        "window_strides": (1,) * (inputs.ndim - 2),
+        "padding": [(1, 0)] * (inputs.ndim - 2)
+        if "lhs_dilation" in options
+        else "SAME",
+        **options,
+    }
+
+    @jax.jit
+    def convolve(inputs, kernel):
+        return jax.lax.conv_general_dilated(
+            inputs, kernel, dimension_numbers=specs, **options
+        )
+
+    def run(inputs, kernel):
+        outputs, pullback = jax.vjp(convolve, inputs, kernel)
+        return outputs, pullback(jnp.cos(outputs))
+
+    traced, jaxpr = _convolutions.trace(run, inputs, kernel)
+    assert _convolutions.has_convolution(jaxpr)
+    assert _convolutions.are_fast_in_loops(jaxpr) == (case != "groups")
+    assert_close(traced(inputs, kernel), run(inputs, kernel), rtol=1e-4, atol=1e-5)
+
+
+def _network():
+    params = {
+        "first": jax.random.normal(KEYS[0], (3, 3, 2, 4)) / 3,
+        "second": jax.random.normal(KEYS[1], (3, 3, 4, 4)) / 6,
+        "head": jax.random.normal(KEYS[2], (4, 3)) / 2,
+    }
+    batch = {
+        "images": jax.random.normal(KEYS[3], (8, 6, 6, 2)),
+        "labels": jnp.arange(8) % 3,
+    }
+
+    def value_fn(params, images, labels):
+        specs = ("NHWC", "HWIO", "NHWC")
+        for name in ("first", "second"):
+            images = jax.lax.conv_general_dilated(
+                images, params[name], (1, 1), "SAME", dimension_numbers=specs
+            )
+            images = jnp.tanh(images)
+        logits = images.mean(axis=(1, 2)) @ params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return params, batch, value_fn
+
+
+def _layouts(function, *args):
+    """Layouts of all convolutions in the optimized program, fast kernels and others."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return re.findall(r"convolution\(.*dim_labels=(\S+?)[,\n]", text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: flatopt.smooth_gradients(
+            0.1, num_samples=4, batch_argnames=("images", "labels"), strategy="scan"
+        ),
+        lambda: flatopt.smooth_gradients(0.1, num_samples=4, strategy=2),
+        lambda: flatopt.look_sam_gradients(0.1),
+        lambda: flatopt.sam_gradients(0.1, start_step=3),
+        lambda: flatopt.entropy_sgd_gradients(num_steps=4),
+    ],
+    ids=["scan", "chunks", "look_sam", "start_step", "entropy_sgd"],
+)
+def test_loops_and_branches_keep_the_fast_layout(make):
+    params, batch, value_fn = _network()
+    tx = make()
+
+    def update(state, params, batch):
+        return tx.update(None, state, params, value_fn=value_fn, **batch)[0]
+
+    layouts = _layouts(update, tx.init(params), params, batch)
+    assert layouts
+    assert set(layouts) == {FAST}
+
+
+def test_jax_alone_leaves_slow_layouts_in_branches():
+    # The reason for all this: when this fails, XLA does it by itself.
+    params, batch, value_fn = _network()
+
+    def update(flag, params, batch):
+        return jax.lax.cond(
+            flag,
+            lambda: jax.grad(value_fn)(params, **batch),
+            lambda: jax.tree.map(jnp.zeros_like, params),
+        )
+
+    assert set(_layouts(update, True, params, batch)) - {FAST}
+
+
+@pytest.mark.parametrize("strategy", ["scan", "vmap", 2])
+def test_loops_over_convolutions_agree_with_unrolling(strategy):
+    params, batch, value_fn = _network()
+
+    def run(strategy):
+        f = flatopt.smooth_value_and_grad(
+            value_fn,
+            0.1,
+            kernels.filterwise(),
+            num_samples=4,
+            batch_argnames=("images", "labels"),
+            strategy=strategy,
+        )
+        return jax.jit(f)(jax.random.key(0), params, **batch)
+
+    assert_close(run(strategy), run("unroll"))
+
+
+def test_convolutions_out_of_reach_are_left_and_unrolled():
+    params, batch, value_fn = _network()
+
+    def looped(params, images, labels):
+        def body(total, _):
+            return total + jax.checkpoint(value_fn)(params, images, labels), None
+
+        return jax.lax.scan(body, 0.0, None, length=2)[0]
+
+    def text(value_fn):
+        f = flatopt.smooth_value_and_grad(value_fn, 0.1, num_samples=4)
+        return str(jax.make_jaxpr(f)(jax.random.key(0), params, **batch))
+
+    assert text(looped).count("scan[") > 2  # four samples of two loops each
+    f = flatopt.smooth_value_and_grad(looped, 0.1, num_samples=4, strategy="scan")
+    g = flatopt.smooth_value_and_grad(looped, 0.1, num_samples=4, strategy="unroll")
+    assert_close(
+        jax.jit(f)(jax.random.key(0), params, **batch),
+        jax.jit(g)(jax.random.key(0), params, **batch),
+    )
