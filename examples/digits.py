@@ -1,13 +1,15 @@
 """Flat-minimum training on real handwritten digits, compared at equal budgets.
 
 Trains a small convolutional network on few images with some wrong labels, by SGD, SAM,
-LPF-SGD and NSO. Every method gets the same number of gradient evaluations of single
+LPF-SGD and NSO, or by any of flatopt's methods (``--methods all``). Every method gets the same number of gradient evaluations of single
 images, and the same number of settings to choose from on a validation split. Prints a
 table and saves a figure: accuracy along training, and the training loss under random
 perturbations of growing radius. What it prints is what it measured.
 """
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import pathlib
@@ -49,6 +51,8 @@ class Config:
     """Images a step."""
     output: pathlib.Path = pathlib.Path("results")
     """Folder of the figure and of the numbers as JSON."""
+    methods: tuple[str, ...] = ("SGD", "SAM", "LPF-SGD", "NSO")
+    """Methods to compare, by the names of the table METHODS; "all" for all of them."""
     quick: bool = False
     """A small version: fewer seeds, epochs and settings. Its numbers mean little."""
 
@@ -81,7 +85,9 @@ def loss_fn(params, images, labels):
     ).mean()
 
 
-# Methods: a transformation, what update needs beside params, gradients a step, settings
+# Methods: a transformation, gradients a step, settings to choose from
+
+BATCH = ("images", "labels")
 
 
 def sgd(learning_rate, weight_decay):
@@ -103,7 +109,7 @@ def lpf_sgd(learning_rate, weight_decay, radius, key):
         learning_rate,
         radius,
         weight_decay=weight_decay,
-        batch_argnames=("images", "labels"),
+        batch_argnames=BATCH,
         key=key,
     )
 
@@ -112,21 +118,43 @@ def nso_sgd(learning_rate, weight_decay, radius, key):
     return flatopt.nso_sgd(learning_rate, radius, weight_decay=weight_decay, key=key)
 
 
+def anti_pgd(learning_rate, weight_decay, radius, key, num_steps):
+    # The last step takes the last noise away.
+    noise = flatopt.anti_pgd(
+        lambda count: jnp.where(count < num_steps, radius, 0.0), key=key
+    )
+    return optax.chain(sgd(learning_rate, weight_decay), noise)
+
+
+def before_sgd(link, *args, **options):
+    """A method whose ``link(radius, *args, key=key)`` comes before SGD in a chain."""
+
+    def make(learning_rate, weight_decay, radius, key):
+        return optax.chain(
+            link(radius, *args, key=key, **options), sgd(learning_rate, weight_decay)
+        )
+
+    return make
+
+
 @dataclasses.dataclass
 class Method:
     """A method of the comparison."""
 
     make: object
-    gradients_a_step: int
+    gradients_a_step: float
     grid: dict
 
 
 RATES, DECAYS = (0.02, 0.05), (2e-3, 1e-2)
 
 
-def flat_grid(radii):
-    return {"learning_rate": RATES, "weight_decay": DECAYS, "radius": radii}
+def flat_grid(radii, rates=RATES):
+    return {"learning_rate": rates, "weight_decay": DECAYS, "radius": radii}
 
+
+SMALL, LARGE = (0.01, 0.03, 0.1), (0.05, 0.2, 0.5)
+SMOOTH, KERNELS = flatopt.smooth_gradients, flatopt.kernels
 
 # Twelve settings each. SGD has no radius, so it has more of the other two.
 METHODS = {
@@ -135,9 +163,46 @@ METHODS = {
         1,
         {"learning_rate": (0.02, 0.05, 0.1), "weight_decay": (5e-4, 2e-3, 1e-2, 3e-2)},
     ),
-    "SAM": Method(sam, 2, flat_grid((0.05, 0.2, 0.5))),
-    "LPF-SGD": Method(lpf_sgd, 1, flat_grid((0.01, 0.03, 0.1))),
-    "NSO": Method(nso_sgd, 2, flat_grid((0.01, 0.03, 0.1))),
+    "SAM": Method(sam, 2, flat_grid(LARGE)),
+    "LPF-SGD": Method(lpf_sgd, 1, flat_grid(SMALL)),
+    "NSO": Method(nso_sgd, 2, flat_grid(SMALL)),
+    "WP-SGD": Method(before_sgd(SMOOTH), 1, flat_grid(SMALL)),
+    "SmoothOut": Method(
+        before_sgd(SMOOTH, KERNELS.isotropic(KERNELS.uniform)), 1, flat_grid(SMALL)
+    ),
+    "one layer at a time": Method(
+        before_sgd(SMOOTH, KERNELS.one_layer(KERNELS.isotropic())), 1, flat_grid(SMALL)
+    ),
+    "Anti-PGD": Method(anti_pgd, 1, flat_grid(SMALL)),
+    "Entropy-SGD": Method(
+        before_sgd(flatopt.entropy_sgd_gradients, 4, batch_argnames=BATCH),
+        1,
+        flat_grid((1e-4, 1e-2, 1.0), rates=(0.1, 0.3)),
+    ),
+    "zeroth order": Method(
+        before_sgd(flatopt.smooth_gradients_zeroth_order),
+        2 / 3,  # two forward passes
+        flat_grid((0.001, 0.01, 0.1), rates=(1e-4, 1e-3)),
+    ),
+    "unnormalized SAM": Method(
+        before_sgd(flatopt.usam_gradients), 2, flat_grid((0.02, 0.1, 0.3))
+    ),
+    "ASAM": Method(before_sgd(flatopt.asam_gradients), 2, flat_grid((0.2, 0.5, 1.0))),
+    "filter-wise ASAM": Method(
+        before_sgd(flatopt.filterwise_asam_gradients), 2, flat_grid((0.2, 0.5, 1.0))
+    ),
+    "random SAM": Method(
+        before_sgd(flatopt.random_sam_gradients, 0.01), 2, flat_grid(LARGE)
+    ),
+    "Bayesian SAM": Method(
+        before_sgd(flatopt.bayesian_sam_gradients, 0.01), 2, flat_grid(LARGE)
+    ),
+    "GSAM": Method(before_sgd(flatopt.gsam_gradients, 0.2), 2, flat_grid(LARGE)),
+    "LookSAM": Method(before_sgd(flatopt.look_sam_gradients), 1.2, flat_grid(LARGE)),
+    "Friendly SAM": Method(
+        before_sgd(flatopt.friendly_sam_gradients), 2, flat_grid(LARGE)
+    ),
+    "Fisher SAM": Method(before_sgd(flatopt.fisher_sam_gradients), 2, flat_grid(LARGE)),
 }
 
 
@@ -180,15 +245,24 @@ class Trainer:
 
     def __init__(self, name, config):
         self.method, self.config = METHODS[name], config
+        gradients = config.epochs * config.train_images // config.batch_size
+        self.num_steps = int(gradients / self.method.gradients_a_step)
+        parameters = inspect.signature(self.method.make).parameters
+        self.make = (
+            functools.partial(self.method.make, num_steps=self.num_steps)
+            if "num_steps" in parameters
+            else self.method.make
+        )
+        self.takes_key = "key" in parameters
         self.step = jax.jit(self._step, donate_argnums=(0, 1))
 
     def _transformation(self, setting, seed):
-        key = {"key": seed} if self.method.make in (lpf_sgd, nso_sgd) else {}
-        return optax.inject_hyperparams(self.method.make)(**setting, **key)
+        key = {"key": seed} if self.takes_key else {}
+        return optax.inject_hyperparams(self.make)(**setting, **key)
 
     def _step(self, params, state, images, labels):
         transformation = self._transformation(dict.fromkeys(self.method.grid, 0.0), 0)
-        if self.method.make in (sgd, sam):
+        if self.method.make in (sgd, sam, anti_pgd):
             grads = jax.grad(loss_fn)(params, images, labels)
             extra = {}
             if self.method.make is sam:
@@ -208,9 +282,7 @@ class Trainer:
         images, labels = data["train"]
         _, params = nnx.split(Network(nnx.Rngs(seed)))
         state = self._transformation(setting, seed).init(params)
-        steps = config.epochs * len(images) // config.batch_size
-        steps //= self.method.gradients_a_step
-        marks = set(np.linspace(0, steps, num_points + 1)[1:].astype(int))
+        marks = set(np.linspace(0, self.num_steps, num_points + 1)[1:].astype(int))
         rng = np.random.default_rng(seed)
         batches = itertools.chain.from_iterable(
             np.array_split(
@@ -219,7 +291,7 @@ class Trainer:
             for _ in itertools.count()
         )
         curve, seconds = [], 0.0
-        for step in range(1, steps + 1):
+        for step in range(1, self.num_steps + 1):
             batch = next(batches)
             start = time.perf_counter()
             params, state = self.step(params, state, images[batch], labels[batch])
@@ -239,11 +311,12 @@ def compare(config):
             for values in itertools.product(*method.grid.values())
         ][:: 5 if config.quick else 1]
         for name, method in METHODS.items()
+        if name in config.methods
     }
     total = sum(len(s) * config.tuning_seeds + config.seeds for s in settings.values())
     results = {}
     with tqdm.tqdm(total=total, unit="run") as progress:
-        for name in METHODS:
+        for name in settings:
             trainer = Trainer(name, config)
             scores = []
             for setting in settings[name]:
@@ -336,6 +409,11 @@ def plot(results, path):
 
 
 def main(config: Config) -> None:
+    if config.methods == ("all",):
+        config = dataclasses.replace(config, methods=tuple(METHODS))
+    unknown = set(config.methods) - set(METHODS)
+    if unknown:
+        raise SystemExit(f"--methods: {unknown} unknown; choose from {list(METHODS)}")
     if config.quick:
         config = dataclasses.replace(config, seeds=2, tuning_seeds=1, epochs=30)
     results = compare(config)

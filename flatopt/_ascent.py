@@ -85,6 +85,7 @@ def adversarial(name, rho, gradients, options, init_memory=None):
     parts = 1 if options.num_microbatches is None else options.num_microbatches
     _checks.check_num_samples(parts, "num_microbatches")
     names = _checks.check_names(options.batch_argnames)
+    _checks.check_start_step(options.start_step)
     if parts > 1 and not names:
         raise ValueError(
             f"num_microbatches={parts} needs batch_argnames, got none; name the arguments "

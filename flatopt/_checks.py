@@ -52,6 +52,20 @@ def check_decay(decay):
         )
 
 
+def check_start_step(start_step):
+    whole = isinstance(start_step, numbers.Integral) and not isinstance(
+        start_step, bool
+    )
+    if isinstance(start_step, jax.Array):
+        whole = start_step.shape == () and jnp.issubdtype(start_step.dtype, jnp.number)
+    traced = isinstance(start_step, jax.core.Tracer)
+    if not whole or (not traced and start_step < 0):
+        raise ValueError(
+            f"start_step must be an int of at least 0, got {start_step!r}; it counts the "
+            "steps of plain gradients before the method begins."
+        )
+
+
 def check_num_samples(num_samples, name="num_samples"):
     if isinstance(num_samples, jax.Array):
         raise TypeError(

@@ -83,10 +83,23 @@ def _chunk_at(chunks, index):
 
 def walk(step, start, num_steps, chunks):
     """Fold ``step(state, index, chunk) -> state`` over chunks, one after the other."""
+    return _loop(
+        lambda index, state: step(state, index, _chunk_at(chunks, index)),
+        start,
+        num_steps,
+    )
 
-    def body(index, state):
-        return step(state, index, _chunk_at(chunks, index))
 
+def fold_rows(step, start, rows):
+    """Fold ``step(state, row) -> state`` over the rows of a tree."""
+    return _loop(
+        lambda index, state: step(state, jax.tree.map(lambda x: x[index], rows)),
+        start,
+        jax.tree.leaves(rows)[0].shape[0],
+    )
+
+
+def _loop(body, start, num_steps):
     if _staged():
         traced, _ = _convolutions.trace(body, jnp.int32(0), start)
         return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), traced, start)
@@ -94,6 +107,30 @@ def walk(step, start, num_steps, chunks):
     for index in range(num_steps):
         state = body(jnp.int32(index), state)
     return state
+
+
+def map_rows(function, rows, unroll=1):
+    """``function`` of each row of a tree, one after another; results are stacked.
+
+    ``unroll`` rows to a round of the loop: what they share is computed once for them.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if count <= unroll:
+        results = [function(jax.tree.map(lambda x: x[i], rows)) for i in range(count)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *results)
+    traced, _ = _convolutions.trace(
+        lambda group: map_rows(function, group, unroll),
+        jax.tree.map(lambda x: x[:unroll], rows),
+    )
+    whole = count - count % unroll
+    groups = jax.tree.map(lambda x: x[:whole].reshape(-1, unroll, *x.shape[1:]), rows)
+    results = jax.tree.map(
+        lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(traced, groups)
+    )
+    if whole == count:
+        return results
+    rest = map_rows(function, jax.tree.map(lambda x: x[whole:], rows), unroll)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), results, rest)
 
 
 def cond(condition, yes, no):

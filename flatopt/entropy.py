@@ -125,8 +125,9 @@ def entropy_sgd_gradients(
             pull = jax.tree.map(jnp.subtract, point, center)
             drift = _ascent.add(grads, scope, pull)
             point = _ascent.add(point, -inner_learning_rate, drift)
+            noise = jax.tree.map(lambda n, x: n.astype(x.dtype), draw(noise_key), point)
             point = _ascent.add(
-                point, jnp.sqrt(inner_learning_rate) * noise_scale, draw(noise_key)
+                point, jnp.sqrt(inner_learning_rate) * noise_scale, noise
             )
             mean = _ascent.add(_ascent.scale(decay, mean), 1 - decay, point)
             first_value = jnp.where(index == 0, value.astype(value_dtype), first_value)

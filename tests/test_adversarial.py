@@ -462,46 +462,86 @@ def test_sharded_batch_gives_the_result_of_one_device():
             assert_close(result, expected, rtol=2e-5)
 
 
+NUMBERS = {
+    "asam": ["eta"],
+    "filterwise_asam": ["eta"],
+    "random_sam": ["sigma"],
+    "bayesian_sam": ["sigma"],
+    "gsam": ["alpha"],
+    "look_sam": ["alpha"],
+    "friendly_sam": ["sigma", "decay"],
+    "fisher_sam": ["eta"],
+}
+
+
+def _make(name, **options):
+    required = {"random_sam": "sigma", "bayesian_sam": "sigma", "gsam": "alpha"}
+    if name in required:
+        options = {required[name]: 0.1, **options}
+    return getattr(flatopt, f"{name}_gradients")(**{"rho": RHO, **options})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_number_of_every_method_is_checked(name):
+    for argument in ["rho", *NUMBERS.get(name, [])]:
+        for value, error, match in (
+            (-1.0, ValueError, f"{argument} must be finite and not negative, got -1"),
+            (jnp.nan, ValueError, f"{argument} must be finite and not negative, got"),
+            (True, TypeError, f"{argument} must be a number or a scalar array, got T"),
+            ("1", TypeError, f"{argument} must be a number or a scalar array, got '1'"),
+            (jnp.ones(2), ValueError, f"{argument} must be a scalar, got shape"),
+        ):
+            with pytest.raises(error, match=match):
+                _make(name, **{argument: value})
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    ("make", "error", "match"),
+    ("options", "error", "match"),
     [
         (
-            lambda: flatopt.sam_gradients(-1),
-            ValueError,
-            "rho must be finite and not neg",
-        ),
-        (
-            lambda: flatopt.sam_gradients(True),
-            TypeError,
-            "rho must be a number or a sc",
-        ),
-        (lambda: flatopt.gsam_gradients(0.1, -1), ValueError, "alpha must be finite"),
-        (lambda: flatopt.asam_gradients(0.1, -1), ValueError, "eta must be finite"),
-        (
-            lambda: flatopt.look_sam_gradients(0.1, 0),
-            ValueError,
-            "every must be an int",
-        ),
-        (
-            lambda: flatopt.random_sam_gradients(0.1, -1),
-            ValueError,
-            "sigma must be fin",
-        ),
-        (
-            lambda: flatopt.sam_gradients(0.1, num_microbatches=4),
+            {"num_microbatches": 4},
             ValueError,
             "num_microbatches=4 needs batch_argnames, got none; name the arguments",
         ),
         (
-            lambda: flatopt.sam_gradients(0.1, num_microbatches=0),
+            {"num_microbatches": 0},
             ValueError,
             "num_microbatches must be an int of at least 1, got 0",
         ),
+        (
+            {"batch_argnames": "batch"},
+            TypeError,
+            "batch_argnames must be a tuple of names, got 'batch'",
+        ),
+        ({"start_step": -1}, ValueError, "start_step must be an int of at least 0"),
+        ({"start_step": 1.5}, ValueError, "start_step must be an int of at least 0"),
+        ({"key": "0"}, TypeError, "key must be an int or a single JAX random key"),
     ],
 )
-def test_wrong_arguments(make, error, match):
+def test_wrong_options_of_every_method(name, options, error, match):
     with pytest.raises(error, match=match):
-        make()
+        _make(name, **options)
+
+
+def test_wrong_numbers_of_single_methods():
+    with pytest.raises(ValueError, match="every must be an int of at least 1, got 0"):
+        flatopt.look_sam_gradients(RHO, 0)
+    with pytest.raises(ValueError, match="decay must be less than 1, got 1"):
+        flatopt.friendly_sam_gradients(RHO, decay=1.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_wrong_batches_and_masks_of_every_method(name):
+    params, batch = regression()
+    tx = _make(name, num_microbatches=5, batch_argnames=("batch",))
+    with pytest.raises(ValueError, match="a batch of 64 examples does not divide"):
+        tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
+    with pytest.raises(ValueError, match="names 'batch', which was not passed"):
+        tx.update(None, tx.init(params), params, value_fn=loss_fn)
+    tx = _make(name, mask={"other": True})
+    with pytest.raises(ValueError, match="mask must be a tree prefix of params"):
+        tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
 
 
 @pytest.mark.parametrize("name", METHODS)

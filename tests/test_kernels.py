@@ -254,3 +254,33 @@ def test_shared_magnitude_samples_are_uncorrelated_and_fresh_each_step():
     assert abs((a * b).mean()) < 5 * np.sqrt(3 / a.size)
     neighbours = (a[:-1] * b[1:]).mean()
     assert abs(neighbours) < 5 / np.sqrt(a.size)
+
+
+def test_one_layer_draws_layers_evenly_and_keeps_their_noise():
+    params = {
+        "a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+        "b": {"kernel": jnp.ones((3, 2))},
+        "c": jnp.ones(4),
+    }
+    inner = kernels.isotropic()
+    kernel = kernels.one_layer(inner)
+    keys = jax.random.split(jax.random.key(0), 900)
+    noise = jax.vmap(lambda key: kernel(key, params))(keys)
+    whole = jax.vmap(lambda key: inner(key, params))(keys)
+    active = jax.tree.map(lambda x: (x != 0).reshape(900, -1).all(axis=1), noise)
+    np.testing.assert_array_equal(active["a"]["kernel"], active["a"]["bias"])
+    counts = [active["a"]["kernel"], active["b"]["kernel"], active["c"]]
+    assert sum(c.astype(int) for c in counts).tolist() == [1] * 900
+    for count in counts:
+        assert abs(int(count.sum()) - 300) < 5 * np.sqrt(900 * 2 / 9)
+    for drawn, full in zip(jax.tree.leaves(noise), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(drawn, jnp.where(drawn == 0, 0, full))
+
+
+def test_one_layer_takes_the_users_layers():
+    params = {"enc_w": jnp.ones(3), "enc_b": jnp.ones(2), "dec_w": jnp.ones(3)}
+    kernel = kernels.one_layer(kernels.isotropic(), lambda path: path.split("_")[0])
+    for seed in range(6):
+        noise = kernel(jax.random.key(seed), params)
+        moved = {name for name, leaf in noise.items() if (leaf != 0).all()}
+        assert moved in ({"enc_w", "enc_b"}, {"dec_w"})

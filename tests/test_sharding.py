@@ -128,3 +128,76 @@ def test_shard_map_averages_over_devices_with_their_own_noise(
         parts.append(local(key, params, batch=part))
     mean = jax.tree.map(lambda *x: sum(x) / NUM_DEVICES, *parts)
     assert_close(result, mean, rtol=2e-5, atol=2e-6)
+
+
+LINKS = {
+    "sam": (flatopt.sam_gradients, (0.3,)),
+    "random_sam": (flatopt.random_sam_gradients, (0.3, 0.0)),
+    "gsam": (flatopt.gsam_gradients, (0.3, 0.4)),
+    "friendly_sam": (flatopt.friendly_sam_gradients, (0.3,)),
+    "look_sam": (flatopt.look_sam_gradients, (0.3,)),
+    "entropy_sgd": (flatopt.entropy_sgd_gradients, (0.3, 4, 0.1, 0.0)),
+}
+
+
+def _mapped_steps(tx, params, batch, num_steps, check_vma, batch_spec):
+    def steps(params, batch):
+        state = tx.init(params)
+        for _ in range(num_steps):
+            updates, state = tx.update(
+                None, state, params, value_fn=loss_fn, batch=batch
+            )
+        return updates, state.clean_value
+
+    mapped = jax.shard_map(
+        steps,
+        mesh=_mesh(AxisType.Auto),
+        in_specs=(P(), batch_spec),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    return jax.jit(mapped)(params, batch)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", LINKS)
+def test_shard_map_averages_the_steps_of_the_devices(name, check_vma):
+    params, batch = regression()
+    make, arguments = LINKS[name]
+    tx = make(*arguments, axis_name="data")
+    result, value = _mapped_steps(tx, params, batch, 2, check_vma, P("data"))
+
+    local = make(*arguments)
+    device_step = jax.jit(
+        lambda state, part: local.update(
+            None, state, params, value_fn=loss_fn, batch=part
+        )
+    )
+    state = local.init(params)
+    for _ in range(2):
+        parts = []
+        for device in range(NUM_DEVICES):
+            rows = slice(8 * device, 8 * device + 8)
+            part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+            parts.append(device_step(state, part))
+        updates, memory, clean_value = jax.tree.map(
+            lambda *x: sum(x) / NUM_DEVICES,
+            *[(updates, s.memory, s.clean_value) for updates, s in parts],
+        )
+        state = parts[0][1]._replace(memory=memory)
+    assert_close(result, updates, rtol=2e-5, atol=2e-6)
+    assert_close(value, clean_value, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["random_sam", "entropy_sgd"])
+def test_devices_draw_their_own_noise(name):
+    params, batch = regression()
+    make = LINKS[name][0]
+    arguments = (0.3, 0.2) if name == "random_sam" else (0.3, 4, 0.1, 0.5)
+    tx, local = make(*arguments, axis_name="data"), make(*arguments)
+    result, _ = _mapped_steps(tx, params, batch, 1, True, P())
+    alone, _ = local.update(
+        None, local.init(params), params, value_fn=loss_fn, batch=batch
+    )
+    with pytest.raises(AssertionError):
+        assert_close(result, alone, rtol=1e-2, atol=1e-3)

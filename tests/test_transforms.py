@@ -332,3 +332,57 @@ def test_apply_if_finite_guards_after_us_and_not_around_us(standard_promotion):
     )
     assert not leaves_array(update(after)).any()
     assert not np.isfinite(leaves_array(update(around))).all()
+
+
+def test_anti_pgd_without_its_noise_follows_gradients_at_noisy_parameters():
+    params, batch = regression()
+    rate, scale, key = 0.2, 0.05, 4
+    tx = optax.chain(optax.sgd(rate), flatopt.anti_pgd(scale, key=key))
+    gradient = jax.jit(jax.grad(loss_fn))
+    kernel = flatopt.kernels.isotropic()
+
+    def noise(step):
+        if step == 0:
+            return optax.tree.zeros_like(params)
+        drawn = kernel(jax.random.fold_in(jax.random.key(key), step), params)
+        return optax.tree.scale(scale, drawn)
+
+    point, state = params, tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(10):
+        updates, state = update(gradient(params, batch), state, params)
+        params = optax.apply_updates(params, updates)
+        noisy = jax.tree.map(jnp.add, point, noise(step))
+        point = jax.tree.map(lambda p, g: p - rate * g, point, gradient(noisy, batch))
+    assert_close(params, jax.tree.map(jnp.add, point, noise(10)), atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(params, point, atol=1e-3)
+
+
+def test_anti_pgd_leaves_masked_leaves_and_skipped_steps_alone():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    link = flatopt.anti_pgd(0.1, mask={"a": True, "b": False})
+    tx = flatopt.skip_nonfinite(optax.chain(optax.sgd(0.1), link))
+    zeros = optax.tree.zeros_like(params)
+    state, point = tx.init(params), params
+    for step in range(6):
+        grads = jax.tree.map(lambda z, s=step: z + (jnp.nan if s == 2 else 0), zeros)
+        updates, state = tx.update(grads, state, point)
+        point = optax.apply_updates(point, updates)
+    np.testing.assert_array_equal(point["b"], params["b"])
+    # One noise of scale 0.1 and no more, though five steps were made.
+    fifth = flatopt.kernels.isotropic()(
+        jax.random.fold_in(jax.random.key(0), 5), params
+    )
+    np.testing.assert_allclose(point["a"], 1 + 0.1 * fifth["a"], rtol=1e-5)
+    assert state.num_skipped == 1
+
+
+def test_anti_pgd_wrong_arguments():
+    with pytest.raises(ValueError, match="scale must be finite and not negative"):
+        flatopt.anti_pgd(-1.0)
+    with pytest.raises(TypeError, match="key must be an int or a single JAX random"):
+        flatopt.anti_pgd(0.1, key=None)
+    tx = flatopt.anti_pgd(0.1)
+    with pytest.raises(ValueError, match="anti_pgd needs params, got None; call"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
