@@ -59,9 +59,8 @@ def gram(block, other):
     """All inner products: shape (rows of block, rows of other)."""
 
     def leaf_gram(x, y):
-        return jnp.tensordot(
-            x.reshape(len(x), -1), y.reshape(len(y), -1).T, 1, precision=PRECISION
-        )
+        axes = tuple(range(1, x.ndim))
+        return jnp.tensordot(x, y, axes=(axes, axes), precision=PRECISION)
 
     return sum(jax.tree.leaves(jax.tree.map(leaf_gram, block, other)))
 

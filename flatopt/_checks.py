@@ -172,21 +172,21 @@ def is_numeric(leaf):
     return isinstance(leaf, numbers.Number | np.ndarray | np.generic | jax.Array)
 
 
-def check_value(value):
-    """The scalar that a value_fn returned."""
+def check_value(value, name="value_fn"):
+    """The scalar that a value_fn or a loss_fn returned."""
     if isinstance(value, tuple):
         raise TypeError(
-            f"value_fn must return a real scalar, got a tuple of {len(value)}; return the "
-            "loss alone, or use smooth_value_and_grad with has_aux=True for (loss, aux)."
+            f"{name} must return a real scalar, got a tuple of {len(value)}; return the "
+            "loss alone, or use has_aux=True of smooth_value_and_grad for (loss, aux)."
         )
     if not is_numeric(value):
         raise TypeError(
-            f"value_fn must return a real scalar, got {value!r}; return the mean loss."
+            f"{name} must return a real scalar, got {value!r}; return the mean loss."
         )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"value_fn must return a real scalar, got shape {shape} and dtype {dtype}; "
+            f"{name} must return a real scalar, got shape {shape} and dtype {dtype}; "
             "return the mean loss."
         )
     return jnp.asarray(value)

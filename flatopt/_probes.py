@@ -79,8 +79,8 @@ class Probe(NamedTuple):
       >>> import jax, jax.numpy as jnp
       >>> from flatopt import curvature
       >>> operator = curvature.hessian(lambda p: jnp.sum(p ** 4), jnp.ones(3))
-      >>> curvature.probe(operator, jax.random.key(0)).trace.value
-      Array(36., dtype=float32)
+      >>> round(float(curvature.probe(operator, jax.random.key(0)).trace.value), 3)
+      36.0
     """
 
     trace: Estimate
@@ -129,7 +129,7 @@ def trace(
       >>> import jax, jax.numpy as jnp
       >>> from flatopt import curvature
       >>> operator = curvature.hessian(lambda p: jnp.sum(p ** 4), jnp.ones(20))
-      >>> curvature.trace(operator, jax.random.key(0)).value
+      >>> curvature.trace(operator, jax.random.key(0), num_deflated=0).value
       Array(240., dtype=float32)
     """
     _check_probes(operator, num_probes, num_deflated, rtol)

@@ -65,10 +65,13 @@ def _theirs(make, single):
 
         def closure(step=step):
             optimizer.zero_grad()
-            logits = _logits(params, torch.tensor(inputs[step]), torch.tanh)
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[step]))
+            with torch.enable_grad():
+                loss = torch.nn.functional.cross_entropy(
+                    _logits(params, torch.tensor(inputs[step]), torch.tanh),
+                    torch.tensor(labels[step]),
+                )
             loss.backward()
-            return loss
+            return None, loss
 
         if not isinstance(optimizer, peers.GSAM):
             closure()
@@ -131,6 +134,6 @@ def test_trajectories_equal_those_of_pytorch_optimizer(link, make, single, x64):
     ours, theirs = _ours(link(), single), _theirs(make, single)
     start, _, _ = _network(single)
     for a, b, c in zip(ours, theirs, start, strict=True):
-        # float64 but for its norm of all gradients, which it returns in float32.
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+        # All in float64 but for its norm of gradients; its LookSAM adds 1e-8 to norms.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
         assert np.abs(a - c).max() > 1e-2
