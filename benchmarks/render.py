@@ -82,7 +82,8 @@ def _machine(report):
     hardware = report["hardware"]
     return (
         f"Measured on {hardware['cores']} {hardware['processor']} cores "
-        f"({hardware['backend']}) with {versions}; {report['repeats']} rounds (a fourth for ResNet-18).\n"
+        f"({hardware['backend']}) with {versions}; {report['repeats']} rounds "
+        "(a fourth for ResNet-18).\n"
     )
 
 

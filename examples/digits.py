@@ -1,10 +1,11 @@
 """Flat-minimum training on real handwritten digits, compared at equal budgets.
 
 Trains a small convolutional network on few images with some wrong labels, by SGD, SAM,
-LPF-SGD and NSO, or by any of flatopt's methods (``--methods all``). Every method gets the same number of gradient evaluations of single
-images, and the same number of settings to choose from on a validation split. Prints a
-table and saves a figure: accuracy along training, and the training loss under random
-perturbations of growing radius. What it prints is what it measured.
+LPF-SGD and NSO, or by any of flatopt's methods (``--methods all``). Every method gets
+the same number of gradient evaluations of single images, and the same number of settings
+to choose from on a validation split. Prints a table and saves a figure: accuracy along
+training, and the training loss under random perturbations of growing radius. What it
+prints is what it measured.
 """
 
 import dataclasses

@@ -32,13 +32,18 @@ def trace(function, *args):
     return traced, closed.jaxpr
 
 
-def has_convolution(jaxpr):
-    """Whether a convolution is anywhere in a jaxpr."""
+def has_primitive(jaxpr, name):
+    """Whether a primitive is anywhere in a jaxpr."""
     return any(
-        equation.primitive.name == CONVOLUTION
-        or any(map(has_convolution, _inner_jaxprs(equation)))
+        equation.primitive.name == name
+        or any(has_primitive(inner, name) for inner in _inner_jaxprs(equation))
         for equation in jaxpr.eqns
     )
+
+
+def has_convolution(jaxpr):
+    """Whether a convolution is anywhere in a jaxpr."""
+    return has_primitive(jaxpr, CONVOLUTION)
 
 
 def are_fast_in_loops(jaxpr):

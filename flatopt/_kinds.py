@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flatopt import _blocks, _checks
+from flatopt import _blocks, _checks, _convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Hessian:
             del grads
             return value, (), lambda vector: pullback(vector)[0]
 
-        return forward_or_reverse(forward, reverse)
+        return forward_or_reverse(forward, reverse, gradient, params)
 
     def finish(self, products, shared, vectors):
         del shared, vectors
@@ -55,7 +55,7 @@ class Hessian:
             _, _, product = self.linearize(params, batch)
             return (_blocks.dot(vector, product(vector)),)
 
-        return forward_or_reverse(forward, reverse)
+        return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
 
     def finish_quadratic(self, moments):
         return moments[0]
@@ -91,7 +91,9 @@ class GaussNewton:
             transposed = jax.linear_transpose(lambda u: pull(u)[0], outputs)
             return outputs, lambda vector: transposed(vector)[0], pull
 
-        outputs, push, pull = forward_or_reverse(forward, reverse)
+        outputs, push, pull = forward_or_reverse(
+            forward, reverse, lambda p: (model(p), ()), params
+        )
 
         def product(vector):
             return pull(self.output_product(outputs, batch, push(vector)))[0]
@@ -103,8 +105,10 @@ class GaussNewton:
         return products
 
     def quadratic(self, params, batch, vector):
+        def model(params):
+            return self.outputs(params, batch)
+
         def forward():
-            model = lambda params: self.outputs(params, batch)  # noqa: E731
             outputs, tangent = jax.jvp(model, (params,), (vector,))
             curved = self.output_product(outputs, batch, tangent)
             return (_blocks.dot(tangent, curved),)
@@ -113,7 +117,7 @@ class GaussNewton:
             _, _, product = self.linearize(params, batch)
             return (_blocks.dot(vector, product(vector)),)
 
-        return forward_or_reverse(forward, reverse)
+        return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
 
     def finish_quadratic(self, moments):
         return moments[0]
@@ -155,7 +159,9 @@ class EmpiricalFisher:
             transposed = jax.linear_transpose(lambda u: pull(u)[0], values)
             return values, weights, lambda vector: transposed(vector)[0], pull
 
-        values, weights, push, pull = forward_or_reverse(forward, reverse)
+        values, weights, push, pull = forward_or_reverse(
+            forward, reverse, losses, params
+        )
         value = jnp.sum(weights * values)
         shared = self.share(weights, pull)
         return value, shared, lambda vector: pull(weights * push(vector))[0]
@@ -184,7 +190,9 @@ class EmpiricalFisher:
             slopes = jax.linear_transpose(lambda u: pull(u)[0], values)(vector)[0]
             return moments(slopes, weights)
 
-        return forward_or_reverse(forward, reverse)
+        return forward_or_reverse(
+            forward, reverse, lambda p: self.losses(p, batch), params
+        )
 
     def finish_quadratic(self, moments):
         return moments[0]
@@ -207,23 +215,34 @@ class GradientCovariance(EmpiricalFisher):
         return moments[0] - moments[1] ** 2
 
 
-def forward_or_reverse(forward, reverse):
-    """Forward mode where it is allowed: a ``custom_vjp`` refuses it, reverse mode may do."""
+def forward_or_reverse(forward, reverse, function, params):
+    """Forward mode where it is allowed: a ``custom_vjp`` refuses it, reverse mode may do.
+
+    ``function`` is what forward mode would differentiate: ``jax.linearize`` itself finds
+    out only when the program is compiled.
+    """
+    reason = None
     try:
-        return forward()
+        push = lambda p: jax.jvp(function, (p,), (p,), has_aux=True)  # noqa: E731
+        jaxpr = jax.make_jaxpr(push)(params).jaxpr
+        if _convolutions.has_primitive(jaxpr, "custom_lin"):
+            reason = "a custom_vjp has no rule for it"
     except (TypeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        if not any(
-            hint in str(error)
-            for hint in ("custom_vjp", "forward-mode", "rule for", "not implemented")
-        ):
-            raise
+        reason = _first_line(error)
+    if reason is None:
+        return forward()
     try:
         return reverse()
-    except Exception as error:
-        second = str(error).strip().splitlines()[0] if str(error) else repr(error)
+    except (TypeError, NotImplementedError) as error:
+        second = _first_line(error)
+        if second == reason and isinstance(error, TypeError):
+            raise  # an error of the loss itself
         raise TypeError(
             f"loss_fn can be differentiated twice neither in forward mode ({reason}) nor "
             f"in reverse mode ({second}); give its custom_vjp rules that are themselves "
             "differentiable, or use a plain implementation for the analysis."
         ) from error
+
+
+def _first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]

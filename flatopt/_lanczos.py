@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt import _blocks, _checks
-from flatopt._operator import products
+from flatopt import _blocks, _checks, _trees, kernels
+from flatopt._operator import like_wide, products
 from flatopt._probes import (
     Estimate,
     check_operator,
-    draw_signs,
     is_traced,
     probe_keys,
 )
@@ -124,6 +123,11 @@ def _residuals(vectors, found):
     return values, rest, jnp.sqrt(jnp.diagonal(_blocks.gram(rest, rest)))
 
 
+@jax.jit
+def _draw_normal(params, key):
+    return like_wide(_trees.bind(kernels.isotropic(), key, params)(key), params)
+
+
 class _Krylov:
     """A growing orthonormal basis with the operator's projection on it."""
 
@@ -146,11 +150,13 @@ class _Krylov:
 
     def random(self):
         """A random direction orthogonal to the basis."""
-        self.draws += 1
-        keys = probe_keys(self.key, self.draws, 1)
-        _, rest, length = _expand(
-            self.basis, _blocks.row(draw_signs(self.operator, keys), 0)
-        )
+        for _ in range(4):
+            self.draws += 1
+            keys = probe_keys(self.key, self.draws, 1)
+            noise = _draw_normal(self.operator.like, keys[0])
+            _, rest, length = _expand(self.basis, noise)
+            if length > 1e-2:
+                break
         return rest, float(length)
 
     def step(self, rest, length):
@@ -180,12 +186,8 @@ class _Krylov:
         """Combinations of the basis, from columns of coefficients."""
         padded = np.zeros((coefficients.shape[1], len(self.projection)))
         padded[:, : self.size] = coefficients.T
-        return _blocks.combine(
-            jnp.asarray(
-                padded, jnp.float32 if not jax.config.jax_enable_x64 else jnp.float64
-            ),
-            self.basis,
-        )
+        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        return _blocks.combine(jnp.asarray(padded, dtype), self.basis)
 
 
 def eigenpairs(
@@ -315,7 +317,7 @@ def _fill(krylov, rest, length, count, which, rtol, max_matvecs):
     while krylov.size < len(krylov.projection):
         if length <= 1e-6 * scale or length == 0.0:
             rest, length = krylov.random()  # an invariant subspace: look elsewhere
-            if length <= 1e-3:
+            if length <= 1e-2:
                 break
         rest, length = krylov.step(rest, length)
         values, coefficients = krylov.eigh()

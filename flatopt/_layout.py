@@ -116,7 +116,9 @@ def map_rows(function, rows, unroll=1):
     """
     count = jax.tree.leaves(rows)[0].shape[0]
     if count <= unroll:
-        results = [function(jax.tree.map(lambda x: x[i], rows)) for i in range(count)]
+        results = [
+            function(jax.tree.map(lambda x, i=i: x[i], rows)) for i in range(count)
+        ]
         return jax.tree.map(lambda *x: jnp.stack(x), *results)
     traced, _ = _convolutions.trace(
         lambda group: map_rows(function, group, unroll),

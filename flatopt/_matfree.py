@@ -69,7 +69,8 @@ def xtrace(operator, key: jax.Array, num_matvecs: int = 32) -> Estimate:
     estimator = stochtrace.estimator_leave_one_out_mean_and_sem(
         stochtrace.leave_one_out_xtrace(), sampler
     )
-    value, error = estimator(matvec, key)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        value, error = estimator(matvec, key)
     count = num_matvecs // 2
     # matfree divides by the number of samples, not by one less.
     return Estimate(value, error * jnp.sqrt(count / (count - 1)), count)

@@ -6,7 +6,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from flatopt import _blocks, _layout, _streams, kernels
+from flatopt import _blocks, _layout, _streams, _trees, kernels
 
 
 @jax.tree_util.register_pytree_node_class
@@ -104,6 +104,13 @@ class Operator:
         return vector
 
 
+def like_wide(vector, params):
+    """A vector in float32, or as wide as the parameters."""
+    return jax.tree.map(
+        lambda v, p: jnp.asarray(v).astype(_trees.wide(p.dtype)), vector, params
+    )
+
+
 def like_params(vector, params):
     return jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, params)
 
@@ -126,9 +133,13 @@ def _add_products(kind, total, params, batch, block, weight):
     return _add(total, weight, parts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def finish_products(kind, products, shared, block):
-    return kind.finish(products, shared, _blocks.widen(block))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def finish_products(kind, shardings, products, shared, block):
+    products = kind.finish(products, shared, _blocks.widen(block))
+    if shardings is None:
+        return products
+    leaves, treedef = jax.tree.flatten(products)
+    return treedef.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
 
 
 def products(operator, block):
@@ -138,7 +149,19 @@ def products(operator, block):
         _, found, shared = batch_products(kind, params, operator.batch, block)
     else:
         found, shared = _sweep(operator, functools.partial(_add_products, kind), block)
-    return finish_products(kind, found, shared, block)
+    return finish_products(kind, _shardings(params), found, shared, block)
+
+
+def _shardings(params):
+    """The shardings of concrete parameters on a mesh, for static use; else None."""
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    shardings = [leaf.sharding for leaf in leaves]
+    if not all(isinstance(s, jax.sharding.NamedSharding) for s in shardings):
+        return None
+    rows = jax.sharding.PartitionSpec
+    return tuple(s.update(spec=rows(None, *s.spec)) for s in shardings)
 
 
 def _given(row, basis, params):
@@ -150,7 +173,7 @@ def _given(row, basis, params):
 def drawn(row, basis, params):
     """Random signs drawn from a key, less their part in the span of a basis."""
     kernel = kernels.isotropic(kernels.signs)
-    return _blocks.project_out(kernel(row, params), basis)
+    return _blocks.project_out(like_wide(kernel(row, params), params), basis)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

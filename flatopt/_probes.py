@@ -16,6 +16,7 @@ from flatopt._operator import (
     drawn,
     finish_products,
     like_params,
+    like_wide,
     products,
     quadratics,
 )
@@ -207,11 +208,11 @@ def probe(
     basis_key, probe_key = jax.random.split(key)
     basis = _leading_basis(operator, basis_key, num_deflated)
     exact = _exact_parts(basis, products(operator, basis) if num_deflated else basis)
-    zeros = jax.tree.map(jnp.zeros_like, exact)
-    moments = (jnp.zeros(()), zeros, zeros)
+    mean, deviation = (jax.tree.map(jnp.zeros_like, exact) for _ in range(2))
+    moments = (jnp.zeros(()), mean, deviation)
     count = 0
     while True:
-        new = num_probes if not count else count
+        new = count or num_probes
         moments = _observe(operator, probe_keys(probe_key, count, new), basis, moments)
         count += new
         found = _summarize(exact, moments, count)
@@ -267,20 +268,16 @@ def population_frobenius_norm(
         signs = draw_signs(
             operator, probe_keys(key, start, min(GROUP, num_probes - start))
         )
-        total, squares, weights = 0.0, 0.0, []
+        total = squares = None
+        weights = []
         for batch, weight in _streams.passes(
             operator.stream, operator.weight_fn, "probes"
         ):
-            _, found, shared = batch_products(
-                operator.kind, operator.like, batch, signs
-            )
-            found = finish_products(operator.kind, found, shared, signs)
-            total = (
-                jax.tree.map(lambda x, w=weight: w * x, found)
-                if not weights
-                else (jax.tree.map(lambda t, x, w=weight: t + w * x, total, found))
-            )
-            squares = squares + weight**2 * _square_norms(found)
+            arguments = (operator.like, batch, signs, jnp.float32(weight))
+            part, square = _weighted_products(operator.kind, *arguments)
+            if total is not None:
+                part, square = _add_trees((total, squares), (part, square))
+            total, squares = part, square
             weights.append(weight)
         if len(weights) < 2:
             raise ValueError(
@@ -292,6 +289,19 @@ def population_frobenius_norm(
     samples = jnp.concatenate(samples)
     error = jnp.std(samples, ddof=1) / num_probes**0.5
     return _root(Estimate(jnp.mean(samples), error, num_probes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted_products(kind, params, batch, block, weight):
+    _, found, shared = batch_products(kind, params, batch, block)
+    found = finish_products(kind, None, found, shared, block)
+    found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
+    return found, _square_norms(found)
+
+
+@jax.jit
+def _add_trees(tree, other):
+    return jax.tree.map(jnp.add, tree, other)
 
 
 def _check_probes(operator, num_probes, num_deflated, rtol):
@@ -357,17 +367,29 @@ def _is_met(estimates, rtol):
 
 
 def probe_keys(key, start, count):
-    return jax.vmap(lambda i: _random.fold_in(key, i))(
-        jnp.arange(start, start + count, dtype=jnp.int32)
-    )
+    return _fold_range(key, start, count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fold_range(key, start, count):
+    indices = start + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda i: _random.fold_in(key, i))(indices)
+
+
+@jax.jit
+def _draw_rows(params, keys):
+    return jax.vmap(_signs_like(params))(keys)
 
 
 def draw_signs(operator, keys):
     """A block of random signs, one row a key."""
-    draw = _trees.bind(
-        kernels.isotropic(kernels.signs), jax.random.key(0), operator.like
-    )
-    return jax.vmap(draw)(keys)
+    return _draw_rows(operator.like, keys)
+
+
+def _signs_like(params):
+    """``draw(key)`` of random signs, float32 or as wide as the parameters."""
+    draw = _trees.bind(kernels.isotropic(kernels.signs), jax.random.key(0), params)
+    return lambda key: like_wide(draw(key), params)
 
 
 def _leading_basis(operator, key, count):
@@ -376,12 +398,14 @@ def _leading_basis(operator, key, count):
     if not count:
         return _blocks.zeros(like, 0)
     count = min(count, _blocks.size(like))
-    basis = _blocks.orthonormalize(draw_signs(operator, probe_keys(key, 0, count)))
+    orthonormalize = jax.jit(_blocks.orthonormalize)
+    basis = orthonormalize(draw_signs(operator, probe_keys(key, 0, count)))
     for _ in range(2):
-        basis = _blocks.orthonormalize(products(operator, basis))
+        basis = orthonormalize(products(operator, basis))
     return basis
 
 
+@jax.jit
 def _exact_parts(basis, found):
     """The samples of one probe, for what lies within the span of the basis."""
     diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
@@ -422,7 +446,7 @@ def _update(moments, signs, vector, found):
 @functools.partial(jax.jit, static_argnums=0)
 def _observe_batch(kind, params, batch, keys, basis, moments):
     _, shared, product = kind.linearize(params, batch)
-    draw = _trees.bind(kernels.isotropic(kernels.signs), jax.random.key(0), params)
+    draw = _signs_like(params)
 
     def step(moments, key):
         signs = draw(key)
@@ -460,12 +484,19 @@ def _observe(operator, keys, basis, moments):
     return moments
 
 
-def _summarize(exact, moments, count):
-    _, mean, deviation = moments
+@jax.jit
+def _values_and_errors(exact, mean, deviation, count):
     values = jax.tree.map(jnp.add, exact, mean)
     errors = jax.tree.map(
-        lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count)), deviation
+        lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count).astype(d.dtype)),
+        deviation,
     )
+    return values, errors
+
+
+def _summarize(exact, moments, count):
+    _, mean, deviation = moments
+    values, errors = _values_and_errors(exact, mean, deviation, jnp.float32(count))
     of = {name: Estimate(values[name], errors[name], count) for name in values}
     return Probe(
         trace=of["trace"],
@@ -476,17 +507,23 @@ def _summarize(exact, moments, count):
     )
 
 
-def _root(square):
-    """The estimate of a norm from that of its square."""
-    value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square.value)
+@jax.jit
+def _root_of(square, error):
+    value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square)
     error = jax.tree.map(
         lambda v, e: jnp.where(v > 0, e / jnp.where(v > 0, 2 * v, 1.0), jnp.sqrt(e)),
         value,
-        square.standard_error,
+        error,
     )
-    return Estimate(value, error, square.num_probes)
+    return value, error
 
 
+def _root(square):
+    """The estimate of a norm from that of its square."""
+    return Estimate(*_root_of(square.value, square.standard_error), square.num_probes)
+
+
+@jax.jit
 def _square_norms(block):
     return sum(
         jnp.sum(x.reshape(len(x), -1) ** 2, axis=1) for x in jax.tree.leaves(block)

@@ -163,7 +163,10 @@ def gradient_covariance(
     replacement :math:`\Sigma\, (n - B) / (B (n - 1))`.
 
     Args:
-      loss_fn, params, data, weight_fn: as in :func:`empirical_fisher`.
+      loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch.
+      params: the parameters, floating.
+      data: one batch, or a re-iterable of batches.
+      weight_fn: weight of a batch, which must be the sum of its examples' weights.
 
     Returns:
       An :class:`Operator`.
