@@ -31,7 +31,7 @@ def filter_norm(filter_axes):
     axes_of = filter_axes_function(filter_axes)
 
     def norm(path, leaf):
-        axes = _check_axes(axes_of(path, leaf), path, leaf)
+        axes = check_axes(axes_of(path, leaf), path, leaf)
         others = tuple(a for a in range(leaf.ndim) if a not in axes)
         square = jnp.square(_trees.widen(leaf))
         return jnp.sqrt(jnp.sum(square, axis=others, keepdims=True))
@@ -70,7 +70,7 @@ def filter_axes_function(filter_axes):
     return from_tree
 
 
-def _check_axes(axes, path, leaf):
+def check_axes(axes, path, leaf):
     if not _is_axes(axes) or isinstance(axes, bool):
         raise ValueError(
             f"filter_axes must give an int or a tuple of ints, got {axes!r} for the leaf "

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt import _blocks, _checks, _trees, kernels
-from flatopt._operator import like_wide, products
+from flatopt import _blocks, _checks
+from flatopt._operator import products
 from flatopt._probes import (
     Estimate,
     check_operator,
+    draw_normal,
     is_traced,
     probe_keys,
 )
@@ -123,11 +124,6 @@ def _residuals(vectors, found):
     return values, rest, jnp.sqrt(jnp.diagonal(_blocks.gram(rest, rest)))
 
 
-@jax.jit
-def _draw_normal(params, key):
-    return like_wide(_trees.bind(kernels.isotropic(), key, params)(key), params)
-
-
 class _Krylov:
     """A growing orthonormal basis with the operator's projection on it."""
 
@@ -152,9 +148,8 @@ class _Krylov:
         """A random direction orthogonal to the basis."""
         for _ in range(4):
             self.draws += 1
-            keys = probe_keys(self.key, self.draws, 1)
-            noise = _draw_normal(self.operator.like, keys[0])
-            _, rest, length = _expand(self.basis, noise)
+            noise = draw_normal(self.operator, probe_keys(self.key, self.draws, 1))
+            _, rest, length = _expand(self.basis, _blocks.row(noise, 0))
             if length > 1e-2:
                 break
         return rest, float(length)

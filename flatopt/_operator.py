@@ -115,7 +115,7 @@ def like_params(vector, params):
     return jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, params)
 
 
-def _add(total, weight, parts):
+def add_weighted(total, weight, parts):
     parts = jax.tree.map(lambda x: weight.astype(x.dtype) * x, parts)
     return parts if total is None else jax.tree.map(jnp.add, total, parts)
 
@@ -123,14 +123,16 @@ def _add(total, weight, parts):
 @functools.partial(jax.jit, static_argnums=0)
 def batch_products(kind, params, batch, block):
     value, shared, product = kind.linearize(params, batch)
-    products = _layout.map_rows(lambda v: product(like_params(v, params)), block)
+    products = _layout.map_rows(
+        lambda v: product(like_params(v, params)), block, unroll=2
+    )
     return value, _blocks.widen(products), _blocks.widen(shared)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_products(kind, total, params, batch, block, weight):
     parts = batch_products(kind, params, batch, block)
-    return _add(total, weight, parts)
+    return add_weighted(total, weight, parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -148,7 +150,7 @@ def products(operator, block):
     if operator.stream is None:
         _, found, shared = batch_products(kind, params, operator.batch, block)
     else:
-        found, shared = _sweep(operator, functools.partial(_add_products, kind), block)
+        found, shared = sweep(operator, functools.partial(_add_products, kind), block)
     return finish_products(kind, _shardings(params), found, shared, block)
 
 
@@ -189,7 +191,7 @@ def _batch_quadratics(kind, make, params, batch, rows, basis):
 def _add_quadratics(kind, make, total, params, batch, rows, basis, weight):
     loss, _, _ = kind.linearize(params, batch)
     parts = loss, _batch_quadratics(kind, make, params, batch, rows, basis)
-    return _add(total, weight, parts)
+    return add_weighted(total, weight, parts)
 
 
 def quadratics(operator, rows, make=_given, basis=None):
@@ -199,11 +201,11 @@ def quadratics(operator, rows, make=_given, basis=None):
         moments = _batch_quadratics(kind, make, params, operator.batch, rows, basis)
     else:
         add = functools.partial(_add_quadratics, kind, make)
-        (moments,) = _sweep(operator, add, rows, basis)
+        (moments,) = sweep(operator, add, rows, basis)
     return kind.finish_quadratic(moments)
 
 
-def _sweep(operator, add, *rows):
+def sweep(operator, add, *rows):
     """The weighted mean over all batches of what ``add`` sums up, after the loss."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, rows))):
         raise TypeError(

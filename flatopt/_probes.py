@@ -392,6 +392,17 @@ def _signs_like(params):
     return lambda key: like_wide(draw(key), params)
 
 
+@jax.jit
+def _draw_normal_rows(params, keys):
+    draw = _trees.bind(kernels.isotropic(), keys[0], params)
+    return jax.vmap(lambda key: like_wide(draw(key), params))(keys)
+
+
+def draw_normal(operator, keys):
+    """A block of standard normal values, one row a key."""
+    return _draw_normal_rows(operator.like, keys)
+
+
 def _leading_basis(operator, key, count):
     """Orthonormal rows near the leading eigenvectors: two block power steps."""
     like = operator.like
@@ -399,7 +410,7 @@ def _leading_basis(operator, key, count):
         return _blocks.zeros(like, 0)
     count = min(count, _blocks.size(like))
     orthonormalize = jax.jit(_blocks.orthonormalize)
-    basis = orthonormalize(draw_signs(operator, probe_keys(key, 0, count)))
+    basis = orthonormalize(draw_normal(operator, probe_keys(key, 0, count)))
     for _ in range(2):
         basis = orthonormalize(products(operator, basis))
     return basis

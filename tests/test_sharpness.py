@@ -1,0 +1,343 @@
+"""Sharpness measures against closed forms on quadratics, and their invariances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from helpers import assert_close
+
+from flatopt import sharpness
+
+KEY = jax.random.key(0)
+SIZE = 12
+RNG = np.random.default_rng(0)
+FACTOR = RNG.normal(size=(SIZE, SIZE))
+MATRIX = FACTOR @ FACTOR.T / SIZE
+EIGENVALUES = np.linalg.eigvalsh(MATRIX)
+
+
+def quadratic(params, batch):
+    """Half the quadratic form of the mean matrix of a batch."""
+    return params @ jnp.mean(batch, axis=0) @ params / 2
+
+
+def _data(split):
+    noise = RNG.normal(size=(6, SIZE, SIZE)) / 10
+    noise = (noise + noise.swapaxes(1, 2)) - 2 * (
+        (noise + noise.swapaxes(1, 2)).mean(0)
+    )
+    matrices = MATRIX + noise - noise.mean(axis=0)
+    matrices = jnp.asarray(matrices, jnp.float32)
+    return [matrices[:4], matrices[4:]] if split else matrices
+
+
+DATA = {"batch": _data(False), "stream": _data(True)}
+ZERO = jnp.zeros(SIZE)
+
+
+def _holds(estimate, truth, errors=4):
+    assert abs(float(estimate.value) - truth) <= (
+        errors * float(estimate.standard_error) + 1e-5 * abs(truth)
+    )
+    assert float(estimate.standard_error) < 0.3 * abs(truth)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_averages_on_a_quadratic(data):
+    data = DATA[data]
+    found = sharpness.low_pass(
+        quadratic, ZERO, KEY, sigma=0.1, num_samples=400, data=data
+    )
+    _holds(found, 0.005 * np.trace(MATRIX))
+
+    point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+
+    def around(params, batch):
+        return quadratic(params - point, batch)
+
+    found = sharpness.average_case_adaptive(
+        around, point, KEY, rho=0.2, num_samples=400, data=data
+    )
+    scaled = np.diag(np.abs(point)) @ MATRIX @ np.diag(np.abs(point))
+    _holds(found, 0.02 * np.trace(scaled))
+
+    found = sharpness.local_entropy(
+        quadratic, ZERO, KEY, gamma=2.0, num_samples=4000, data=data
+    )
+    _holds(found, 0.5 * np.log(1 + EIGENVALUES / 2).sum())
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_pac_bayes_on_a_quadratic(data):
+    initial = jnp.ones(SIZE)
+    found = sharpness.pac_bayes(
+        quadratic,
+        ZERO,
+        KEY,
+        initial_params=initial,
+        epsilon=0.3,
+        num_samples=4000,
+        data=DATA[data],
+    )
+    sigma = np.sqrt(2 * 0.3 / np.trace(MATRIX))
+    np.testing.assert_allclose(found.sigma, sigma, rtol=0.05)
+    expected = SIZE / (4 * found.sigma**2) + np.log(2 * 6 / 1e-6)
+    np.testing.assert_allclose(found.value, expected, rtol=1e-5)
+    zero = sharpness.pac_bayes(
+        quadratic, ZERO, KEY, initial_params=ZERO, data=DATA[data]
+    )
+    assert zero.value < found.value  # the initialization given is the one used
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_worst_cases_on_a_quadratic(data):
+    options = {"rho": 0.1, "data": DATA[data]}
+    found = sharpness.worst_case(quadratic, ZERO, KEY, num_steps=60, **options)
+    np.testing.assert_allclose(found, 0.005 * EIGENVALUES[-1], rtol=1e-3)
+
+    point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    scaled = np.diag(np.abs(point)) @ MATRIX @ np.diag(np.abs(point))
+    found = sharpness.worst_case(
+        lambda params, batch: quadratic(params - point, batch),
+        point,
+        KEY,
+        adaptive=True,
+        num_steps=60,
+        **options,
+    )
+    np.testing.assert_allclose(found, 0.005 * np.linalg.eigvalsh(scaled)[-1], rtol=1e-3)
+    found = sharpness.worst_case(
+        lambda params, batch: jnp.sum(jnp.arange(1.0, 13) * params**2) / 2,
+        ZERO,
+        KEY,
+        norm="linf",
+        **options,
+    )
+    np.testing.assert_allclose(found, 0.005 * 78, rtol=1e-5)
+
+
+def test_m_sharpness_is_the_mean_over_batches():
+    found = sharpness.m_sharpness(
+        quadratic, ZERO, KEY, DATA["stream"], rho=0.1, num_steps=60
+    )
+    tops = [np.linalg.eigvalsh(b.mean(axis=0))[-1] for b in DATA["stream"]]
+    np.testing.assert_allclose(found.value, 0.005 * np.mean(tops), rtol=1e-3)
+    assert found.num_probes == 2
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_epsilon_sharpness_along_a_known_gradient(data):
+    start = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    g = MATRIX @ np.asarray(start, "f8")
+    unit = g / np.linalg.norm(g)
+    # |g| t + t^2 u'Au / 2 = 0.1
+    a, b = unit @ MATRIX @ unit / 2, np.linalg.norm(g)
+    distance = (-b + np.sqrt(b**2 + 0.4 * a)) / (2 * a)
+    found = sharpness.epsilon_sharpness(quadratic, start, data=DATA[data])
+    np.testing.assert_allclose(found, 1 / distance, rtol=1e-3)
+    with pytest.raises(ValueError, match="params must have a gradient to follow"):
+        sharpness.epsilon_sharpness(quadratic, ZERO, data=DATA[data])
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_measures_of_the_curvature_on_a_quadratic(data):
+    data = DATA[data]
+    point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    form = sharpness.fisher_rao_hessian(quadratic, point, data=data)
+    np.testing.assert_allclose(form, point @ MATRIX @ point, rtol=1e-4)
+    _holds(sharpness.trace(quadratic, ZERO, KEY, data=data), np.trace(MATRIX))
+    norm = sharpness.frobenius_norm(quadratic, ZERO, KEY, data=data)
+    _holds(norm, np.linalg.norm(MATRIX))
+    top = sharpness.max_eigenvalue(quadratic, ZERO, KEY, data=data)
+    assert abs(top.values[0] - EIGENVALUES[-1]) <= top.residuals[0] + 1e-5
+    found = sharpness.effective_dimension(
+        quadratic, ZERO, KEY, alpha=0.5, num_draws=40, data=data
+    )
+    _holds(found, (EIGENVALUES / (EIGENVALUES + 0.5)).sum())
+
+
+def test_fisher_rao_norms_are_named_apart_and_differ():
+    x = jnp.asarray(RNG.normal(size=(20, 3)), jnp.float32)
+    y = jnp.asarray(RNG.normal(size=20), jnp.float32)
+    w = jnp.asarray(RNG.normal(size=3), jnp.float32)
+    model = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    loss = lambda f, y: jnp.mean((f - y) ** 2) / 2  # noqa: E731
+    whole = lambda w, batch: loss(model(w, batch[0]), batch[1])  # noqa: E731
+    f = np.tanh(x @ w)
+    slopes = (1 - f**2) * (x @ w)
+    newton = sharpness.fisher_rao_gauss_newton(model, loss, w, (x, y))
+    np.testing.assert_allclose(newton, np.mean(slopes**2), rtol=1e-5)
+    empirical = sharpness.fisher_rao_empirical(whole, w, (x, y))
+    np.testing.assert_allclose(empirical, np.mean(((f - y) * slopes) ** 2), rtol=1e-5)
+    hessian = sharpness.fisher_rao_hessian(whole, w, data=(x, y))
+    extra = (f - y) * -2 * f * (1 - f**2) * (x @ w) ** 2
+    np.testing.assert_allclose(hessian, np.mean(slopes**2 + extra), rtol=1e-4)
+
+
+def test_shannon_entropy_and_the_entropy_gradient():
+    logits = jnp.asarray(RNG.normal(size=(10, 4)), jnp.float32)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    model = lambda params, x: params * x  # noqa: E731
+    one = jnp.float32(1)
+    for inputs in (logits, [logits[:7], logits[7:]]):
+        found = sharpness.shannon_entropy(model, one, inputs)
+        np.testing.assert_allclose(found, (p * np.log(p)).sum(axis=1).mean(), rtol=1e-5)
+
+    # On a quadratic without noise the walk contracts by I - rate (A + gamma).
+    start = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    gamma, rate, decay, steps = 0.5, 0.1, 0.75, 20
+    point, mean = np.asarray(start, "f8"), np.asarray(start, "f8")
+    for _ in range(steps):
+        point = point - rate * (MATRIX @ point + gamma * (point - start))
+        mean = decay * mean + (1 - decay) * point
+    found = sharpness.local_entropy_gradient(
+        quadratic, start, KEY, DATA["batch"], gamma=gamma, noise_scale=0.0
+    )
+    np.testing.assert_allclose(found, np.linalg.norm(start - mean), rtol=1e-4)
+
+
+# Normalized filters
+
+
+class Network(linen.Module):
+    """Convolution, normalization, attention-like and dense layers."""
+
+    @linen.compact
+    def __call__(self, x):
+        """Logits."""
+        x = linen.relu(linen.LayerNorm()(linen.Conv(4, (3, 3))(x)))
+        x = linen.DenseGeneral((2, 3))(x.mean(axis=(1, 2)))
+        return linen.Dense(3)(x.reshape(len(x), -1))
+
+
+def test_normalized_filters_have_size_one_and_keep_the_function():
+    network = Network()
+    x = jnp.asarray(RNG.normal(size=(5, 6, 6, 2)), jnp.float32)
+    params = network.init(KEY, x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    axes = {
+        "Conv_0": {"kernel": -1, "bias": -1},
+        "LayerNorm_0": {"scale": -1, "bias": -1},
+        "DenseGeneral_0": {"kernel": (-2, -1), "bias": (-2, -1)},
+        "Dense_0": {"kernel": -1, "bias": -1},
+    }
+    normalized, restore = sharpness.normalize_filters(params, axes)
+    assert_close(restore(normalized), params)
+    kernel, bias = normalized["Conv_0"]["kernel"], normalized["Conv_0"]["bias"]
+    sizes = jnp.sqrt(jnp.sum(kernel**2, axis=(0, 1, 2))) + jnp.abs(bias)
+    np.testing.assert_allclose(sizes, np.ones(4), rtol=1e-5)
+    norm = normalized["LayerNorm_0"]
+    np.testing.assert_allclose(abs(norm["scale"]) + abs(norm["bias"]), np.ones(4))
+    general = normalized["DenseGeneral_0"]
+    sizes = jnp.sqrt(jnp.sum(general["kernel"] ** 2, axis=0)) + abs(general["bias"])
+    np.testing.assert_allclose(sizes, np.ones((2, 3)), rtol=1e-5)
+
+
+def test_measures_on_the_normalized_network_do_not_see_rescaled_layers():
+    keys = jax.random.split(KEY, 3)
+    params = {
+        "a": {"kernel": jax.random.normal(keys[0], (4, 5))},
+        "b": {"kernel": jax.random.normal(keys[1], (5, 2))},
+    }
+    x = jax.random.normal(keys[2], (16, 4))
+
+    def loss_fn(params, batch):
+        hidden = jax.nn.relu(batch @ params["a"]["kernel"])
+        return jnp.mean((hidden @ params["b"]["kernel"]) ** 2)
+
+    rescaled = {
+        "a": {"kernel": 3 * params["a"]["kernel"]},
+        "b": {"kernel": params["b"]["kernel"] / 3},
+    }
+    found = []
+    for point in (params, rescaled):
+        normalized, restore = sharpness.normalize_filters(point)
+        found.append(
+            sharpness.low_pass(
+                lambda q, batch, restore=restore: loss_fn(restore(q), batch),
+                normalized,
+                KEY,
+                data=x,
+            ).value
+        )
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    raw = [
+        sharpness.low_pass(loss_fn, point, KEY, data=x).value
+        for point in (params, rescaled)
+    ]
+    assert abs(raw[0] - raw[1]) > 0.1 * abs(raw[0])
+    adaptive = [
+        sharpness.average_case_adaptive(loss_fn, point, KEY, data=x).value
+        for point in (params, rescaled)
+    ]
+    np.testing.assert_allclose(adaptive[0], adaptive[1], rtol=1e-3)
+
+
+def test_report_computes_every_measure_and_prints_a_table():
+    point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    found = sharpness.report(
+        quadratic,
+        point,
+        KEY,
+        DATA["batch"],
+        model_fn=lambda params, x: x[:, 0, :3],
+        inputs=DATA["batch"],
+        initial_params=ZERO,
+    )
+    assert len(found.values) == 16
+    table = str(found)
+    for name, value in found.values.items():
+        assert name in table
+        assert np.isfinite(getattr(value, "value", value))
+    _holds(found.values["trace"], np.trace(MATRIX))
+
+
+@pytest.mark.parametrize(
+    ("measure", "match"),
+    [
+        (
+            lambda: sharpness.low_pass(quadratic, ZERO, KEY, sigma=0.0),
+            "sigma must be greater than 0, got 0.0",
+        ),
+        (
+            lambda: sharpness.worst_case(quadratic, ZERO, KEY, rho=-1.0),
+            "rho must be finite and not negative, got -1.0",
+        ),
+        (
+            lambda: sharpness.worst_case(quadratic, ZERO, KEY, rho=1.0, norm="l1"),
+            "norm must be 'l2' or 'linf', got 'l1'",
+        ),
+        (
+            lambda: sharpness.pac_bayes(
+                quadratic, ZERO, KEY, initial_params=jnp.ones(3), data=DATA["batch"]
+            ),
+            "initial_params must have the structure and shapes of params",
+        ),
+        (
+            lambda: sharpness.pac_bayes(
+                lambda p: jnp.sum(p**2), ZERO, KEY, initial_params=ZERO
+            ),
+            "num_examples must be given where there is no data",
+        ),
+        (
+            lambda: sharpness.m_sharpness(quadratic, ZERO, KEY, [], rho=0.1),
+            "batches must hold batches, got none",
+        ),
+        (
+            lambda: sharpness.local_entropy_gradient(quadratic, ZERO, KEY, None),
+            "data must be a batch or batches, got None",
+        ),
+    ],
+)
+def test_wrong_arguments(measure, match):
+    with pytest.raises(ValueError, match=match):
+        measure()
+
+
+def test_a_loss_that_never_rises():
+    found = sharpness.pac_bayes(
+        lambda p: 0.0 * jnp.sum(p), ZERO, KEY, initial_params=ZERO, num_examples=5
+    )
+    assert found.sigma == np.inf
+    assert found.value == pytest.approx(np.log(10 / 1e-6))
