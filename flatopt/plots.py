@@ -1,0 +1,215 @@
+"""Figures of curvature and of the loss around a point. Needs matplotlib.
+
+Each function draws into ``ax``, or into a new figure, and returns the axes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from flatopt import _passes, _trees, curvature, kernels
+
+
+def _axes(ax, **labels):
+    if ax is None:
+        _, ax = plt.subplots(layout="constrained")
+    ax.set(**labels)
+    return ax
+
+
+def spectral_density(
+    density: curvature.SpectralDensity,
+    *,
+    width: float | None = None,
+    num_points: int = 1000,
+    ax: Any = None,
+):
+    """The eigenvalue density on a logarithmic scale.
+
+    Args:
+      density: from :func:`flatopt.curvature.spectral_density`.
+      width: of the Gaussian that blurs each node; default: a hundredth of the range.
+      num_points: number of points of the curve.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import numpy as np
+      >>> from flatopt import curvature, plots
+      >>> nodes, weights = np.array([[0.0, 1.0, 5.0]]), np.array([[0.8, 0.1, 0.1]])
+      >>> ax = plots.spectral_density(curvature.SpectralDensity(nodes, weights))
+      >>> ax.get_xlabel()
+      'eigenvalue'
+    """
+    low, high = density.nodes.min(), density.nodes.max()
+    if width is None:
+        width = max((high - low) / 100, 1e-12)
+    points = np.linspace(low - 5 * width, high + 5 * width, num_points)
+    ax = _axes(ax, xlabel="eigenvalue", ylabel="density", yscale="log")
+    heights = density.density(points, width)
+    ax.plot(points, heights)
+    floor = max(heights.max() * 1e-8, np.finfo("f8").tiny)
+    ax.set_ylim(bottom=floor)
+    return ax
+
+
+def layer_traces(probe: curvature.Probe, *, ax: Any = None):
+    """The trace of each layer's block as bars, with 95 % intervals.
+
+    Args:
+      probe: from :func:`flatopt.curvature.probe`.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import curvature, plots
+      >>> operator = curvature.hessian(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones(9)})
+      >>> ax = plots.layer_traces(curvature.probe(operator, jax.random.key(0)))
+      >>> [label.get_text() for label in ax.get_yticklabels()]
+      ['w']
+    """
+    low, _ = probe.layer_traces.interval()
+    names = [
+        _trees.path_name(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(probe.layer_traces.value)
+    ]
+    values = np.array(jax.tree.leaves(probe.layer_traces.value), "f8")
+    errors = values - np.array(jax.tree.leaves(low), "f8")
+    ax = _axes(ax, xlabel="trace of the Hessian's block")
+    ax.barh(names, values, xerr=errors, capsize=2)
+    ax.invert_yaxis()
+    return ax
+
+
+@functools.lru_cache(maxsize=64)
+def _plane(kernel):
+    def move(row, params, fixed):
+        directions = [_trees.bind(kernel, key, params)(key) for key in fixed]
+        return jax.tree.map(
+            lambda p, *d: (
+                _trees.widen(p)
+                + sum(row[i].astype(u.dtype) * u for i, u in enumerate(d))
+            ),
+            params,
+            *directions,
+        )
+
+    return move
+
+
+FILTERWISE = kernels.filterwise()
+
+
+def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    keys = tuple(jax.random.split(key, rows.shape[1]))
+    move = _plane(FILTERWISE if kernel is None else kernel)
+    return np.asarray(_passes.losses(operator, move, jnp.asarray(rows), keys))
+
+
+def loss_line(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    radius: float = 1.0,
+    num_points: int = 41,
+    kernel: Callable[..., Any] | None = None,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+    ax: Any = None,
+):
+    """The loss along a random direction through the parameters.
+
+    The direction is a draw of a kernel: by default Gaussian and filter-normalized, so that
+    curves of differently scaled networks compare.
+
+    Args:
+      loss_fn: ``loss_fn(params)`` or ``loss_fn(params, batch)``.
+      params: the parameters, in the middle.
+      key: a JAX random key, for the direction.
+      radius: how far to go to either side, in units of the kernel.
+      num_points: number of points.
+      kernel: the direction; default: :func:`flatopt.kernels.filterwise`.
+      data: one batch, or a re-iterable of batches.
+      weight_fn: weight of a batch; default: its number of examples.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    References:
+      Li, Xu, Taylor, Studer, Goldstein, `Visualizing the Loss Landscape of Neural Nets
+      <https://arxiv.org/abs/1712.09913>`_, NeurIPS 2018. In filter norms; the paper also
+      divides a direction by its own norms.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import plots
+      >>> ax = plots.loss_line(lambda p: jnp.sum(p ** 2), jnp.ones(3), jax.random.key(0))
+      >>> x, y = ax.lines[0].get_data()
+      >>> round(float(y[20]), 3)  # the loss at the parameters
+      3.0
+    """
+    steps = np.linspace(-radius, radius, num_points)
+    rows = steps[:, None].astype("f4")
+    losses = _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn)
+    ax = _axes(ax, xlabel="step (filter norms)", ylabel="loss")
+    ax.plot(steps, losses)
+    return ax
+
+
+def loss_plane(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    radius: float = 1.0,
+    num_points: int = 21,
+    kernel: Callable[..., Any] | None = None,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+    ax: Any = None,
+):
+    """The loss over the plane of two random directions, as filled contours.
+
+    Args:
+      loss_fn, params, key, radius, kernel, data, weight_fn, ax: see :func:`loss_line`.
+      num_points: number of points along each axis.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import plots
+      >>> ax = plots.loss_plane(
+      ...     lambda p: jnp.sum(p ** 2), jnp.ones(3), jax.random.key(0), num_points=5)
+      >>> ax.get_ylabel()
+      'step (filter norms)'
+    """
+    steps = np.linspace(-radius, radius, num_points)
+    rows = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2).astype("f4")
+    losses = _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn)
+    ax = _axes(
+        ax, xlabel="step (filter norms)", ylabel="step (filter norms)", aspect="equal"
+    )
+    filled = ax.contourf(
+        steps, steps, losses.reshape(num_points, num_points), levels=20
+    )
+    ax.figure.colorbar(filled, ax=ax, label="loss")
+    return ax

@@ -1,0 +1,54 @@
+"""Figures show the numbers they are given."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from flatopt import curvature, kernels, plots
+
+mpl.use("agg")
+KEY = jax.random.key(0)
+PARAMS = {"a": jnp.array([[1.0, 2.0], [0.0, 2.0]]), "b": jnp.array([3.0])}
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+def loss_fn(params, batch):
+    return jnp.mean(batch) * (jnp.sum(params["a"] ** 2) + 2 * jnp.sum(params["b"] ** 2))
+
+
+@pytest.mark.parametrize("data", [jnp.ones(3), [jnp.ones(2), jnp.ones(1)]])
+def test_lines_and_planes_go_along_draws_of_the_kernel(data):
+    ax = plots.loss_line(loss_fn, PARAMS, KEY, radius=0.5, num_points=5, data=data)
+    steps, losses = ax.lines[0].get_data()
+    key = jax.random.split(KEY, 1)[0]
+    direction = kernels.filterwise()(key, PARAMS)
+    for step, found in zip(steps, losses, strict=True):
+        moved = jax.tree.map(lambda p, d, s=step: p + s * d, PARAMS, direction)
+        np.testing.assert_allclose(found, loss_fn(moved, jnp.ones(1)), rtol=1e-5)
+    ax = plots.loss_plane(loss_fn, PARAMS, KEY, num_points=4, data=data)
+    assert ax.collections
+
+
+def test_bars_are_the_traces_of_the_layers():
+    operator = curvature.hessian(loss_fn, PARAMS, jnp.ones(2))
+    ax = plots.layer_traces(curvature.probe(operator, KEY))
+    widths = [bar.get_width() for bar in ax.patches]
+    np.testing.assert_allclose(widths, [8, 4], rtol=1e-4)
+
+
+def test_the_density_integrates_to_one():
+    operator = curvature.hessian(loss_fn, PARAMS, jnp.ones(2))
+    density = curvature.spectral_density(operator, KEY)
+    ax = plots.spectral_density(density, ax=plt.subplots()[1])
+    points, heights = ax.lines[0].get_data()
+    assert abs(np.trapezoid(heights, points) - 1) < 1e-2
+    same = curvature.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)))
+    assert plots.spectral_density(same).lines
