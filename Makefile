@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint doctest docs bench clean
+.PHONY: help demo test lint doctest docs bench bench-curvature clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make doctest  run every example in the docstrings"
 	@echo "make docs     build the documentation into docs/_build/html"
 	@echo "make bench    measure speed and memory against peers"
+	@echo "make bench-curvature  measure curvature products against peers"
 	@echo "make clean    remove .venv and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -38,6 +39,9 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+bench-curvature: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.curvature
 
 clean:
 	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 TITLES = {
     "mlp": "MLP",
@@ -43,7 +44,78 @@ def write(results, page):
     lines += [_targets(report)]
     if "growth" in report:
         lines += [_growth(report, page)]
+    curvature = pathlib.Path(results).with_name("curvature_cpu.json")
+    if curvature.exists():
+        lines += [_curvature(json.loads(curvature.read_text()))]
     pathlib.Path(page).write_text("\n".join(lines))
+
+
+CURVATURE_TARGETS = {
+    "Hessian": 2.4,
+    "Hessian, 8 vectors": 2.2,
+    "Gauss-Newton, 8 vectors": 1.7,
+    "quadratic form of the Hessian": 1.5,
+    "quadratic form of Gauss-Newton": 1.05,
+}
+
+
+def _curvature(report):
+    """Products over gradients, and time to a trace, beside curvlinops and PyHessian."""
+    versions = next(iter(report.values()))["peer"]["versions"]
+    lines = [
+        "## Curvature\n",
+        "`make bench-curvature`: one product over one gradient of the same framework, median "
+        "(quartiles), after 60 steps of training; the peers on the same weights and batch ("
+        + ", ".join(f"{k} {v}" for k, v in versions.items())
+        + "). On the CNN the frameworks pad strided convolutions differently.\n",
+    ]
+    for name, row in report.items():
+        ours, peer = row["times"], row["peer"]["times"]
+        size = row["num_parameters"] / 1e6
+        lines += [
+            f"### {TITLES[name]}, {size:.1f} M parameters, batch {row['batch_size']}\n",
+            "| product | flatopt | target | met | curvlinops | seconds, its over ours |",
+            "|---|---|---|---|---|---|",
+        ]
+        for contender in list(ours)[1:]:
+            low, median, high = _over(ours[contender], ours["gradient"])
+            target = CURVATURE_TARGETS.get(contender)
+            met = "" if target is None else "yes" if median <= target else "no"
+            other = peer.get(f"curvlinops, {contender}")
+            if contender == "quadratic form of the Hessian":
+                other = peer["curvlinops, trace"]
+            theirs = ratio = ""
+            if other:
+                theirs = f"{_over(other, peer['gradient'])[1]:.2f}"
+                ratio = f"{np.median(other) / np.median(ours[contender]):.2f}"
+            limit = "" if target is None else f"≤ {target}"
+            lines.append(
+                f"| {contender} | {median:.2f} ({low:.2f}–{high:.2f}) | {limit} | {met} "
+                f"| {theirs} | {ratio} |"
+            )
+        trace = row["trace"]
+        seconds = np.median([run["seconds"] for run in trace["runs"]])
+        probes = [run["probes"] for run in trace["runs"]]
+        needed = trace["hutchinson_probes_needed"]
+        lines += [
+            f"\nTrace to ± 2 % at 95 %: flatopt {seconds:.2f} s ({min(probes)} to "
+            f"{max(probes)} probes beyond 8 deflated directions). A plain Hutchinson probe "
+            f"has a relative deviation of {trace['deviation_of_one_probe']:.2f}, so that "
+            f"{needed:.0f} are needed: curvlinops "
+            f"{needed * np.median(peer['curvlinops, trace']):.2f} s, PyHessian "
+            f"{needed * np.median(peer['PyHessian, trace']):.2f} s at their measured time a "
+            "probe. (PyHessian's own rule stops earlier, at an error it does not know.)\n",
+            "Temporary memory of `probe`, in parameter sizes: "
+            + ", ".join(
+                f"{size:.1f} at {n} probes" for n, size in row["memory"].items()
+            )
+            + ".\n",
+        ]
+    return "\n".join(lines)
+
+
+def _over(times, reference):
+    return np.percentile(np.divide(times, reference), [25, 50, 75])
 
 
 def summary(report):

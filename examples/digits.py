@@ -350,6 +350,25 @@ def final_run(trainer, setting, seed):
         ],
         "curve": curve,
         "seconds": seconds,
+        # Of the first network of each method: it takes a few seconds.
+        "curvature": measure_curvature(params, data["train"], seed) if not seed else {},
+    }
+
+
+def batch_loss(params, batch):
+    return loss_fn(params, *batch)
+
+
+def measure_curvature(params, data, seed):
+    """Trace and Frobenius norm with standard errors, largest eigenvalue with its bound."""
+    operator = flatopt.curvature.hessian(batch_loss, params, data)
+    key = jax.random.key(seed)
+    probe = flatopt.curvature.probe(operator, key)
+    top = flatopt.curvature.eigenpairs(operator, key)
+    return {
+        "trace": [float(x) for x in probe.trace[:2]],
+        "frobenius_norm": [float(x) for x in probe.frobenius_norm[:2]],
+        "max_eigenvalue": [float(top.values[0]), float(top.residuals[0])],
     }
 
 
@@ -389,6 +408,26 @@ def print_table(results, config):
         )
     rich.console.Console(width=140).print(table)
     print("radius r: training loss under filter-normalized Gaussian noise of scale r")
+    print_curvature(results)
+
+
+def print_curvature(results):
+    table = rich.table.Table(
+        title="Hessian of the training loss, first seed: estimate ± standard error, "
+        "largest eigenvalue ± bound"
+    )
+    names = {
+        "trace": "trace",
+        "frobenius_norm": "Frobenius norm",
+        "max_eigenvalue": "largest eigenvalue",
+    }
+    for column in ["method", *names.values()]:
+        table.add_column(column)
+    for name, result in results.items():
+        found = result["runs"][0]["curvature"]
+        cells = [f"{found[key][0]:.2f} ± {found[key][1]:.2g}" for key in names]
+        table.add_row(name, *cells)
+    rich.console.Console(width=140).print(table)
 
 
 def plot(results, path):

@@ -1,7 +1,9 @@
 """Optimizers that find flat minima, and the analysis that tells how flat one is."""
 
+from flatopt import curvature as curvature
 from flatopt import kernels as kernels
 from flatopt import schedules as schedules
+from flatopt import sharpness as sharpness
 from flatopt.adversarial import AdversarialState as AdversarialState
 from flatopt.adversarial import asam_gradients as asam_gradients
 from flatopt.adversarial import bayesian_sam_gradients as bayesian_sam_gradients
@@ -41,6 +43,7 @@ __all__ = [
     "asam_gradients",
     "asam_sgd",
     "bayesian_sam_gradients",
+    "curvature",
     "entropy_sgd_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
@@ -58,6 +61,7 @@ __all__ = [
     "sam_gradients",
     "sam_sgd",
     "schedules",
+    "sharpness",
     "skip_nonfinite",
     "smooth",
     "smooth_gradients",
