@@ -4,6 +4,7 @@ from flatopt import curvature as curvature
 from flatopt import kernels as kernels
 from flatopt import schedules as schedules
 from flatopt import sharpness as sharpness
+from flatopt import stability as stability
 from flatopt.adversarial import AdversarialState as AdversarialState
 from flatopt.adversarial import asam_gradients as asam_gradients
 from flatopt.adversarial import bayesian_sam_gradients as bayesian_sam_gradients
@@ -67,5 +68,6 @@ __all__ = [
     "smooth_gradients",
     "smooth_gradients_zeroth_order",
     "smooth_value_and_grad",
+    "stability",
     "usam_gradients",
 ]

@@ -168,9 +168,9 @@ def probe(
     squared Frobenius norm. Without deflation one large eigenvalue would dominate the
     error. Errors of norms are those of their squares over twice the norm.
 
-    Cost in gradients of the data: 2 a probe, 6 a deflated direction. Memory: a dozen
-    vectors, and 16 more for streamed data, which is passed over once for each eight
-    vectors.
+    Cost in gradients of the data: 2 a probe, 6 a deflated direction. Memory: some
+    50 vectors with the default deflation, whatever the number of probes; streamed data is
+    passed over once for each eight vectors.
 
     On a sample of the data, the Frobenius norm of the sample's matrix is what is measured;
     it is larger than that of all data by the sampling noise. Where that matters, see

@@ -1,0 +1,356 @@
+"""Stability against dense Kronecker matrices, simulation, and known examples."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatopt import stability
+from flatopt.stability import SAMPLINGS
+
+NECESSARY = (
+    "gradient_descent",
+    "trace_ratio",
+    "rank_one",
+    "top_direction",
+    "trace",
+    "frobenius",
+)
+
+
+def _linear(jacobian, residuals=None):
+    """The linearization of a model with this Jacobian, shape (n, c, d)."""
+    jacobian = jnp.asarray(jacobian)
+    n, c, d = jacobian.shape
+    residuals = np.zeros((n, c)) if residuals is None else residuals
+
+    def model_fn(params, rows):
+        return jnp.einsum("ncd,d->nc", rows, params)
+
+    return stability.linearize(
+        model_fn, jnp.zeros(d, jacobian.dtype), jacobian, -jnp.asarray(residuals)
+    )
+
+
+def _dense(jacobian, batch_size, sampling):
+    """H, and D and C of the second moment's recursion as d^2 x d^2 matrices."""
+    n = len(jacobian)
+    each = np.einsum("ncd,nce->nde", jacobian, jacobian)
+    hessian = each.mean(axis=0)
+    eye = np.eye(len(hessian))
+    pairs = np.mean([np.kron(h, h) for h in each], axis=0)
+    p = {
+        "without_replacement": (n - batch_size) / (batch_size * (n - 1)),
+        "with_replacement": 1 / batch_size,
+        "bernoulli": (n - batch_size) / (n * batch_size),
+    }[sampling]
+    q = 1 if sampling == "bernoulli" else 1 - p
+    noise = q * np.kron(hessian, hessian) + p * pairs
+    drift = (np.kron(hessian, eye) + np.kron(eye, hessian)) / 2
+    return hessian, drift, noise
+
+
+def _problems():
+    rng = np.random.default_rng(0)
+    few = rng.normal(size=(4, 1, 6))
+    many = rng.normal(size=(9, 1, 4))
+    outputs = rng.normal(size=(5, 2, 4))
+    wide = rng.normal(size=(3, 2, 8))
+    deficient = np.concatenate([few, few[:1] * 2, few[:2] @ np.diag([1] * 6)])
+    duplicated = np.concatenate([many[:3], many[:3]])
+    return {
+        "n < d": few,
+        "n > d": many,
+        "two outputs": outputs,
+        "two outputs, n < d": wide,
+        "rank deficient": deficient,
+        "duplicated examples": duplicated,
+        "orthogonal": 2 * np.eye(4)[:, None],
+    }
+
+
+PROBLEMS = _problems()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_exact_threshold_and_growth_equal_dense_kronecker_matrices(name, sampling, x64):
+    jacobian = PROBLEMS[name]
+    lin = _linear(jacobian)
+    n = len(jacobian)
+    for batch_size in sorted({1, 2, n - 1, n}):
+        hessian, drift, noise = _dense(jacobian, batch_size, sampling)
+        root = np.linalg.pinv(drift, rcond=1e-10)
+        expected = 2 / np.linalg.eigvals(root @ noise).real.max()
+        found = stability.thresholds(lin, batch_size, sampling=sampling)
+        np.testing.assert_allclose(found.mean_square, expected, rtol=1e-6)
+        # In the range of H, where the recursion moves.
+        values, vectors = np.linalg.eigh(hessian)
+        basis = vectors[:, values > 1e-9 * values[-1]]
+        basis = np.kron(basis, basis)
+        for factor in (0.5, 1.0, 1.7):
+            rate = factor * expected
+            step = np.eye(len(drift)) - 2 * rate * drift + rate**2 * noise
+            growth = np.linalg.eigvalsh(basis.T @ step @ basis)[-1]
+            np.testing.assert_allclose(
+                stability.growth_rate(lin, rate, batch_size, sampling=sampling),
+                growth,
+                rtol=1e-6,
+            )
+            if factor == 1.0:
+                assert growth == pytest.approx(1, abs=1e-6)
+        if batch_size == n and sampling == "without_replacement":
+            np.testing.assert_allclose(
+                found.mean_square, found.gradient_descent, rtol=1e-6
+            )
+
+
+def test_orthogonal_examples_have_a_closed_form(x64):
+    n, scale = 4, 2.0
+    lin = _linear(np.sqrt(n) * scale * np.eye(n)[:, None])
+    for batch_size in (1, 2, 4):
+        p = (n - batch_size) / (batch_size * (n - 1))
+        found = stability.thresholds(lin, batch_size)
+        expected = 2 / (scale**2 * (1 - p + p * n))
+        np.testing.assert_allclose(found.mean_square, expected, rtol=1e-8)
+
+
+def test_one_dimension_makes_the_bounds_exact(x64):
+    lin = _linear(np.array([1.0, 2.0, 0.5])[:, None, None])
+    h = np.array([1.0, 4.0, 0.25])
+    p = 2 / (1 * 2) / 1
+    found = stability.thresholds(lin, 1)
+    expected = 2 * h.mean() / ((1 - p) * h.mean() ** 2 + p * np.mean(h**2))
+    for name in ("mean_square", "trace_ratio", "rank_one", "top_direction"):
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-8)
+
+
+def test_the_theories_are_ordered_on_gaussian_data(x64):
+    rng = np.random.default_rng(0)
+    lin = _linear(rng.normal(size=(30, 1, 5)))
+    one = stability.thresholds(lin, 1)
+    assert one.mean_square < one.trace_ratio < 1.1 * one.mean_square
+    assert one.trace_ratio < one.top_direction < one.gradient_descent
+    assert one.mean_square < one.frobenius
+    rates = [stability.thresholds(lin, b).mean_square for b in (1, 2, 5, 15, 30)]
+    assert all(np.diff(rates) > 0)
+    np.testing.assert_allclose(rates[-1], one.gradient_descent, rtol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), sampling=st.sampled_from(SAMPLINGS))
+def test_necessary_conditions_are_never_below_the_exact_threshold(seed, sampling):
+    rng = np.random.default_rng(seed)
+    n, c = int(rng.integers(2, 7)), int(rng.integers(1, 3))
+    d = int(rng.integers(1, 6))
+    jacobian = rng.normal(size=(n, c, d)) * rng.exponential(size=(n, 1, 1))
+    with jax.enable_x64(True):
+        lin = _linear(jacobian)
+        for batch_size in range(1, n + 1):
+            found = stability.thresholds(lin, batch_size, sampling=sampling)
+            for name in (*NECESSARY, "coherence"):
+                value = getattr(found, name)
+                if not np.isnan(value):
+                    assert value >= found.mean_square * (1 - 1e-6), name
+
+
+def test_the_estimate_with_the_measured_alignment_is_no_necessary_condition(x64):
+    below = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        jacobian = rng.normal(size=(6, 1, 4)) * rng.exponential(size=(6, 1, 1))
+        displacement = 1e-3 * rng.normal(size=4)
+        lin = _linear(jacobian, jacobian @ displacement)
+        found = stability.thresholds(lin, 1)
+        below += found.frobenius_estimate < found.mean_square
+        assert found.frobenius >= found.mean_square * (1 - 1e-9)
+    assert below
+
+
+# Alignment
+
+
+def test_alignment_equals_its_dense_definition(x64):
+    rng = np.random.default_rng(3)
+    for shape, scale in itertools.product([(7, 1, 4), (5, 3, 9)], [1.0, 0.25]):
+        jacobian, errors = rng.normal(size=shape), rng.normal(size=shape[:2])
+        rows = jnp.asarray(jacobian)
+        lin = stability.linearize(
+            lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+            jnp.zeros(shape[2]),
+            rows,
+            -jnp.asarray(errors),
+            loss_scale=scale,
+        )
+        found = stability.alignment(lin)
+        grads = np.einsum("nc,ncd->nd", errors, jacobian)
+        noise = grads.T @ grads / len(grads) - np.outer(grads.mean(0), grads.mean(0))
+        newton = np.einsum("ncd,nce->de", jacobian, jacobian) / len(jacobian)
+        loss = np.sum(errors**2) / (2 * len(jacobian))
+        size, spread = np.linalg.norm(newton), np.linalg.norm(noise)
+        product = np.trace(noise @ newton)
+        np.testing.assert_allclose(found.mu, product / (2 * loss * size**2), rtol=1e-8)
+        np.testing.assert_allclose(found.alpha, product / (size * spread), rtol=1e-8)
+        np.testing.assert_allclose(found.beta, spread / (2 * loss * size), rtol=1e-8)
+        np.testing.assert_allclose(found.mu, found.alpha * found.beta, rtol=1e-8)
+        np.testing.assert_allclose(found.loss, scale * loss, rtol=1e-8)
+
+
+def test_alignment_of_a_gaussian_linear_model(x64):
+    rng = np.random.default_rng(4)
+    scales = np.array([2.0, 1.0, 0.5])
+    jacobian = rng.normal(size=(20_00, 1, 3)) * scales
+    delta = rng.normal(size=3)
+    lin = _linear(jacobian, jacobian @ delta)
+    s = np.diag(scales**2)
+    form = delta @ s @ delta * np.sum(s**2)
+    expected = 1 + delta @ s @ s @ s @ delta / form
+    np.testing.assert_allclose(stability.alignment(lin).mu, expected, rtol=0.15)
+
+
+# Simulation
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 12])
+def test_simulation_is_bounded_below_the_threshold_and_diverges_above(batch_size):
+    rng = np.random.default_rng(5)
+    lin = _linear(rng.normal(size=(12, 1, 4)).astype("f4"))
+    rate = stability.thresholds(lin, batch_size).mean_square
+    stays = stability.expected_losses(lin, 0.95 * rate, batch_size, 400)
+    leaves = stability.expected_losses(lin, 1.05 * rate, batch_size, 400)
+    assert stays[-1] < 1 < leaves[-1]
+    growth = stability.growth_rate(lin, 1.05 * rate, batch_size)
+    measured = (leaves[-1] / leaves[-101]) ** 0.01
+    np.testing.assert_allclose(measured, growth, rtol=1e-3)
+    assert stability.escape_time(lin, 0.95 * rate, batch_size) == np.inf
+    steps = stability.escape_time(lin, 1.05 * rate, batch_size)
+    assert leaves[int(steps)] >= 10 > leaves[int(steps) - 1]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_simulated_runs_average_to_the_exact_recursion(sampling):
+    rng = np.random.default_rng(6)
+    lin = _linear(rng.normal(size=(10, 2, 3)).astype("f4"))
+    rate = 0.5 * stability.thresholds(lin, 2, sampling=sampling).mean_square
+    losses = stability.simulate(
+        lin, jax.random.key(0), rate, 2, 6, num_runs=40_000, sampling=sampling
+    )
+    exact = stability.expected_losses(lin, rate, 2, 6, sampling=sampling)
+    error = losses.std(axis=0, ddof=1) / 200
+    assert jnp.all(jnp.abs(losses.mean(axis=0) - exact) < 5 * error + 1e-4)
+
+
+def test_isotropic_noise_of_equal_trace_does_not_escape_where_sgd_does():
+    rng = np.random.default_rng(7)
+    lin = _linear(rng.normal(size=(8, 1, 60)).astype("f4") / 8)
+    rate = 1.3 * stability.thresholds(lin, 1).mean_square
+    assert rate < stability.thresholds(lin, 1).gradient_descent
+    key = jax.random.key(0)
+    final = {
+        noise: stability.simulate(lin, key, rate, 1, 60, num_runs=200, noise=noise)[
+            :, -1
+        ].mean()
+        for noise in ("sgd", "gd", "isotropic")
+    }
+    assert final["gd"] < 1
+    assert final["isotropic"] < 1
+    assert final["sgd"] > 100
+
+
+# A real model, conventions, errors
+
+
+def _mlp():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": jax.random.normal(keys[0], (3, 5)),
+        "second": jax.random.normal(keys[1], (5, 2)) / 2,
+    }
+    inputs = jax.random.normal(keys[2], (30, 3))
+    targets = jax.random.normal(keys[3], (30, 2))
+
+    def model_fn(params, inputs):
+        return jnp.tanh(inputs @ params["first"]) @ params["second"]
+
+    return model_fn, params, inputs, targets
+
+
+@pytest.mark.parametrize("chunk_size", [7, 64])
+@pytest.mark.parametrize("held", [True, False])
+def test_linearize_is_the_gauss_newton_matrix(chunk_size, held, x64, monkeypatch):
+    from flatopt import curvature
+
+    if not held:
+        monkeypatch.setattr(stability, "HELD_VALUES", 0)
+    model_fn, params, inputs, targets = _mlp()
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    loss_fn = lambda f, y: optax.l2_loss(f, y).mean()  # noqa: E731
+    lin = stability.linearize(
+        model_fn,
+        params,
+        inputs.astype(jnp.float64),
+        targets.astype(jnp.float64),
+        loss_scale=1 / 2,
+        loss_fn=loss_fn,
+        chunk_size=chunk_size,
+    )
+    newton = curvature.gauss_newton(model_fn, loss_fn, params, (inputs, targets))
+    values = np.linalg.eigvalsh(newton.dense())[::-1]
+    np.testing.assert_allclose(
+        lin.eigenvalues, values[: len(lin.eigenvalues)], rtol=1e-6
+    )
+    grads = jax.grad(lambda p: loss_fn(model_fn(p, inputs), targets))(params)
+    norm = optax.tree.norm(grads)
+    np.testing.assert_allclose(lin.gradient_norm, norm, rtol=1e-6)
+    assert lin.num_params == 25
+
+
+def test_the_wrong_convention_is_an_error_that_names_the_factor():
+    model_fn, params, inputs, targets = _mlp()
+    for loss_fn, factor in (
+        (lambda f, y: optax.l2_loss(f, y).mean(), "loss_scale=0.5"),
+        (lambda f, y: jnp.mean((f - y) ** 2), "loss_scale=1;|loss_scale=1 "),
+        (lambda f, y: jnp.mean(jnp.sum((f - y) ** 2, axis=1)), "loss_scale=2"),
+    ):
+        scale = 3.0
+        with pytest.raises(ValueError, match="loss_fn returned .* pass loss_scale="):
+            stability.linearize(
+                model_fn, params, inputs, targets, loss_scale=scale, loss_fn=loss_fn
+            )
+        if "0.5" in factor or "2" in factor:
+            with pytest.raises(ValueError, match=factor):
+                stability.linearize(
+                    model_fn, params, inputs, targets, loss_scale=scale, loss_fn=loss_fn
+                )
+
+
+def test_errors():
+    model_fn, params, inputs, targets = _mlp()
+    with pytest.raises(ValueError, match="targets must have the shape of the outputs"):
+        stability.linearize(model_fn, params, inputs, targets[:, 0])
+    with pytest.raises(ValueError, match="inputs must hold at least 2 examples, got 1"):
+        stability.linearize(model_fn, params, inputs[:1], targets[:1])
+    with pytest.raises(ValueError, match="the Jacobian of the model is zero"):
+        stability.linearize(lambda p, x: 0 * model_fn(p, x), params, inputs, targets)
+    with pytest.raises(ValueError, match="the Jacobian is not finite"):
+        stability.linearize(
+            lambda p, x: jnp.nan * model_fn(p, x), params, inputs, targets
+        )
+    lin = stability.linearize(model_fn, params, inputs, targets)
+    with pytest.raises(ValueError, match="batch_size must be at most the number of ex"):
+        stability.thresholds(lin, 31)
+    with pytest.raises(ValueError, match="sampling must be one of 'without_replace"):
+        stability.thresholds(lin, 2, sampling="shuffled")
+    with pytest.raises(ValueError, match="noise must be one of 'sgd', 'gd'"):
+        stability.simulate(lin, jax.random.key(0), 0.1, 2, 3, noise="white")
+    exact = stability.linearize(model_fn, params, inputs, model_fn(params, inputs))
+    with pytest.raises(ValueError, match="lin must have a nonzero loss, got 0"):
+        stability.alignment(exact)
+    assert np.isnan(stability.thresholds(exact, 2).frobenius_estimate)
+    with pytest.raises(ValueError, match="factor must be greater than 1"):
+        stability.escape_time(lin, 0.1, 2, factor=1.0)
