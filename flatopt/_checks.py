@@ -15,19 +15,20 @@ STRATEGIES = ("auto", "vmap", "scan", "unroll")
 
 def check_scale(scale, name="scale"):
     """Reject what is not a finite number >= 0; traced values pass unseen."""
+    advice = "give one number of at least 0."
+    if name in ("scale", "sigma"):
+        advice = "give the standard deviation of the noise in units of the kernel."
     if isinstance(scale, bool | np.bool_) or not isinstance(
         scale, numbers.Real | np.ndarray | jax.Array
     ):
         raise TypeError(
-            f"{name} must be a number or a scalar array, got {scale!r}; give the standard "
-            "deviation of the noise in units of the kernel."
+            f"{name} must be a number or a scalar array, got {scale!r}; {advice}"
         )
     if jnp.issubdtype(jnp.result_type(scale), jnp.complexfloating) or (
         jnp.result_type(scale) == jnp.bool_
     ):
         raise TypeError(
-            f"{name} must be real, got dtype {jnp.result_type(scale)}; give the standard "
-            "deviation of the noise in units of the kernel."
+            f"{name} must be real, got dtype {jnp.result_type(scale)}; {advice}"
         )
     if jnp.ndim(scale) != 0:
         raise ValueError(
@@ -38,8 +39,7 @@ def check_scale(scale, name="scale"):
         return
     if not math.isfinite(scale) or scale < 0:
         raise ValueError(
-            f"{name} must be finite and not negative, got {scale}; give the standard "
-            "deviation of the noise in units of the kernel."
+            f"{name} must be finite and not negative, got {scale}; {advice}"
         )
 
 

@@ -69,6 +69,11 @@ class GaussNewton:
     loss_fn: Callable
 
     def outputs(self, params, batch):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                "data must be pairs (inputs, targets), got a batch of type "
+                f"{type(batch).__name__}; gauss_newton gives them to model_fn and loss_fn."
+            )
         return self.model_fn(params, batch[0])
 
     def output_loss(self, outputs, batch):
@@ -89,6 +94,7 @@ class GaussNewton:
         def reverse():
             outputs, pull = jax.vjp(model, params)
             transposed = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+            jax.eval_shape(transposed, params)  # fails here if at all
             return outputs, lambda vector: transposed(vector)[0], pull
 
         outputs, push, pull = forward_or_reverse(
@@ -134,17 +140,27 @@ class EmpiricalFisher:
         """One loss an example, and the examples' weights, which sum to 1."""
         axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, batch)
 
-        def loss(example):
+        def of_one(example):
             # A batch of one: what had an axis of examples gets it back.
-            example = jax.tree.map(
+            return jax.tree.map(
                 lambda x, whole: x[None] if jnp.ndim(whole) else x, example, batch
             )
-            value = _checks.check_value(self.loss_fn(params, example), "loss_fn")
-            weight = 1.0 if self.weight_fn is None else self.weight_fn(example)
-            return value, jnp.asarray(weight, value.dtype)
 
-        values, weights = jax.vmap(loss, in_axes=(axes,))(batch)
-        return values, weights / weights.sum()
+        def loss(example):
+            return _checks.check_value(self.loss_fn(params, of_one(example)), "loss_fn")
+
+        def weight(example):
+            return jnp.asarray(self.weight_fn(of_one(example)), jnp.float32)
+
+        if self.weight_fn is None:
+            values = jax.vmap(loss, in_axes=(axes,))(batch)
+            return values, jnp.full_like(values, 1 / len(values))
+        weights = jax.vmap(weight, in_axes=(axes,))(batch)
+        # The mean loss of an example of no weight is 0 / 0: put another in its place.
+        rows = jnp.where(weights > 0, jnp.arange(len(weights)), jnp.argmax(weights))
+        batch = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
+        values = jax.vmap(loss, in_axes=(axes,))(batch)
+        return values, (weights / weights.sum()).astype(values.dtype)
 
     def linearize(self, params, batch):
         def losses(params):
@@ -157,6 +173,7 @@ class EmpiricalFisher:
         def reverse():
             values, pull, weights = jax.vjp(losses, params, has_aux=True)
             transposed = jax.linear_transpose(lambda u: pull(u)[0], values)
+            jax.eval_shape(transposed, params)
             return values, weights, lambda vector: transposed(vector)[0], pull
 
         values, weights, push, pull = forward_or_reverse(
@@ -233,12 +250,12 @@ def forward_or_reverse(forward, reverse, function, params):
         return forward()
     try:
         return reverse()
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         second = _first_line(error)
-        if second == reason and isinstance(error, TypeError):
+        if second == reason:
             raise  # an error of the loss itself
         raise TypeError(
-            f"loss_fn can be differentiated twice neither in forward mode ({reason}) nor "
+            f"the loss can be differentiated twice neither in forward mode ({reason}) nor "
             f"in reverse mode ({second}); give its custom_vjp rules that are themselves "
             "differentiable, or use a plain implementation for the analysis."
         ) from error

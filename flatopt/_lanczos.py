@@ -31,7 +31,7 @@ class Eigenpairs(NamedTuple):
       values: shape (k,), from the wanted end inwards.
       vectors: a tree like the parameters with a leading axis of k; each vector has norm 1.
       residuals: shape (k,): some eigenvalue of the matrix lies within this distance of
-        the value. The bound includes the rounding of the products.
+        the value. An allowance for the rounding of the products is added.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -92,7 +92,8 @@ class SpectralDensity(NamedTuple):
           array([0.798])
         """
         if width is None:
-            width = max(np.ptp(self.nodes) / 100, np.finfo("f8").tiny)
+            largest = np.abs(self.nodes).max()
+            width = max(np.ptp(self.nodes) / 100, 1e-6 * largest, 1e-12)
         distances = (np.asarray(points)[:, None] - self.nodes.ravel()) / width
         heights = np.exp(-(distances**2) / 2) / (width * np.sqrt(2 * np.pi))
         return heights @ self.weights.ravel() / len(self.weights)
@@ -241,7 +242,7 @@ def eigenpairs(
     if start is None:
         rest, length = krylov.random()
     else:
-        rest, length = _warm_start(krylov, start)
+        rest, length = _warm_start(krylov, start, which)
     while True:
         scale, rest, length = _fill(
             krylov, rest, length, count, which, rtol, max_matvecs
@@ -256,7 +257,8 @@ def eigenpairs(
         residuals = np.asarray(residuals, "f8")
         done = residuals.max() <= rtol * scale or krylov.size == size
         if done or krylov.used >= max_matvecs:
-            rounding = 20 * float(jnp.finfo(found.dtype).eps) * scale
+            narrow = max(jnp.finfo(p.dtype).eps for p in jax.tree.leaves(operator.like))
+            rounding = max(20 * jnp.finfo(found.dtype).eps, narrow) * scale
             return Eigenpairs(np.asarray(found), vectors, residuals + rounding)
         keep = order[: min(count + 8, capacity - 2)]
         krylov.restart(krylov.rows(coefficients[:, keep]), np.diag(values[keep]))
@@ -291,16 +293,22 @@ def _order(values, which):
     return np.argsort(values if which == "smallest" else -np.abs(values))
 
 
-def _warm_start(krylov, start):
+def _warm_start(krylov, start, which):
     rows = _blocks.orthonormalize(_blocks.widen(start.vectors))
     found = products(krylov.operator, rows)
     projection = np.asarray(_blocks.gram(rows, found), "f8")
     krylov.used += len(projection)
     norms = np.asarray(jnp.diagonal(_blocks.gram(rows, rows)))
     keep = np.flatnonzero(norms > 0.5)  # dependent vectors came back as zeros
-    rows, found = (jax.tree.map(lambda x: x[keep], b) for b in (rows, found))
     projection = projection[np.ix_(keep, keep)]
-    krylov.restart(rows, (projection + projection.T) / 2)
+    values, coefficients = np.linalg.eigh((projection + projection.T) / 2)
+    order = _order(values, which)[: max(len(krylov.projection) - 1, 1)]
+    turn = np.zeros((len(order), len(norms)))
+    turn[:, keep] = coefficients[:, order].T
+    rows, found = (
+        _blocks.combine(jnp.asarray(turn, norms.dtype), b) for b in (rows, found)
+    )
+    krylov.restart(rows, np.diag(values[order]))
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     _, rest, length = _expand(krylov.basis, total)
     return rest, float(length)
@@ -322,7 +330,7 @@ def _fill(krylov, rest, length, count, which, rtol, max_matvecs):
             bounds = length * np.abs(coefficients[-1, wanted])
             if bounds.max() <= rtol * scale / 2 and krylov.size >= count + 2:
                 break
-        if krylov.used >= max_matvecs:
+        if krylov.used >= max_matvecs and krylov.size >= count:
             break
     return scale, rest, length
 
@@ -335,8 +343,8 @@ def spectral_density(
     Each draw of random signs gives a Gauss quadrature: nodes and weights whose moments up
     to order ``2 num_steps - 1`` are those of the spectrum as that vector sees it.
 
-    Cost: ``num_draws * num_steps`` products. Memory: ``num_steps`` vectors. Runs on the
-    host, not inside ``jax.jit``.
+    Cost: ``num_draws * num_steps`` products, each a pass over streamed data. Memory:
+    ``num_steps`` vectors. Runs on the host, not inside ``jax.jit``.
 
     Args:
       operator: the matrix.

@@ -19,7 +19,8 @@ def xtrace(operator, key: jax.Array, num_matvecs: int = 32) -> Estimate:
     Args:
       operator: the matrix, on one batch or without data.
       key: a JAX random key.
-      num_matvecs: even number of products, at most the number of parameters.
+      num_matvecs: number of products, from 4 to twice the number of parameters; an odd one
+        is rounded down.
 
     Returns:
       An :class:`~flatopt.curvature.Estimate`; its standard error is the paper's, from

@@ -36,6 +36,7 @@ class Operator:
     def __init__(self, kind, params, batch, stream, weight_fn):
         self.kind, self.like, self.weight_fn = kind, params, weight_fn
         self.batch, self.stream = batch, stream
+        self.seen = None  # number of batches, weight and loss of the last pass
 
     def tree_flatten(self):
         """For JAX: leaves and static parts."""
@@ -101,7 +102,7 @@ class Operator:
                 f"vector must have the structure and shapes of the parameters, got {shapes};"
                 f" give one array for each of {jax.tree.map(jnp.shape, self.like)}."
             )
-        return vector
+        return like_wide(vector, self.like)
 
 
 def like_wide(vector, params):
@@ -227,5 +228,7 @@ def sweep(operator, add, *rows):
             "yields batches each time it is iterated."
         )
     loss, *means = jax.tree.map(lambda x: x / weights, total)
-    operator.stream.check_same(count, weights, float(loss))
+    found = count, weights, float(loss)
+    _streams.check_same(operator.seen, found)
+    operator.seen = found
     return means

@@ -5,21 +5,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flatopt import _blocks, _layout, _streams, _trees
+from flatopt import _blocks, _layout, _trees
 from flatopt._operator import Operator, add_weighted, sweep
 
 
 def at(operator, params):
     """The same operator at other parameters."""
-    stream = operator.stream and _streams.Stream(operator.stream.batches)
-    return Operator(operator.kind, params, operator.batch, stream, operator.weight_fn)
+    return Operator(
+        operator.kind, params, operator.batch, operator.stream, operator.weight_fn
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _batch_losses(kind, move, params, batch, rows, fixed):
     def loss(row):
-        moved = move(row, params, fixed)
-        moved = jax.tree.map(lambda x, p: x.astype(p.dtype), moved, params)
+        # In float32 or wider: bfloat16 would round small moves away.
+        moved = _blocks.widen(move(row, params, fixed))
         return _trees.widen(kind.loss(moved, batch))
 
     return _layout.map_rows(loss, rows)

@@ -104,8 +104,8 @@ def trace(
     The trace over the span of a few leading directions is computed exactly, the rest
     estimated by :math:`v^\top H v` with random signs :math:`v` orthogonal to them.
 
-    Cost in gradients of the data: 1.4 a probe, 6.6 a deflated direction; two passes over
-    streamed data, and two more for each eight directions.
+    Cost in gradients of the data: 1.4 a probe, 6.6 a deflated direction; four passes over
+    streamed data, one without deflation.
 
     Args:
       operator: the matrix.
@@ -169,8 +169,8 @@ def probe(
     error. Errors of norms are those of their squares over twice the norm.
 
     Cost in gradients of the data: 2 a probe, 6 a deflated direction. Memory: some
-    50 vectors with the default deflation, whatever the number of probes; streamed data is
-    passed over once for each eight vectors.
+    50 vectors with the default deflation, whatever the number of probes. Streamed data is
+    passed over three times for the deflated directions and once for each eight probes.
 
     On a sample of the data, the Frobenius norm of the sample's matrix is what is measured;
     it is larger than that of all data by the sampling noise. Where that matters, see
@@ -284,9 +284,10 @@ def population_frobenius_norm(
                 f"operator must be on at least two batches, got {len(weights)}; products "
                 "of different batches are what is averaged."
             )
-        rest = sum(weights) ** 2 - sum(w**2 for w in weights)
+        rest = float(sum(weights)) ** 2 - sum(w**2 for w in weights)
         samples.append((_square_norms(total) - squares) / rest)
     samples = jnp.concatenate(samples)
+    _check_finite(operator, jnp.sum(samples))
     error = jnp.std(samples, ddof=1) / num_probes**0.5
     return _root(Estimate(jnp.mean(samples), error, num_probes))
 
@@ -341,7 +342,7 @@ def is_traced(tree):
 def _check_finite(operator, value):
     if not is_traced((operator, value)) and not np.isfinite(value):
         raise ValueError(
-            f"the curvature is not finite, got a trace of {value}; look at the loss and "
+            f"the curvature is not finite, got {value}; look at the loss and "
             "its gradient at these parameters first."
         )
 

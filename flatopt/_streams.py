@@ -11,24 +11,37 @@ except ImportError:  # a progress bar is a comfort, not a need
 
 
 class Stream:
-    """A re-iterable of batches; equal only to itself."""
+    """A re-iterable of batches; equal where it is the same object."""
 
     def __init__(self, batches):
         self.batches = batches
-        self.seen = None
 
-    def check_same(self, count, weight, loss):
-        """Reject data that changed since the last pass with these parameters."""
-        seen, self.seen = self.seen, (count, weight, loss)
-        if seen is None:
-            return
-        if seen[:2] != (count, weight) or not np.isclose(seen[2], loss, rtol=1e-4):
-            raise ValueError(
-                "data must be the same on every pass, got "
-                f"{seen[0]} batches of weight {seen[1]:g} and loss {seen[2]:g}, then "
-                f"{count} of {weight:g} and {loss:g}; switch off shuffling with "
-                "drop_last, random augmentation and dropout."
-            )
+    def __eq__(self, other):
+        return isinstance(other, Stream) and self.batches is other.batches
+
+    def __hash__(self):
+        return id(self.batches)
+
+
+def check_same(seen, found):
+    """Reject data that changed since the last pass with the same parameters.
+
+    Both are ``(batches, weight, loss)``; ``seen`` is None on the first pass.
+    """
+    if not np.isfinite(found[2]):
+        raise ValueError(
+            f"the curvature is not finite, since the loss over all data is {found[2]}; look "
+            "at the loss at these parameters first."
+        )
+    if seen is None:
+        return
+    if seen[:2] != found[:2] or not np.isclose(seen[2], found[2], rtol=1e-4):
+        raise ValueError(
+            "data must be the same on every pass, got "
+            f"{seen[0]} batches of weight {seen[1]:g} and loss {seen[2]:g}, then "
+            f"{found[0]} of {found[1]:g} and {found[2]:g}; switch off shuffling with "
+            "drop_last, random augmentation and dropout."
+        )
 
 
 def is_stream(data):
@@ -70,7 +83,8 @@ def passes(stream, weight_fn, description):
                 f"weight_fn must return a finite number of at least 0, got {weight}; "
                 "return what the mean of loss_fn divides by, such as the number of tokens."
             )
-        yield batch, weight
+        if weight:  # the mean loss of nothing is not a number
+            yield batch, weight
 
 
 def batch_size(batch):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flatopt import _checks, _kinds, _streams
+from flatopt import _checks, _kinds, _streams, _trees
 from flatopt._lanczos import Eigenpairs as Eigenpairs
 from flatopt._lanczos import SpectralDensity as SpectralDensity
 from flatopt._lanczos import eigenpairs as eigenpairs
@@ -35,6 +35,9 @@ def hessian(
     weight_fn: Callable[[Any], Any] | None = None,
 ) -> Operator:
     r"""The Hessian of a mean loss.
+
+    Define ``loss_fn`` once and pass the data as ``data``: a new function compiles again, and
+    what it closes over stays in memory.
 
     Products by forward over reverse mode, linearized once a batch for all vectors;
     quadratic forms by forward mode alone. Where a ``custom_vjp`` in the loss refuses
@@ -105,7 +108,8 @@ def gauss_newton(
       Array([[0.5, 0. ],
              [0. , 0.5]], dtype=float32)
     """
-    if data is None or (not _streams.is_stream(data) and len(data) != 2):
+    pair = isinstance(data, tuple) and len(data) == 2
+    if data is None or not (pair or _streams.is_stream(data)):
         raise ValueError(
             "data must be a pair (inputs, targets) or batches of such pairs, got "
             f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
@@ -200,4 +204,18 @@ def _operator(kind, params, data, weight_fn):
     params = _checks.check_params(params)
     if not jax.tree.leaves(params):
         raise ValueError("params must hold at least one array, got an empty tree.")
+    for leaf in jax.tree.leaves(params):
+        sharding = _trees.explicit_sharding(jax.typeof(leaf))
+        if sharding is not None and any(sharding.spec):
+            raise ValueError(
+                f"params must not be sharded on an Explicit mesh, got {sharding.spec}; make "
+                "the mesh with axis_types Auto for the analysis."
+            )
+    try:
+        hash(kind)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn, model_fn and weight_fn must be hashable, got {kind!r}; wrap them in a "
+            "function."
+        ) from error
     return Operator(kind, params, *_streams.prepare(data), weight_fn)

@@ -149,11 +149,12 @@ def _noise_move(kernel):
 ISOTROPIC, ELEMENTWISE = kernels.isotropic(), kernels.elementwise()
 
 
-def _rises(operator, key, scale, num_samples, kernel):
+def _rises(operator, key, scale, num_samples, kernel, base=None):
     """Loss at random perturbations less the loss, shape (num_samples,)."""
+    base = _passes.base_loss(operator) if base is None else base
     keys = probe_keys(key, 0, num_samples)
     found = _passes.losses(operator, _noise_move(kernel), keys, jnp.float32(scale))
-    return found - _passes.base_loss(operator)
+    return found - base
 
 
 def _mean(samples):
@@ -315,8 +316,12 @@ def pac_bayes(
             f"{shapes[0]}; give the parameters that training started from."
         )
 
+    base = _passes.base_loss(operator)
+
     def rise(sigma):
-        return float(jnp.mean(_rises(operator, key, sigma, num_samples, ISOTROPIC)))
+        return float(
+            jnp.mean(_rises(operator, key, sigma, num_samples, ISOTROPIC, base))
+        )
 
     sigma = _solve(rise, epsilon, 1e-3, 1e6)
     difference = jax.tree.map(
@@ -423,24 +428,24 @@ def local_entropy_gradient(
     operator = curvature.hessian(loss_fn, params, data)
     if operator.batch is None and operator.stream is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
-    tx = entropy_sgd_gradients(
-        gamma, num_steps, inner_learning_rate, noise_scale, decay, key=key
-    )
-
-    @jax.jit
-    def norm(params, state, batch):
-        value_fn = lambda params, batch: loss_fn(params, batch)  # noqa: E731
-        grads, state = tx.update(None, state, params, value_fn=value_fn, batch=batch)
-        return jnp.sqrt(_blocks.dot(grads, grads)), state
-
-    state, total, count = tx.init(operator.like), 0.0, 0
+    settings = gamma, num_steps, inner_learning_rate, noise_scale, decay
+    total = count = 0
     batches = [operator.batch] if operator.stream is None else operator.stream.batches
-    for batch in batches:
-        length, state = norm(operator.like, state, jax.tree.map(jnp.asarray, batch))
-        total, count = total + length, count + 1
+    for count, batch in enumerate(batches, 1):
+        batch = jax.tree.map(jnp.asarray, batch)
+        step_key = _random.fold_in(key, count)
+        total += _walk_length(loss_fn, settings, operator.like, batch, step_key)
     if not count:
         raise ValueError("data must hold batches, got none; give a loader that yields.")
     return float(total / count)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk_length(loss_fn, settings, params, batch, key):
+    tx = entropy_sgd_gradients(*settings, key=key)
+    value_fn = lambda params, batch: loss_fn(params, batch)  # noqa: E731
+    grads, _ = tx.update(None, tx.init(params), params, value_fn=value_fn, batch=batch)
+    return jnp.sqrt(_blocks.dot(grads, grads))
 
 
 # Worst cases
@@ -519,8 +524,8 @@ def worst_case(
         T = 1 \text{ or } |\theta|
 
     Ascent from a random point of the ball, each step to the point of the ball farthest
-    along the gradient; the best point counts. A lower bound of the maximum; for a convex
-    quadratic it converges to it.
+    along the gradient; the best point counts, the parameters themselves included. A lower
+    bound of the maximum; for a convex quadratic it converges to it.
 
     Args:
       loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
@@ -528,10 +533,13 @@ def worst_case(
       norm: "l2" or "linf".
       adaptive: measure the ball in units of each parameter's magnitude: unchanged when
         layers are rescaled.
-      num_steps: number of gradients of all data.
+      num_steps: number of ascent steps, a gradient of all data each, and one more.
 
     Returns:
-      The rise.
+      The rise, at least 0.
+
+    Raises:
+      ValueError: where the loss in the ball is not a number.
 
     References:
       Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_;
@@ -559,11 +567,16 @@ def worst_case(
         params,
     )
     direction = _trees.bind(ISOTROPIC, key, params)(key)
-    base, best = None, -math.inf
+    base, best = None, 0.0
     for _ in range(num_steps + 1):
         moved = _farthest(params, units, direction, jnp.float32(rho), norm == "l2")
         value, grads = _passes.value_and_gradient(_passes.at(operator, moved))
         base = float(_passes.base_loss(operator)) if base is None else base
+        if math.isnan(float(value) - base):
+            raise ValueError(
+                f"the loss is not a number within rho={rho} of the parameters; choose a "
+                "smaller radius."
+            )
         best = max(best, float(value) - base)
         direction = jax.tree.map(jnp.multiply, units, grads)
     return best
@@ -578,9 +591,7 @@ def _farthest(params, units, direction, rho, is_l2):
     else:
         step = jax.tree.map(jnp.sign, direction)
     return jax.tree.map(
-        lambda p, t, s: (
-            _trees.widen(p) + rho.astype(t.dtype) * t * s.astype(t.dtype)
-        ).astype(p.dtype),
+        lambda p, t, s: _trees.widen(p) + rho.astype(t.dtype) * t * s.astype(t.dtype),
         params,
         units,
         step,
@@ -631,7 +642,7 @@ def m_sharpness(
             norm=norm,
             adaptive=adaptive,
             num_steps=num_steps,
-            data=jax.tree.map(jnp.asarray, batch),
+            data=[batch],
         )
         for batch in batches
     ]
@@ -761,23 +772,24 @@ def shannon_entropy(model_fn: Callable[..., Any], params: Any, inputs: Any) -> f
       >>> round(sharpness.shannon_entropy(lambda p, x: x, None, jnp.zeros((5, 2))), 4)
       -0.6931
     """
-
-    def negative_entropy(params, batch):
-        logits = jnp.asarray(model_fn(params[0], batch), jnp.float32)
-        logs = jax.nn.log_softmax(logits, axis=-1)
-        return jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
-
     total, count = 0.0, 0
-    compiled = jax.jit(negative_entropy)
     for batch in inputs if _streams.is_stream(inputs) else [inputs]:
         batch = jax.tree.map(jnp.asarray, batch)
         size = _streams.batch_size(batch)
-        total, count = total + size * compiled((params,), batch), count + size
+        total, count = total + size * _certainty(model_fn, params, batch), count + size
     if not count:
         raise ValueError(
             "inputs must hold examples, got none; give at least one batch."
         )
     return float(total / count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certainty(model_fn, params, batch):
+    logs = jax.nn.log_softmax(
+        jnp.asarray(model_fn(params, batch), jnp.float32), axis=-1
+    )
+    return jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
 
 
 def frobenius_norm(
@@ -967,8 +979,8 @@ def report(
 ) -> Report:
     """All measures at one point, sharing what they can.
 
-    One probe gives the trace and the Frobenius norm, one set of perturbed losses the
-    low-pass measure.
+    One probe gives the trace and the Frobenius norm. Cost: some 1,500 losses, gradients and
+    products of all data. At a zero gradient the epsilon sharpness is not a number.
 
     Args:
       loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
@@ -990,6 +1002,11 @@ def report(
       >>> round(float(found.values["trace"].value), 3)
       2.0
     """
+    if (model_fn is None) != (inputs is None):
+        raise ValueError(
+            "model_fn and inputs must be given together, got one; both are for the Shannon "
+            "entropy."
+        )
     options = {"data": data, "weight_fn": weight_fn}
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
     keys = [_random.fold_in(key, index) for index in range(9)]
@@ -999,7 +1016,8 @@ def report(
         "loss": float(_passes.base_loss(operator)),
         "trace": probe.trace,
         "frobenius_norm": probe.frobenius_norm,
-        "max_eigenvalue": Estimate(top.values[0], top.residuals[0], 1),
+        "max_eigenvalue": float(top.values[0]),
+        "max_eigenvalue_bound": float(top.residuals[0]),
         "effective_dimension": effective_dimension(loss_fn, params, keys[2], **options),
         "fisher_rao_hessian": float(operator.quadratic_form(operator.like)),
         "fisher_rao_empirical": fisher_rao_empirical(
@@ -1010,7 +1028,7 @@ def report(
         "local_entropy_gradient": local_entropy_gradient(
             loss_fn, params, keys[5], data
         ),
-        "epsilon_sharpness": epsilon_sharpness(loss_fn, params, **options),
+        "epsilon_sharpness": _epsilon_or_nan(loss_fn, params, **options),
         "worst_case": worst_case(loss_fn, params, keys[6], rho=rho, **options),
         "worst_case_adaptive": worst_case(
             loss_fn, params, keys[6], rho=rho, adaptive=True, **options
@@ -1026,6 +1044,13 @@ def report(
     if model_fn is not None:
         values["shannon_entropy"] = shannon_entropy(model_fn, params, inputs)
     return Report(values)
+
+
+def _epsilon_or_nan(loss_fn, params, **options):
+    try:
+        return epsilon_sharpness(loss_fn, params, **options)
+    except ValueError:
+        return math.nan
 
 
 def _check_positive(value, name):
@@ -1046,16 +1071,19 @@ def _count_examples(operator):
 
 
 def _solve(rise, target, start, largest):
-    """The scale at which a rise reaches a target: bracket, then bisect to 1e-4."""
+    """The scale at which a rise reaches a target: bracket, then bisect to 1e-4.
+
+    What is not a number counts as risen.
+    """
     low, high = 0.0, start
-    while not rise(high) >= target:
+    while rise(high) < target:
         low, high = high, 5 * high
         if high > largest:
             return math.inf
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
-        if rise(middle) >= target:
-            high = middle
-        else:
+        if rise(middle) < target:
             low = middle
+        else:
+            high = middle
     return (low + high) / 2

@@ -21,7 +21,8 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse.linalg
 
-from flatopt import _checks, _trees
+from flatopt import _blocks, _checks, _passes, _trees, curvature
+from flatopt.curvature import Estimate
 
 SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
 HELD_VALUES = (
@@ -622,6 +623,208 @@ def _simulate(lin, key, rate, p, batch_size, num_steps, num_runs, noise, samplin
         return losses
 
     return jax.vmap(run)(jax.random.split(key, num_runs))
+
+
+def smallest_batch_size(
+    lin: Linearization,
+    learning_rate: float,
+    *,
+    sampling: str = "without_replacement",
+) -> int | None:
+    r"""The smallest batch size at which SGD with this learning rate can stay.
+
+    Args:
+      lin: from :func:`linearize`.
+      learning_rate: the step size, > 0.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      The batch size, or None where no batch up to the whole data suffices.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> stability.smallest_batch_size(lin, 3.0)
+      2
+    """
+    n = len(lin.coordinates)
+
+    def stays(batch_size):
+        rate = growth_rate(lin, learning_rate, batch_size, sampling=sampling)
+        return rate <= 1 + 1e-6
+
+    if not stays(n):
+        return None
+    low, high = 0, n  # stability can only grow with the batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if stays(middle) else (middle, high)
+    return high
+
+
+def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> Estimate:
+    r"""The curvature that SGD's own steps meet, which hovers at 2 / learning_rate.
+
+    .. math:: E_B \left[ \frac{g_B^\top H_B\, g_B}{\|g_B\|^2} \right]
+
+    with gradient and Hessian of the same batch.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean loss.
+      params: the parameters.
+      batches: an iterable of batches of the training batch size.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate` over batches.
+
+    Raises:
+      ValueError: without batches.
+
+    References:
+      Andreyev, Beneventano, `Edge of Stochastic Stability
+      <https://arxiv.org/abs/2412.20553>`_, 2024, definition 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> stability.batch_sharpness(
+      ...     lambda p, batch: jnp.mean(batch) * jnp.sum(p ** 2), jnp.ones(2),
+      ...     [jnp.ones(4), 3 * jnp.ones(4)]).value
+      Array(4., dtype=float32)
+    """
+
+    @jax.jit
+    def ratio(operator):
+        _, grads = _passes.value_and_gradient(operator)
+        return operator.quadratic_form(grads) / _blocks.dot(grads, grads)
+
+    found = [ratio(curvature.hessian(loss_fn, params, batch)) for batch in batches]
+    if not found:
+        raise ValueError("batches must hold batches, got none; give a list of batches.")
+    found = jnp.stack(found)
+    count = len(found)
+    error = jnp.std(found, ddof=1) / count**0.5 if count > 1 else jnp.inf
+    return Estimate(jnp.mean(found), error, count)
+
+
+class Report(NamedTuple):
+    """Stability at one point, from :func:`report`; ``print`` shows a table.
+
+    Attributes:
+      learning_rate: the step size asked about.
+      batch_size: B.
+      loss: the loss.
+      gradient_norm: the norm of its gradient.
+      max_eigenvalue: the largest eigenvalue of H.
+      trace: the trace of H.
+      frobenius_norm: its Frobenius norm.
+      alignment: :class:`Alignment`, or None at zero loss.
+      thresholds: :class:`Thresholds`.
+      growth_rate: factor of the second moment a step.
+      smallest_batch_size: see :func:`smallest_batch_size`.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.Report._fields[0]
+      'learning_rate'
+    """
+
+    learning_rate: float
+    batch_size: int
+    loss: float
+    gradient_norm: float
+    max_eigenvalue: float
+    trace: float
+    frobenius_norm: float
+    alignment: Alignment | None
+    thresholds: Thresholds
+    growth_rate: float
+    smallest_batch_size: int | None
+
+    @property
+    def verdict(self) -> str:
+        """What follows for training, in words."""
+        limit = self.thresholds.mean_square
+        if self.learning_rate > self.thresholds.gradient_descent:
+            return "unstable even for the whole data in one batch"
+        if self.learning_rate > limit:
+            return (
+                f"SGD leaves: the learning rate exceeds the exact limit {limit:.4g}; a batch "
+                f"of {self.smallest_batch_size} would stay"
+            )
+        margin = limit / self.learning_rate
+        return f"SGD stays: the learning rate could be {margin:.3g} times as large"
+
+    def __str__(self):
+        lines = [
+            f"learning rate {self.learning_rate:.4g}, batch size {self.batch_size}: "
+            f"{self.verdict}",
+            f"loss {self.loss:.3g}, gradient norm {self.gradient_norm:.3g} (the theory is "
+            "about minima of zero loss)",
+            f"H: largest eigenvalue {self.max_eigenvalue:.4g}, trace {self.trace:.4g}, "
+            f"Frobenius norm {self.frobenius_norm:.4g}",
+            f"growth of the second moment a step: {self.growth_rate:.4g}",
+        ]
+        if self.alignment is not None:
+            mu, alpha, beta, _ = (float(x) for x in self.alignment)
+            lines.append(f"alignment mu {mu:.3g} = alpha {alpha:.3g} * beta {beta:.3g}")
+        lines.append(f"{'largest stable rate by':22} {'rate':>10}  at this rate")
+        for name, value in self.thresholds._asdict().items():
+            if not math.isnan(value):
+                holds = "holds" if self.learning_rate <= value else "violated"
+                lines.append(f"{name:22} {value:10.4g}  {holds}")
+        return "\n".join(lines)
+
+
+def report(
+    model_fn: Callable[..., Any],
+    params: Any,
+    inputs: Any,
+    targets: Any,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    loss_scale: float = 1.0,
+    loss_fn: Callable[..., Any] | None = None,
+    sampling: str = "without_replacement",
+) -> Report:
+    """Everything about stability at one point, with a readable table.
+
+    Args:
+      model_fn, params, inputs, targets, loss_scale, loss_fn: see :func:`linearize`.
+      learning_rate: the step size to judge.
+      batch_size: B.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      A :class:`Report`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> found = stability.report(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2), 1.0, 1)
+      >>> found.verdict
+      'SGD stays: the learning rate could be 2 times as large'
+    """
+    lin = linearize(
+        model_fn, params, inputs, targets, loss_scale=loss_scale, loss_fn=loss_fn
+    )
+    return Report(
+        learning_rate=float(learning_rate),
+        batch_size=batch_size,
+        loss=float(lin.loss),
+        gradient_norm=float(lin.gradient_norm),
+        max_eigenvalue=float(lin.eigenvalues[0]),
+        trace=float(jnp.sum(lin.eigenvalues)),
+        frobenius_norm=float(jnp.linalg.norm(lin.eigenvalues)),
+        alignment=alignment(lin) if float(lin.loss) > 0 else None,
+        thresholds=thresholds(lin, batch_size, sampling=sampling),
+        growth_rate=growth_rate(lin, learning_rate, batch_size, sampling=sampling),
+        smallest_batch_size=smallest_batch_size(lin, learning_rate, sampling=sampling),
+    )
 
 
 # The second moment's recursion on symmetric matrices of the rows' space

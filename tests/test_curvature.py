@@ -487,6 +487,15 @@ def test_a_warm_start_spends_fewer_products():
     )
 
 
+def test_starts_of_any_size_and_few_products():
+    operator = quadratic(jnp.asarray(spectrum(SPECTRA["step"]), jnp.float32))
+    many = curvature.eigenpairs(operator, KEY, 30)
+    one = curvature.eigenpairs(operator, KEY, 1, start=many)
+    np.testing.assert_allclose(one.values, many.values[:1], rtol=1e-3)
+    few = curvature.eigenpairs(operator, KEY, 5, max_matvecs=1)
+    assert few.values.shape == few.residuals.shape == (5,)
+
+
 def test_small_and_degenerate_matrices():
     for values in ([3.0], [2.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 5.0, 0.0]):
         operator = quadratic(jnp.asarray(spectrum(np.array(values)), jnp.float32))
@@ -650,25 +659,31 @@ def test_forward_mode_refused_by_a_custom_vjp_falls_back_to_reverse_mode():
 def test_neither_mode_says_why():
     @jax.custom_vjp
     def opaque(x):
-        return jnp.sum(x**2)
+        return jnp.sum(x**2, axis=-1)
 
-    def forward(x):
-        return opaque(x), x
+    def backward(x, g):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return (jax.pure_callback(lambda x, g: 2 * x * g[:, None], shape, x, g),)
 
-    @jax.custom_vjp
-    def opaque_backward(x, g):
-        return 2 * x * g
-
-    def refuse(*args):
-        raise NotImplementedError("no second derivative here")
-
-    opaque_backward.defvjp(refuse, refuse)
-    opaque.defvjp(forward, lambda x, g: (opaque_backward(x, g),))
-    operator = curvature.hessian(opaque, jnp.ones(3))
+    opaque.defvjp(lambda x: (opaque(x), x), backward)
+    operator = curvature.gauss_newton(
+        lambda p, x: opaque(x * p[None]),
+        lambda f, y: jnp.mean((f - y) ** 2),
+        jnp.ones(3),
+        (jnp.ones((2, 3)), jnp.ones(2)),
+    )
     with pytest.raises(
-        TypeError, match=r"neither in forward mode \(no second deriv.*no second deriv"
+        TypeError, match=r"neither in forward mode \(a custom_vjp.* nor in reverse mode"
     ):
         operator.matvec(jnp.ones(3))
+
+
+def test_errors_of_the_loss_itself_come_as_they_are():
+    def loss_fn(params):
+        raise NotImplementedError("still to write")
+
+    with pytest.raises(NotImplementedError, match="still to write"):
+        curvature.hessian(loss_fn, jnp.ones(3)).matvec(jnp.ones(3))
 
 
 # Norms of a population, XTrace
@@ -744,6 +759,13 @@ def test_wrong_data():
         curvature.hessian(_loss, params, []).matvec(params)
     with pytest.raises(ValueError, match="arrays with one leading axis of examples"):
         curvature.hessian(_loss, params, (jnp.ones((2, 3)), jnp.ones(3)))
+    with pytest.raises(ValueError, match="data must be pairs"):
+        curvature.gauss_newton(_loss, _loss, params, _batches()).matvec(params)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match="params must not be sharded on an Explicit"):
+        curvature.hessian(
+            lambda p: p.sum(), jax.device_put(jnp.ones(8), NamedSharding(mesh, P("d")))
+        )
     with pytest.raises(ValueError, match="data must be a batch or batches, got None"):
         curvature.empirical_fisher(_loss, params, None)
     with pytest.raises(ValueError, match=r"data must be a pair \(inputs, targets\)"):
@@ -771,6 +793,33 @@ def test_data_that_changes_between_passes():
     operator = curvature.hessian(_loss, jnp.ones(3), Changing())
     with pytest.raises(ValueError, match="data must be the same on every pass, got 1"):
         curvature.probe(operator, KEY)
+
+
+def test_new_parameters_on_the_same_stream():
+    operator = curvature.hessian(_loss, jnp.ones(3), _batches())
+    operator.matvec(jnp.ones(3))
+    moved = jax.tree.map(lambda x: x + 1, operator)
+    expected = curvature.hessian(_loss, 2 * jnp.ones(3), _batches()).matvec(jnp.ones(3))
+    np.testing.assert_allclose(moved.matvec(jnp.ones(3)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "empirical_fisher", "gradient_covariance"])
+def test_what_has_no_weight_does_not_count(kind):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    mask = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0])
+
+    def loss_fn(params, batch):
+        x, mask = batch
+        return jnp.sum(mask * jnp.cos(x @ params)) / jnp.sum(mask)
+
+    weight_fn = lambda batch: batch[1].sum()  # noqa: E731
+    make = getattr(curvature, kind)
+    batches = [(x[:2], mask[:2]), (x[2:3], mask[2:3]), (x[2:], mask[2:])]
+    found = make(loss_fn, jnp.ones(3), batches, weight_fn=weight_fn).dense()
+    kept = jnp.array([0, 1, 3, 4])
+    expected = make(loss_fn, jnp.ones(3), (x[kept], mask[kept])).dense()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_shuffled_data_is_the_same_data():

@@ -285,7 +285,7 @@ def test_report_computes_every_measure_and_prints_a_table():
         inputs=DATA["batch"],
         initial_params=ZERO,
     )
-    assert len(found.values) == 16
+    assert len(found.values) == 17
     table = str(found)
     for name, value in found.values.items():
         assert name in table
@@ -341,3 +341,49 @@ def test_a_loss_that_never_rises():
     )
     assert found.sigma == np.inf
     assert found.value == pytest.approx(np.log(10 / 1e-6))
+
+
+def test_batches_may_be_lists_as_data_loaders_give_them():
+    x = jnp.asarray(RNG.normal(size=(6, SIZE)), jnp.float32)
+    y = jnp.asarray(RNG.normal(size=6), jnp.float32)
+
+    def loss_fn(params, batch):
+        inputs, targets = batch
+        return jnp.mean((inputs @ params - targets) ** 2)
+
+    lists = [[x[:3], y[:3]], [x[3:], y[3:]]]
+    tuples = [tuple(batch) for batch in lists]
+    for measure in (
+        lambda data: sharpness.m_sharpness(loss_fn, ZERO, KEY, data, rho=0.1).value,
+        lambda data: sharpness.low_pass(loss_fn, ZERO, KEY, data=data).value,
+        lambda data: sharpness.local_entropy_gradient(loss_fn, ZERO, KEY, data),
+    ):
+        np.testing.assert_allclose(measure(lists), measure(tuples), rtol=1e-6)
+
+
+def test_small_moves_of_bfloat16_parameters_are_not_rounded_away():
+    params = jnp.ones(4000, jnp.bfloat16)
+
+    def loss_fn(params):
+        return 10 * jnp.sum((params.astype(jnp.float32) - 1) ** 2)
+
+    found = sharpness.worst_case(loss_fn, params, KEY, rho=0.05)
+    np.testing.assert_allclose(found, 0.025, rtol=1e-3)
+    found = sharpness.low_pass(loss_fn, params, KEY, sigma=1e-3)
+    np.testing.assert_allclose(found.value, 0.04, rtol=0.02)
+
+
+def test_losses_that_are_not_numbers_count_as_risen_or_are_errors():
+    def loss_fn(params):
+        return -jnp.sum(jnp.log(params))
+
+    point = jnp.full(3, 1e-2)
+    found = sharpness.pac_bayes(
+        loss_fn, point, KEY, initial_params=point, num_examples=5, epsilon=30.0
+    )
+    assert 0 < found.sigma < 0.1
+    assert sharpness.epsilon_sharpness(loss_fn, point, epsilon=30.0) > 1
+    with pytest.raises(ValueError, match="the loss is not a number within rho=0.5"):
+        sharpness.worst_case(loss_fn, point, KEY, rho=0.5)
+    found = sharpness.worst_case(lambda p: -jnp.sum(p**2), ZERO, KEY, rho=0.1)
+    assert found == 0.0

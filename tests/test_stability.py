@@ -354,3 +354,45 @@ def test_errors():
     assert np.isnan(stability.thresholds(exact, 2).frobenius_estimate)
     with pytest.raises(ValueError, match="factor must be greater than 1"):
         stability.escape_time(lin, 0.1, 2, factor=1.0)
+
+
+def test_smallest_batch_size_is_where_the_threshold_passes_the_rate(x64):
+    rng = np.random.default_rng(8)
+    lin = _linear(rng.normal(size=(12, 1, 4)))
+    rates = [stability.thresholds(lin, b).mean_square for b in range(1, 13)]
+    for rate in (0.5 * rates[0], 0.999 * rates[4], 0.999 * rates[-1], 1.1 * rates[-1]):
+        enough = [b for b, limit in enumerate(rates, 1) if rate <= limit]
+        expected = enough[0] if enough else None
+        assert stability.smallest_batch_size(lin, rate) == expected
+
+
+def test_batch_sharpness_is_the_mean_ratio_of_its_batches():
+    rng = np.random.default_rng(9)
+    batches = [jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(5)]
+    params = jnp.asarray(rng.normal(size=3), jnp.float32)
+
+    def loss_fn(params, batch):
+        return jnp.mean(jnp.cos(batch @ params))
+
+    ratios = []
+    for batch in batches:
+        g = jax.grad(loss_fn)(params, batch)
+        h = jax.hessian(loss_fn)(params, batch)
+        ratios.append(g @ h @ g / (g @ g))
+    found = stability.batch_sharpness(loss_fn, params, batches)
+    np.testing.assert_allclose(found.value, np.mean(ratios), rtol=1e-4)
+    error = np.std(ratios, ddof=1) / 5**0.5
+    np.testing.assert_allclose(found.standard_error, error, rtol=1e-4)
+    with pytest.raises(ValueError, match="batches must hold batches, got none"):
+        stability.batch_sharpness(loss_fn, params, [])
+
+
+def test_report_says_what_holds():
+    model_fn, params, inputs, targets = _mlp()
+    lin = stability.linearize(model_fn, params, inputs, targets)
+    limit = stability.thresholds(lin, 4).mean_square
+    for factor, word in ((0.5, "stays"), (1.01, "leaves"), (50.0, "unstable even")):
+        found = stability.report(model_fn, params, inputs, targets, factor * limit, 4)
+        assert word in found.verdict
+        assert ("violated" in str(found)) == (factor > 1)
+    np.testing.assert_allclose(found.trace, np.sum(lin.eigenvalues), rtol=1e-5)
