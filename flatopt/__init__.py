@@ -25,6 +25,8 @@ from flatopt.optimizers import nso_sgd as nso_sgd
 from flatopt.optimizers import sam_sgd as sam_sgd
 from flatopt.smoothing import smooth as smooth
 from flatopt.smoothing import smooth_value_and_grad as smooth_value_and_grad
+from flatopt.tracking import TrackStabilityState as TrackStabilityState
+from flatopt.tracking import track_stability as track_stability
 from flatopt.transforms import AntiPGDState as AntiPGDState
 from flatopt.transforms import SkipNonfiniteState as SkipNonfiniteState
 from flatopt.transforms import SmoothGradientsState as SmoothGradientsState
@@ -69,5 +71,7 @@ __all__ = [
     "smooth_gradients_zeroth_order",
     "smooth_value_and_grad",
     "stability",
+    "TrackStabilityState",
+    "track_stability",
     "usam_gradients",
 ]
