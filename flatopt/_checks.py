@@ -177,7 +177,7 @@ def check_value(value, name="value_fn"):
     if isinstance(value, tuple):
         raise TypeError(
             f"{name} must return a real scalar, got a tuple of {len(value)}; return the "
-            "loss alone, or use has_aux=True of smooth_value_and_grad for (loss, aux)."
+            "loss alone, or use smooth_value_and_grad with has_aux=True for (loss, aux)."
         )
     if not is_numeric(value):
         raise TypeError(

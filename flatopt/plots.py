@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flatopt import _passes, _trees, curvature, kernels
+from flatopt import _passes, _trees, curvature, kernels, stability
 
 
 def _axes(ax, **labels):
@@ -212,4 +212,61 @@ def loss_plane(
         steps, steps, losses.reshape(num_points, num_points), levels=20
     )
     ax.figure.colorbar(filled, ax=ax, label="loss")
+    return ax
+
+
+def stability_thresholds(
+    lin: stability.Linearization,
+    *,
+    batch_sizes: Any = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    sampling: str = "without_replacement",
+    ax: Any = None,
+):
+    """The largest stable learning rate against the batch size, by each theory.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      batch_sizes: the batch sizes; default: powers of two up to all examples.
+      learning_rate: with ``batch_size``, a setting to mark.
+      batch_size: with ``learning_rate``, a setting to mark.
+      sampling: see :func:`flatopt.stability.thresholds`.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_thresholds(lin)
+      >>> ax.get_xlabel()
+      'batch size'
+    """
+    n = len(lin.coordinates)
+    if batch_sizes is None:
+        batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
+    found = [stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes]
+    ax = _axes(
+        ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
+    )
+    for name in found[0]._fields:
+        rates = np.array([getattr(f, name) for f in found])
+        rates[~np.isfinite(rates)] = np.nan
+        if np.isnan(rates).all():
+            continue
+        exact = name == "mean_square"
+        ax.plot(
+            batch_sizes,
+            rates,
+            label=name.replace("_", " ") + (" (exact)" if exact else ""),
+            linewidth=3 if exact else 1,
+        )
+    if learning_rate is not None and batch_size is not None:
+        ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
+    ax.legend(fontsize="small")
     return ax

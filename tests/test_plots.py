@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from flatopt import curvature, kernels, plots
+from flatopt import curvature, kernels, plots, stability
 
 mpl.use("agg")
 KEY = jax.random.key(0)
@@ -52,3 +52,17 @@ def test_the_density_integrates_to_one():
     assert abs(np.trapezoid(heights, points) - 1) < 1e-2
     same = curvature.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)))
     assert plots.spectral_density(same).lines
+
+
+def test_threshold_curves_are_the_thresholds():
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    lin = stability.linearize(lambda w, x: x @ w, jnp.ones(3), rows, jnp.zeros(6))
+    ax = plots.stability_thresholds(lin, learning_rate=0.1, batch_size=2)
+    lines = {line.get_label(): line for line in ax.lines}
+    sizes, rates = lines["mean square (exact)"].get_data()
+    assert list(sizes) == [1, 2, 4, 6]
+    for size, rate in zip(sizes, rates, strict=True):
+        expected = stability.thresholds(lin, int(size)).mean_square
+        np.testing.assert_allclose(rate, expected, rtol=1e-6)
+    assert lines["this setting"].get_data()[1][0] == 0.1
