@@ -219,8 +219,17 @@ def _dense_truth(kind, case):
     return fisher - jnp.outer(mean, mean) * (kind == "gradient_covariance")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+# The two kinds of single gradients share their code: half of the cases for each.
+NAMES = {
+    "hessian": list(CASES),
+    "gauss_newton": list(CASES),
+    "empirical_fisher": list(CASES)[1::2],
+    "gradient_covariance": list(CASES)[::2],
+}
+MATRIX = [(kind, case) for kind, names in NAMES.items() for case in names]
+
+
+@pytest.mark.parametrize(("kind", "case"), MATRIX)
 def test_operators_equal_dense_matrices(kind, case, x64, standard_promotion):
     case = CASES[case]()
     data = case[3]

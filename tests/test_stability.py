@@ -142,7 +142,7 @@ def test_the_theories_are_ordered_on_gaussian_data(x64):
     np.testing.assert_allclose(rates[-1], one.gradient_descent, rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), sampling=st.sampled_from(SAMPLINGS))
 def test_necessary_conditions_are_never_below_the_exact_threshold(seed, sampling):
     rng = np.random.default_rng(seed)
