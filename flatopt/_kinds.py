@@ -150,7 +150,7 @@ class EmpiricalFisher:
             return _checks.check_value(self.loss_fn(params, of_one(example)), "loss_fn")
 
         def weight(example):
-            return jnp.asarray(self.weight_fn(of_one(example)), jnp.float32)
+            return jnp.asarray(self.weight_fn(of_one(example))).astype(float)
 
         if self.weight_fn is None:
             values = jax.vmap(loss, in_axes=(axes,))(batch)

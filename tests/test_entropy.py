@@ -82,12 +82,11 @@ def test_on_a_quadratic_without_noise_the_walk_has_a_closed_form():
     curvature, gamma = 2.0, 0.5
     tx = flatopt.entropy_sgd_gradients(gamma, 400, 0.1, 0.0, decay=0.9)
     params = jnp.array([3.0])
-    updates, state = tx.update(
-        None,
-        tx.init(params),
-        params,
-        value_fn=lambda p: curvature * jnp.sum(p**2) / 2,
-    )
+    updates, state = jax.jit(
+        lambda state: tx.update(
+            None, state, params, value_fn=lambda p: curvature * jnp.sum(p**2) / 2
+        )
+    )(tx.init(params))
     np.testing.assert_allclose(
         updates, params * curvature / (curvature + gamma), rtol=1e-5
     )
