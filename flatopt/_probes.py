@@ -367,12 +367,9 @@ def _is_met(estimates, rtol):
     return False
 
 
-def probe_keys(key, start, count):
-    return _fold_range(key, start, count)
-
-
 @functools.partial(jax.jit, static_argnums=2)
-def _fold_range(key, start, count):
+def probe_keys(key, start, count):
+    """Keys of the probes ``start`` to ``start + count``."""
     indices = start + jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(lambda i: _random.fold_in(key, i))(indices)
 

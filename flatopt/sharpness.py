@@ -484,20 +484,27 @@ def epsilon_sharpness(
     """
     _check_positive(epsilon, "epsilon")
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    found = _epsilon_sharpness(operator, epsilon)
+    if math.isnan(found):
+        raise ValueError(
+            "params must have a gradient to follow, got one of norm 0 or not a number; at an "
+            "exact minimum use worst_case or max_eigenvalue."
+        )
+    return found
+
+
+def _epsilon_sharpness(operator, epsilon):
+    """As :func:`epsilon_sharpness`; not a number where there is no gradient to follow."""
     value, grads = _passes.value_and_gradient(operator)
     length = float(jnp.sqrt(_blocks.dot(grads, grads)))
     if not length > 0:
-        raise ValueError(
-            f"params must have a gradient to follow, got one of norm {length}; at an exact "
-            "minimum use worst_case or max_eigenvalue."
-        )
+        return math.nan
     direction = jax.tree.map(lambda g: g / length, grads)
 
     def rise(distance):
         steps = jnp.full(1, distance, jnp.float32)
-        return float(
-            _passes.losses(operator, _passes.along, steps, direction)[0] - value
-        )
+        moved = _passes.losses(operator, _passes.along, steps, direction)
+        return float(moved[0] - value)
 
     distance = _solve(rise, epsilon, 1e-3, 1e6)
     return 1 / distance if math.isfinite(distance) else 0.0
@@ -1010,10 +1017,11 @@ def report(
     options = {"data": data, "weight_fn": weight_fn}
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
     keys = [_random.fold_in(key, index) for index in range(9)]
+    base = _passes.base_loss(operator)
     probe = curvature.probe(operator, keys[0])
     top = curvature.eigenpairs(operator, keys[1])
     values = {
-        "loss": float(_passes.base_loss(operator)),
+        "loss": float(base),
         "trace": probe.trace,
         "frobenius_norm": probe.frobenius_norm,
         "max_eigenvalue": float(top.values[0]),
@@ -1023,18 +1031,18 @@ def report(
         "fisher_rao_empirical": fisher_rao_empirical(
             loss_fn, params, data, weight_fn=weight_fn
         ),
-        "low_pass": _mean(_rises(operator, keys[3], sigma, 100, ISOTROPIC)),
-        "local_entropy": _entropy(_rises(operator, keys[4], 0.1, 100, ISOTROPIC)),
+        "low_pass": _mean(_rises(operator, keys[3], sigma, 100, ISOTROPIC, base)),
+        "local_entropy": _entropy(_rises(operator, keys[4], 0.1, 100, ISOTROPIC, base)),
         "local_entropy_gradient": local_entropy_gradient(
             loss_fn, params, keys[5], data
         ),
-        "epsilon_sharpness": _epsilon_or_nan(loss_fn, params, **options),
+        "epsilon_sharpness": _epsilon_sharpness(operator, 0.1),
         "worst_case": worst_case(loss_fn, params, keys[6], rho=rho, **options),
         "worst_case_adaptive": worst_case(
             loss_fn, params, keys[6], rho=rho, adaptive=True, **options
         ),
         "average_case_adaptive": _mean(
-            _rises(operator, keys[7], rho, 100, ELEMENTWISE)
+            _rises(operator, keys[7], rho, 100, ELEMENTWISE, base)
         ),
     }
     if initial_params is not None:
@@ -1044,13 +1052,6 @@ def report(
     if model_fn is not None:
         values["shannon_entropy"] = shannon_entropy(model_fn, params, inputs)
     return Report(values)
-
-
-def _epsilon_or_nan(loss_fn, params, **options):
-    try:
-        return epsilon_sharpness(loss_fn, params, **options)
-    except ValueError:
-        return math.nan
 
 
 def _check_positive(value, name):

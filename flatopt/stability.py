@@ -25,6 +25,7 @@ from flatopt import _blocks, _checks, _passes, _trees, curvature
 from flatopt.curvature import Estimate
 
 SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
+MOST_STEPS = 100_000  # looked at for an escape
 HELD_VALUES = (
     1 << 29
 )  # Jacobian entries kept at once; beyond, blocks are computed again
@@ -514,17 +515,17 @@ def escape_time(
     if rate <= 1 + 1e-6:
         return math.inf
     # The long-run rate sets the scale; the start may shrink first.
-    num_steps = min(int(math.log(factor) / math.log(rate)) + 64, 100_000)
-    losses = np.asarray(
-        expected_losses(lin, learning_rate, batch_size, num_steps, sampling=sampling)
-    )
-    while losses[-1] < factor and num_steps < 100_000:
-        num_steps = min(4 * num_steps, 100_000)
+    num_steps = int(math.log(factor) / math.log(rate)) + 64
+    while True:
+        num_steps = min(num_steps, MOST_STEPS)
         losses = np.asarray(
             expected_losses(
                 lin, learning_rate, batch_size, num_steps, sampling=sampling
             )
         )
+        if not losses[-1] < factor or num_steps == MOST_STEPS:
+            break
+        num_steps *= 4
     reached = np.flatnonzero(~(losses < factor))
     return float(reached[0]) if len(reached) else math.inf
 

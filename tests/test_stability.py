@@ -310,23 +310,21 @@ def test_linearize_is_the_gauss_newton_matrix(chunk_size, held, x64, monkeypatch
     assert lin.num_params == 25
 
 
-def test_the_wrong_convention_is_an_error_that_names_the_factor():
-    model_fn, params, inputs, targets = _mlp()
-    for loss_fn, factor in (
-        (lambda f, y: optax.l2_loss(f, y).mean(), "loss_scale=0.5"),
-        (lambda f, y: jnp.mean((f - y) ** 2), "loss_scale=1;|loss_scale=1 "),
-        (lambda f, y: jnp.mean(jnp.sum((f - y) ** 2, axis=1)), "loss_scale=2"),
+@pytest.mark.parametrize(
+    ("loss_fn", "factor"),
+    [
+        (lambda f, y: optax.l2_loss(f, y).mean(), "0.5"),
+        (lambda f, y: jnp.mean((f - y) ** 2), "1"),
+        (lambda f, y: jnp.mean(jnp.sum((f - y) ** 2, axis=1)), "2"),
+    ],
+)
+def test_the_wrong_convention_is_an_error_that_names_the_factor(loss_fn, factor):
+    model = _mlp()
+    with pytest.raises(
+        ValueError, match=rf"loss_fn returned .* pass loss_scale={factor}\.$"
     ):
-        scale = 3.0
-        with pytest.raises(ValueError, match="loss_fn returned .* pass loss_scale="):
-            stability.linearize(
-                model_fn, params, inputs, targets, loss_scale=scale, loss_fn=loss_fn
-            )
-        if "0.5" in factor or "2" in factor:
-            with pytest.raises(ValueError, match=factor):
-                stability.linearize(
-                    model_fn, params, inputs, targets, loss_scale=scale, loss_fn=loss_fn
-                )
+        stability.linearize(*model, loss_scale=3.0, loss_fn=loss_fn)
+    stability.linearize(*model, loss_scale=float(factor), loss_fn=loss_fn)
 
 
 def test_errors():
