@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint doctest docs bench bench-curvature clean
+.PHONY: help demo test lint doctest docs bench bench-curvature bench-stability clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make docs     build the documentation into docs/_build/html"
 	@echo "make bench    measure speed and memory against peers"
 	@echo "make bench-curvature  measure curvature products against peers"
+	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make clean    remove .venv and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -42,6 +43,9 @@ bench: $(VENV)/.bench
 
 bench-curvature: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curvature
+
+bench-stability: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.stability
 
 clean:
 	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache

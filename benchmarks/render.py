@@ -47,6 +47,9 @@ def write(results, page):
     curvature = pathlib.Path(results).with_name("curvature_cpu.json")
     if curvature.exists():
         lines += [_curvature(json.loads(curvature.read_text()))]
+    stability = pathlib.Path(results).with_name("stability_cpu.json")
+    if stability.exists():
+        lines += [_stability(json.loads(stability.read_text()))]
     pathlib.Path(page).write_text("\n".join(lines))
 
 
@@ -112,6 +115,28 @@ def _curvature(report):
             + ".\n",
         ]
     return "\n".join(lines)
+
+
+def _stability(report):
+    lines = [
+        "## Stability\n",
+        "`make bench-stability`. Training with `track_stability(every=50)` over training "
+        "without, 50 steps each, in turns: median and quartiles of the ratio.\n",
+        "| network | with the tracker |",
+        "|---|---|",
+    ]
+    for name, ratios in report["tracker"].items():
+        low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        lines.append(f"| {TITLES[name]} | {median:.3f} ({low:.3f}–{high:.3f}) |")
+    lines += [
+        "\nAll thresholds at batch 8 of random examples, as many as parameters, float32:\n",
+        "| n | seconds | of which linearize |",
+        "|---|---|---|",
+    ]
+    for size, row in report["thresholds"].items():
+        total = row["linearize"] + row["thresholds"]
+        lines.append(f"| {size} | {total:.1f} | {row['linearize']:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _over(times, reference):

@@ -133,9 +133,9 @@ def trace(
       >>> curvature.trace(operator, jax.random.key(0), num_deflated=0).value
       Array(240., dtype=float32)
     """
-    _check_probes(operator, num_probes, num_deflated, rtol)
+    check_probes(operator, num_probes, num_deflated, rtol)
     basis_key, probe_key = jax.random.split(key)
-    basis = _leading_basis(operator, basis_key, num_deflated)
+    basis = leading_basis(operator, basis_key, num_deflated)
     exact = jnp.sum(quadratics(operator, basis)) if num_deflated else 0.0
     samples = jnp.zeros(0)
     while True:
@@ -204,9 +204,9 @@ def probe(
       >>> round(float(found.trace.value), 3), round(float(found.frobenius_norm.value), 3)
       (60.0, 49.477)
     """
-    _check_probes(operator, num_probes, num_deflated, rtol)
+    check_probes(operator, num_probes, num_deflated, rtol)
     basis_key, probe_key = jax.random.split(key)
-    basis = _leading_basis(operator, basis_key, num_deflated)
+    basis = leading_basis(operator, basis_key, num_deflated)
     exact = _exact_parts(basis, products(operator, basis) if num_deflated else basis)
     mean, deviation = (jax.tree.map(jnp.zeros_like, exact) for _ in range(2))
     moments = (jnp.zeros(()), mean, deviation)
@@ -257,7 +257,7 @@ def population_frobenius_norm(
       >>> curvature.population_frobenius_norm(operator, jax.random.key(0)).value
       Array(4., dtype=float32)
     """
-    _check_probes(operator, num_probes, 0, None)
+    check_probes(operator, num_probes)
     if operator.stream is None:
         raise ValueError(
             "operator must be on a re-iterable of at least two batches, got a single "
@@ -305,7 +305,7 @@ def _add_trees(tree, other):
     return jax.tree.map(jnp.add, tree, other)
 
 
-def _check_probes(operator, num_probes, num_deflated, rtol):
+def check_probes(operator, num_probes, num_deflated=0, rtol=None):
     check_operator(operator)
     _checks.check_num_samples(num_probes, "num_probes")
     if num_probes < 2:
@@ -401,7 +401,7 @@ def draw_normal(operator, keys):
     return _draw_normal_rows(operator.like, keys)
 
 
-def _leading_basis(operator, key, count):
+def leading_basis(operator, key, count):
     """Orthonormal rows near the leading eigenvectors: two block power steps."""
     like = operator.like
     if not count:
@@ -468,7 +468,7 @@ def _observe_batch(kind, params, batch, keys, basis, moments):
 
 
 @jax.jit
-def _project_rows(block, basis):
+def project_rows(block, basis):
     return _blocks.subtract(block, _blocks.combine(_blocks.gram(block, basis), basis))
 
 
@@ -487,7 +487,7 @@ def _observe(operator, keys, basis, moments):
         )
     for start in range(0, len(keys), GROUP):
         signs = draw_signs(operator, keys[start : start + GROUP])
-        vectors = _project_rows(signs, basis)
+        vectors = project_rows(signs, basis)
         found = products(operator, vectors)
         moments = _observe_rows(moments, signs, vectors, found)
     return moments

@@ -14,17 +14,39 @@ from typing import Any
 import jax
 
 from flatopt import _checks, _kinds, _streams, _trees
-from flatopt._lanczos import Eigenpairs as Eigenpairs
-from flatopt._lanczos import SpectralDensity as SpectralDensity
-from flatopt._lanczos import eigenpairs as eigenpairs
-from flatopt._lanczos import spectral_density as spectral_density
-from flatopt._matfree import xtrace as xtrace
-from flatopt._operator import Operator as Operator
-from flatopt._probes import Estimate as Estimate
-from flatopt._probes import Probe as Probe
-from flatopt._probes import population_frobenius_norm as population_frobenius_norm
-from flatopt._probes import probe as probe
-from flatopt._probes import trace as trace
+from flatopt._lanczos import (
+    Eigenpairs,
+    SpectralDensity,
+    eigenpairs,
+    spectral_density,
+)
+from flatopt._matfree import xtrace
+from flatopt._operator import Operator
+from flatopt._probes import (
+    Estimate,
+    Probe,
+    population_frobenius_norm,
+    probe,
+    trace,
+)
+
+__all__ = [
+    "Eigenpairs",
+    "Estimate",
+    "Operator",
+    "Probe",
+    "SpectralDensity",
+    "eigenpairs",
+    "empirical_fisher",
+    "gauss_newton",
+    "gradient_covariance",
+    "hessian",
+    "population_frobenius_norm",
+    "probe",
+    "spectral_density",
+    "trace",
+    "xtrace",
+]
 
 
 def hessian(

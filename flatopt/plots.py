@@ -247,18 +247,14 @@ def stability_thresholds(
       >>> ax.get_xlabel()
       'batch size'
     """
-    n = len(lin.coordinates)
-    if batch_sizes is None:
-        batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
+    batch_sizes = _batch_sizes(lin, batch_sizes)
     found = [stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes]
     ax = _axes(
         ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
     )
-    for name in found[0]._fields:
-        rates = np.array([getattr(f, name) for f in found])
+    for name in found[0].rates:
+        rates = np.array([f.rates[name] for f in found])
         rates[~np.isfinite(rates)] = np.nan
-        if np.isnan(rates).all():
-            continue
         exact = name == "mean_square"
         ax.plot(
             batch_sizes,
@@ -266,7 +262,183 @@ def stability_thresholds(
             label=name.replace("_", " ") + (" (exact)" if exact else ""),
             linewidth=3 if exact else 1,
         )
-    if learning_rate is not None and batch_size is not None:
-        ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
+    _mark(ax, learning_rate, batch_size)
     ax.legend(fontsize="small")
     return ax
+
+
+def _batch_sizes(lin, batch_sizes):
+    if batch_sizes is not None:
+        return list(batch_sizes)
+    n = len(lin.coordinates)
+    return sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
+
+
+def _mark(ax, learning_rate, batch_size):
+    if learning_rate is not None and batch_size is not None:
+        ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
+
+
+def stability_plane(
+    lin: stability.Linearization,
+    *,
+    mu: float | None = None,
+    batch_sizes: Any = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    sampling: str = "without_replacement",
+    ax: Any = None,
+):
+    r"""The Frobenius norm over its bound, for each learning rate and batch size.
+
+    Colors show :math:`\|H\|_F` over :math:`1 / (\eta \sqrt{p \mu})`, which is
+    :math:`\sqrt{B / \mu} / \eta` for much data; beyond 1 the theory of Wu, Wang and Su
+    has SGD leave. The thick line is the exact threshold.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      mu: the alignment; default: that of ``lin``, or 1 at zero loss.
+      batch_sizes, learning_rate, batch_size, sampling, ax: see
+        :func:`stability_thresholds`.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_plane(lin)
+      >>> ax.get_ylabel()
+      'learning rate'
+    """
+    batch_sizes = _batch_sizes(lin, batch_sizes)
+    if mu is None:
+        mu = float(stability.alignment(lin).mu) if float(lin.loss) > 0 else 1.0
+    found = [stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes]
+    exact = np.array([f.mean_square for f in found])
+    rates = np.geomspace(exact.min() / 10, 4 * found[0].gradient_descent, 60)
+    norm = float(jnp.linalg.norm(lin.eigenvalues))
+    n = len(lin.coordinates)
+    bounds = np.array(
+        [
+            [
+                stability.sharpest_minimum(
+                    rate, b, n, mu=mu, sampling=sampling
+                ).frobenius_norm
+                for b in batch_sizes
+            ]
+            for rate in rates
+        ]
+    )
+    ax = _axes(
+        ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
+    )
+    ratio = np.log10(np.maximum(norm / bounds, 1e-2))
+    filled = ax.contourf(batch_sizes, rates, ratio, levels=20, cmap="coolwarm")
+    ax.figure.colorbar(filled, ax=ax, label="log10 of Frobenius norm over its bound")
+    if ratio.min() < 0 < ratio.max():
+        ax.contour(batch_sizes, rates, ratio, levels=[0], colors="k", linewidths=1)
+    ax.plot(batch_sizes, exact, linewidth=3, label="exact threshold")
+    _mark(ax, learning_rate, batch_size)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def stability_losses(
+    lin: stability.Linearization,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    num_steps: int = 100,
+    num_runs: int = 200,
+    key: jax.Array | None = None,
+    sampling: str = "without_replacement",
+    ax: Any = None,
+):
+    """Losses of linearized SGD: the exact mean, and the median and spread of runs.
+
+    Rare runs carry the mean: it can grow while a typical run shrinks.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      learning_rate: the step size.
+      batch_size: B.
+      num_steps: number of steps.
+      num_runs: number of runs.
+      key: a JAX random key for the runs; default: ``jax.random.key(0)``.
+      sampling, ax: see :func:`stability_thresholds`.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_losses(lin, 3.0, 1, num_steps=3)
+      >>> round(float(ax.lines[0].get_ydata()[-1]), 3)  # 2.5 to the third
+      15.625
+    """
+    arguments = learning_rate, batch_size, num_steps
+    exact = stability.expected_losses(lin, *arguments, sampling=sampling)
+    key = jax.random.key(0) if key is None else key
+    runs = np.asarray(
+        stability.simulate(lin, key, *arguments, num_runs=num_runs, sampling=sampling)
+    )
+    ax = _axes(ax, xlabel="step", ylabel="loss, linearized", yscale="log")
+    ax.plot(exact, linewidth=2, label="mean, exact")
+    (line,) = ax.plot(np.median(runs, axis=0), "--", label="median run")
+    low, high = np.quantile(runs, [0.05, 0.95], axis=0)
+    ax.fill_between(
+        np.arange(num_steps + 1),
+        low,
+        high,
+        alpha=0.2,
+        color=line.get_color(),
+        label="nine runs of ten",
+    )
+    ax.legend(fontsize="small")
+    return ax
+
+
+def stability_report(
+    lin: stability.Linearization,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    sampling: str = "without_replacement",
+):
+    """Thresholds, norms and losses at one setting, side by side.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      learning_rate: the step size.
+      batch_size: B.
+      sampling: see :func:`flatopt.stability.thresholds`.
+
+    Returns:
+      The three axes, of :func:`stability_thresholds`, :func:`stability_plane` and
+      :func:`stability_losses`.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> len(plots.stability_report(lin, 1.0, 1))
+      3
+    """
+    _, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    setting = dict(
+        learning_rate=learning_rate, batch_size=batch_size, sampling=sampling
+    )
+    stability_thresholds(lin, **setting, ax=axes[0])
+    stability_plane(lin, **setting, ax=axes[1])
+    stability_losses(lin, **setting, ax=axes[2])
+    return tuple(axes)

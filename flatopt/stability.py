@@ -18,258 +18,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-import scipy.sparse.linalg
 
-from flatopt import _blocks, _checks, _passes, _trees, curvature
+from flatopt import _blocks, _checks, _moments, _passes, curvature
+from flatopt._alignment import (
+    Alignment,
+    alignment,
+    estimate_alignment,
+    half_square,
+    square_loss,
+)
+from flatopt._linearization import Linearization, linearize, linearize_gauss_newton
 from flatopt.curvature import Estimate
 
-SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
+__all__ = [
+    "Alignment",
+    "Linearization",
+    "Report",
+    "SharpestMinimum",
+    "StationaryCovariance",
+    "Thresholds",
+    "alignment",
+    "batch_sharpness",
+    "escape_time",
+    "estimate_alignment",
+    "expected_losses",
+    "growth_rate",
+    "linearize",
+    "linearize_gauss_newton",
+    "report",
+    "sharpest_minimum",
+    "simulate",
+    "smallest_batch_size",
+    "stationary_covariance",
+    "thresholds",
+]
+
 MOST_STEPS = 100_000  # looked at for an escape
-HELD_VALUES = (
-    1 << 29
-)  # Jacobian entries kept at once; beyond, blocks are computed again
-
-
-class Linearization(NamedTuple):
-    """A model linearized at its parameters, from :func:`linearize`.
-
-    Attributes:
-      coordinates: gradients of each output of each example, times the root of
-        ``loss_scale``, in the eigenbasis of H, shape (n, c, r).
-      eigenvalues: the r nonzero eigenvalues of H, the Gauss-Newton matrix of the loss and
-        its Hessian at zero error; descending.
-      residuals: outputs less targets, times the root of ``loss_scale``, shape (n, c).
-      loss: the loss.
-      gradient_norm: the norm of its gradient.
-      num_params: the number of parameters.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import stability
-      >>> lin = stability.linearize(
-      ...     lambda w, x: x @ w, jnp.ones(2), jnp.diag(jnp.array([2.0, 1.0])), jnp.zeros(2))
-      >>> lin.eigenvalues
-      Array([2. , 0.5], dtype=float32)
-    """
-
-    coordinates: jax.Array
-    eigenvalues: jax.Array
-    residuals: jax.Array
-    loss: jax.Array
-    gradient_norm: jax.Array
-    num_params: int
-
-
-class Alignment(NamedTuple):
-    r"""How SGD's noise aligns with the curvature, from :func:`alignment`.
-
-    Attributes:
-      mu: :math:`\mu = \operatorname{tr}(\Sigma G) / (2 L \|G\|_F^2) = \alpha \beta`.
-      alpha: the cosine of :math:`\Sigma` and :math:`G`.
-      beta: the magnitude :math:`\|\Sigma\|_F / (2 L \|G\|_F)`.
-      loss: the loss L.
-
-    Example:
-      >>> from flatopt import stability
-      >>> stability.Alignment(1.0, 1.0, 1.0, 0.1).mu
-      1.0
-    """
-
-    mu: Any
-    alpha: Any
-    beta: Any
-    loss: Any
-
-
-def linearize(
-    model_fn: Callable[..., Any],
-    params: Any,
-    inputs: Any,
-    targets: Any,
-    *,
-    loss_scale: float = 1.0,
-    loss_fn: Callable[..., Any] | None = None,
-    chunk_size: int = 64,
-) -> Linearization:
-    r"""Linearize a model at its parameters, in the space of its examples.
-
-    Cost: the Jacobian of all outputs once, or about n / (2 chunk_size) times where it
-    exceeds half a billion values, and the eigendecomposition of an (n c, n c) matrix.
-
-    Args:
-      model_fn: ``model_fn(params, inputs) -> outputs`` of shape (n,) or (n, c).
-      params: the parameters, at or near a minimum.
-      inputs: n inputs, a tree of arrays with a leading axis.
-      targets: the targets, of the outputs' shape.
-      loss_scale: factor of the loss over ``sum of squared errors / (2 n)``.
-      loss_fn: ``loss_fn(outputs, targets)``, your training loss: if given it is compared
-        with ``loss_scale``, since the wrong convention changes learning rates unseen.
-      chunk_size: number of examples whose Jacobian is computed at once.
-
-    Returns:
-      A :class:`Linearization`.
-
-    Raises:
-      ValueError: for a ``loss_fn`` that is not this loss, naming the factor; for targets of
-        another shape, fewer than 2 examples, a zero Jacobian, values that are not finite.
-
-    References:
-      Wu, Wang, Su, `The Alignment Property of SGD Noise
-      <https://arxiv.org/abs/2207.02628>`_, NeurIPS 2022; Mulayoff, Michaeli, `Exact Mean
-      Square Linear Stability Analysis for SGD <https://arxiv.org/abs/2306.07850>`_, 2023.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import stability
-      >>> lin = stability.linearize(
-      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
-      >>> float(lin.loss)
-      0.0
-    """
-    params = _checks.check_params(params)
-    _checks.check_scale(loss_scale, "loss_scale")
-    _checks.check_num_samples(chunk_size, "chunk_size")
-    outputs, targets = model_fn(params, inputs), jnp.asarray(targets)
-    if outputs.shape != targets.shape or outputs.ndim not in (1, 2):
-        raise ValueError(
-            "targets must have the shape of the outputs, (n,) or (n, c), got "
-            f"{targets.shape} for outputs {outputs.shape}; reshape one of them."
-        )
-    n = len(outputs)
-    if n < 2:
-        raise ValueError(
-            f"inputs must hold at least 2 examples, got {n}; one example has no sampling "
-            "noise, and gradient descent's threshold 2 / eigenvalue is exact."
-        )
-    errors = _trees.widen(outputs - targets).reshape(n, -1)
-    loss = loss_scale * jnp.sum(errors**2) / (2 * n)
-    if loss_fn is not None:
-        _check_loss(loss_fn(outputs, targets), loss, loss_scale, errors, n)
-    root = jnp.sqrt(jnp.asarray(loss_scale, errors.dtype))
-    gram = loss_scale * _gram(model_fn, params, inputs, n, errors.shape[1], chunk_size)
-    if not np.isfinite(np.asarray(gram)).all():
-        raise ValueError(
-            "the Jacobian is not finite; look at the model's outputs and gradients first."
-        )
-    values, vectors = jnp.linalg.eigh(gram)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    rank = int(jnp.sum(values > values[0] * len(values) * jnp.finfo(values.dtype).eps))
-    if not rank or not values[0] > 0:
-        raise ValueError(
-            "the Jacobian of the model is zero at params; there is no curvature to be "
-            "stable or unstable in."
-        )
-    coordinates = vectors[:, :rank] * jnp.sqrt(values[:rank])[None]
-    coordinates = coordinates.reshape(n, -1, rank)
-    residuals = root * errors
-    gradient = jnp.einsum("nc,ncr->r", residuals, coordinates) / n
-    return Linearization(
-        coordinates,
-        values[:rank] / n,
-        residuals,
-        loss,
-        jnp.linalg.norm(gradient),
-        sum(leaf.size for leaf in jax.tree.leaves(params)),
-    )
-
-
-def _check_loss(given, loss, loss_scale, errors, n):
-    unit = float(jnp.sum(errors**2)) / (2 * n)
-    if not np.isclose(float(given), float(loss), rtol=1e-3, atol=1e-30):
-        factor = float(given) / unit if unit else math.nan
-        raise ValueError(
-            f"loss_fn returned {float(given):g} where loss_scale={loss_scale:g} gives "
-            f"{float(loss):g}; if it is a squared error, pass loss_scale={factor:g}."
-        )
-
-
-def _gram(model_fn, params, inputs, n, num_outputs, chunk_size):
-    """Inner products of the gradients of all outputs, shape (n c, n c)."""
-
-    @jax.jit
-    def jacobian(params, chunk):
-        def outputs(params, example):
-            example = jax.tree.map(lambda x: x[None], example)
-            return _trees.widen(model_fn(params, example)[0]).reshape(-1)
-
-        rows = jax.vmap(jax.jacrev(outputs), in_axes=(None, 0))(params, chunk)
-        return jax.tree.map(
-            lambda p, x: _trees.widen(x.reshape(-1, max(p.size, 1))), params, rows
-        )
-
-    @jax.jit
-    def products(rows, others):
-        leaves = jax.tree.leaves(
-            jax.tree.map(
-                lambda x, y: jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST),
-                rows,
-                others,
-            )
-        )
-        return sum(leaves)
-
-    starts = range(0, n, chunk_size)
-    chunks = [
-        jax.tree.map(lambda x, s=s: x[s : s + chunk_size], inputs) for s in starts
-    ]
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    held = n * num_outputs * size <= HELD_VALUES
-    kept = [jacobian(params, chunk) for chunk in chunks] if held else None
-    blocks = [[None] * len(chunks) for _ in chunks]
-    for i, chunk in enumerate(chunks):
-        rows = kept[i] if held else jacobian(params, chunk)
-        for j in range(i, len(chunks)):
-            others = kept[j] if held else jacobian(params, chunks[j])
-            blocks[i][j] = products(rows, others)
-            blocks[j][i] = blocks[i][j].T
-    return jnp.block(blocks)
-
-
-def alignment(lin: Linearization) -> Alignment:
-    r"""The alignment of SGD's noise with the curvature, exactly.
-
-    With :math:`\Sigma` the covariance of the examples' gradients and :math:`G` the
-    Gauss-Newton matrix. It does not depend on ``loss_scale``.
-
-    Args:
-      lin: from :func:`linearize`, at parameters with a nonzero loss.
-
-    Returns:
-      An :class:`Alignment`.
-
-    Raises:
-      ValueError: at zero loss, where it is 0 / 0: move the parameters a little.
-
-    References:
-      Wu, Wang, Su, `The Alignment Property of SGD Noise
-      <https://arxiv.org/abs/2207.02628>`_, NeurIPS 2022, equations 3 to 5.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import stability
-      >>> lin = stability.linearize(
-      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.zeros(2))
-      >>> round(float(stability.alignment(lin).mu), 3)
-      0.5
-    """
-    if not float(lin.loss) > 0:
-        raise ValueError(
-            "lin must have a nonzero loss, got 0: the alignment is 0 / 0 there; linearize "
-            "a little away from the minimum."
-        )
-    grads = jnp.einsum("nc,ncr->nr", lin.residuals, lin.coordinates)
-    mean = grads.mean(axis=0)
-    noise = grads.T @ grads / len(grads) - jnp.outer(mean, mean)
-    product = jnp.sum(jnp.diagonal(noise) * lin.eigenvalues)
-    size = jnp.linalg.norm(lin.eigenvalues)
-    spread = jnp.linalg.norm(noise)
-    return Alignment(
-        mu=product / (2 * lin.loss * size**2),
-        alpha=product / (spread * size),
-        beta=spread / (2 * lin.loss * size),
-        loss=lin.loss,
-    )
 
 
 class Thresholds(NamedTuple):
@@ -291,6 +75,8 @@ class Thresholds(NamedTuple):
       frobenius_estimate: the same with the alignment measured at these parameters: a rule
         of thumb, which may be below ``mean_square``; NaN at zero loss.
       coherence: Dexter et al., for Bernoulli sampling; NaN for the others.
+      loss: the loss there: the theory is about minima of zero loss.
+      gradient_norm: the norm of its gradient, zero at a minimum.
 
     Example:
       >>> from flatopt import stability
@@ -307,6 +93,21 @@ class Thresholds(NamedTuple):
     frobenius: float
     frobenius_estimate: float
     coherence: float
+    loss: float
+    gradient_norm: float
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates by theory, without those that do not apply.
+
+        Example:
+          >>> from flatopt import stability
+          >>> stability.Thresholds(*[1.0] * 8, math.nan, 0.0, 0.0).rates["mean_square"]
+          1.0
+        """
+        found = self._asdict()
+        del found["loss"], found["gradient_norm"]
+        return {name: rate for name, rate in found.items() if not math.isnan(rate)}
 
 
 def thresholds(
@@ -325,8 +126,10 @@ def thresholds(
     stays bounded if and only if :math:`\eta \le 2 / \lambda_{max}(C^{-1} D)`,
     :math:`C(M) = (H M + M H) / 2`.
 
-    The theory is about minima with zero error: look at ``lin.loss`` and
-    ``lin.gradient_norm`` before you trust it.
+    The theory is about minima, and the Hessians are exact at zero error: look at the loss
+    and gradient norm in the result before you trust its rates. At a minimum with errors
+    the same threshold is that of the noise that grows with the distance; the rest keeps
+    SGD at a distance, see :func:`stationary_covariance`.
 
     Cost: some tens of products of n c r^2 operations.
 
@@ -358,7 +161,7 @@ def thresholds(
       >>> round(found.gradient_descent, 3), round(found.mean_square, 3)
       (4.0, 2.0)
     """
-    q, p = _weights(lin, batch_size, sampling)
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
     values = np.asarray(lin.eigenvalues, "f8")
     coordinates = np.asarray(lin.coordinates, "f8")
     n, c, _ = coordinates.shape
@@ -366,28 +169,36 @@ def thresholds(
     grams = np.einsum("ncr,ndr->ncd", coordinates, coordinates)
     mean_square_norm = np.mean(np.sum(grams**2, axis=(1, 2)))
     trace, norm = values.sum(), np.sqrt((values**2).sum())
-    top = _rank_one_ratio(np.eye(len(values))[0], values, coordinates, q, p)
-    smallest = _smallest_alignment(values, coordinates, sampling)
+    top = _moments.rank_one_ratio(np.eye(len(values))[0], values, coordinates, q, p)
+    smallest = _moments.smallest_alignment(values, coordinates, sampling)
     estimate = math.nan
     if float(lin.loss) > 0:
         mu = float(alignment(lin).mu)
         estimate = 1 / (norm * math.sqrt(p * mu)) if p > 0 and mu > 0 else math.inf
     found = dict(
         gradient_descent=2 / values[0],
-        mean_square=2 / _top_of_mean_square(lin, q, p),
+        mean_square=_limit(lin, batch_size, sampling),
         trace_ratio=2 * trace / (q * norm**2 + p * mean_square_norm),
-        rank_one=2 / _largest_rank_one(values, coordinates, q, p),
+        rank_one=2 / _moments.largest_rank_one(values, coordinates, q, p),
         top_direction=2 / top,
         trace=2 * c / (p * trace) if p else math.inf,
         frobenius=1 / (norm * math.sqrt(p * smallest))
         if p * smallest > 0
         else math.inf,
         frobenius_estimate=estimate,
-        coherence=_coherence(values, grams, coordinates, batch_size)
+        coherence=_moments.coherence(values, grams, coordinates, batch_size)
         if sampling == "bernoulli"
         else math.nan,
+        loss=lin.loss,
+        gradient_norm=lin.gradient_norm,
     )
     return Thresholds(**{name: float(value) for name, value in found.items()})
+
+
+def _limit(lin, batch_size, sampling):
+    """The exact threshold."""
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
+    return 2 / _moments.top_of_mean_square(lin, q, p)
 
 
 def growth_rate(
@@ -400,7 +211,8 @@ def growth_rate(
     r"""The factor by which SGD's second moment grows a step, in the long run.
 
     Above 1 the expected loss grows exponentially, below it falls. Directions that no
-    example sees stay as they are and are left out.
+    example sees stay as they are and are left out. Below the threshold of a large problem
+    the flattest directions rule, and two digits of the result are good.
 
     Args:
       lin: from :func:`linearize`.
@@ -424,14 +236,14 @@ def growth_rate(
       2.5
     """
     _checks.check_scale(learning_rate, "learning_rate")
-    q, p = _weights(lin, batch_size, sampling)
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
     rank = len(lin.eigenvalues)
     step = functools.partial(
-        _moment_step, lin.coordinates, lin.eigenvalues, learning_rate, q, p
+        _moments.moment_step, lin.coordinates, lin.eigenvalues, learning_rate, q, p
     )
     # Shifted by the identity, which the step may map to zero.
     shifted = lambda moment: moment + step(moment)  # noqa: E731
-    return _largest_eigenvalue(shifted, rank, lin.eigenvalues.dtype) - 1
+    return _moments.largest_eigenvalue(shifted, rank, lin.eigenvalues.dtype) - 1
 
 
 def expected_losses(
@@ -466,13 +278,15 @@ def expected_losses(
     """
     _checks.check_scale(learning_rate, "learning_rate")
     _checks.check_num_samples(num_steps, "num_steps")
-    q, p = _weights(lin, batch_size, sampling)
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
     values = lin.eigenvalues
     start = 2 * jnp.eye(len(values), dtype=values.dtype) / jnp.sum(values)
 
     def step(moment, _):
         loss = jnp.sum(jnp.diagonal(moment) * values) / 2
-        moment = _moment_step(lin.coordinates, values, learning_rate, q, p, moment)
+        moment = _moments.moment_step(
+            lin.coordinates, values, learning_rate, q, p, moment
+        )
         return moment, loss
 
     _, losses = jax.lax.scan(step, start, None, length=num_steps + 1)
@@ -511,11 +325,11 @@ def escape_time(
         raise ValueError(
             f"factor must be greater than 1, got {factor}; write factor=10.0."
         )
-    rate = growth_rate(lin, learning_rate, batch_size, sampling=sampling)
-    if rate <= 1 + 1e-6:
+    if learning_rate <= _limit(lin, batch_size, sampling):
         return math.inf
+    rate = growth_rate(lin, learning_rate, batch_size, sampling=sampling)
     # The long-run rate sets the scale; the start may shrink first.
-    num_steps = int(math.log(factor) / math.log(rate)) + 64
+    num_steps = int(math.log(factor) / max(math.log(rate), 1e-6)) + 64
     while True:
         num_steps = min(num_steps, MOST_STEPS)
         losses = np.asarray(
@@ -530,7 +344,7 @@ def escape_time(
     return float(reached[0]) if len(reached) else math.inf
 
 
-NOISES = ("sgd", "gd", "isotropic")
+NOISES = ("sgd", "gd", "isotropic", "langevin")
 
 
 def simulate(
@@ -548,7 +362,10 @@ def simulate(
 
     Each run starts at a random displacement of expected loss 1. "isotropic" adds to
     gradient descent Gaussian noise of the same trace as SGD's at the same point, spread
-    evenly over all parameters.
+    evenly over all parameters; "langevin" keeps the noise at the size it has at the start.
+
+    The mean over runs is carried by rare ones: a typical run can shrink while the mean
+    grows. Plot a median beside :func:`expected_losses`.
 
     Args:
       lin: from :func:`linearize`.
@@ -557,7 +374,7 @@ def simulate(
       batch_size: B, at most n.
       num_steps: number of steps.
       num_runs: number of independent runs.
-      noise: "sgd", "gd" or "isotropic".
+      noise: "sgd", "gd", "isotropic" or "langevin".
       sampling: see :func:`thresholds`.
 
     Returns:
@@ -575,7 +392,7 @@ def simulate(
     _checks.check_scale(learning_rate, "learning_rate")
     _checks.check_num_samples(num_steps, "num_steps")
     _checks.check_num_samples(num_runs, "num_runs")
-    _, p = _weights(lin, batch_size, sampling)
+    _, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
     if noise not in NOISES:
         raise ValueError(
             f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}."
@@ -601,20 +418,26 @@ def _simulate(lin, key, rate, p, batch_size, num_steps, num_runs, noise, samplin
             return (noise < batch_size / n).astype(values.dtype)
         return (jnp.argsort(jnp.argsort(noise)) < batch_size).astype(values.dtype)
 
+    # The trace of SGD's noise, in expectation over the starts.
+    each = jnp.sum(jnp.einsum("ncr,ndr->ncd", coordinates, coordinates) ** 2) / n
+    start_spread = scale**2 * (each - jnp.sum(values**2))
+
     def step(point, key):
         loss = jnp.sum(values * point**2) / 2
+        errors = jnp.einsum("ncr,r->nc", coordinates, point)
         if noise == "sgd":
-            errors = jnp.einsum("ncr,r->nc", coordinates, point)
-            weights = batch_weights(key)[:, None] / batch_size
-            grads = jnp.einsum("nc,ncr->r", weights * errors, coordinates)
-        else:
-            grads = values * point
+            counts = batch_weights(key)[:, None] / batch_size
+            grads = jnp.einsum("nc,ncr->r", counts * errors, coordinates)
+            return point - rate * grads, loss
+        grads = values * point
+        if noise == "gd":
+            return point - rate * grads, loss
+        spread = start_spread
         if noise == "isotropic":
-            errors = jnp.einsum("ncr,r->nc", coordinates, point)
             each = jnp.einsum("nc,ncr->nr", errors, coordinates)
             spread = jnp.mean(jnp.sum(each**2, axis=1)) - jnp.sum(grads**2)
-            deviation = jnp.sqrt(p * jnp.maximum(spread, 0) / lin.num_params)
-            grads = grads + deviation * jax.random.normal(key, (rank,), values.dtype)
+        deviation = jnp.sqrt(p * jnp.maximum(spread, 0) / lin.num_params)
+        grads = grads + deviation * jax.random.normal(key, (rank,), values.dtype)
         return point - rate * grads, loss
 
     def run(key):
@@ -653,8 +476,7 @@ def smallest_batch_size(
     n = len(lin.coordinates)
 
     def stays(batch_size):
-        rate = growth_rate(lin, learning_rate, batch_size, sampling=sampling)
-        return rate <= 1 + 1e-6
+        return learning_rate <= _limit(lin, batch_size, sampling)
 
     if not stays(n):
         return None
@@ -663,6 +485,171 @@ def smallest_batch_size(
         middle = (low + high) // 2
         low, high = (low, middle) if stays(middle) else (middle, high)
     return high
+
+
+class SharpestMinimum(NamedTuple):
+    """Bounds on the curvature of minima that SGD can stay at.
+
+    Attributes:
+      max_eigenvalue: of the largest eigenvalue.
+      trace: of the trace.
+      frobenius_norm: of the Frobenius norm.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.sharpest_minimum(0.1, 8).max_eigenvalue
+      20.0
+    """
+
+    max_eigenvalue: float
+    trace: float
+    frobenius_norm: float
+
+
+def sharpest_minimum(
+    learning_rate: float,
+    batch_size: int,
+    num_examples: int | None = None,
+    *,
+    num_outputs: int = 1,
+    mu: float = 1.0,
+    sampling: str = "without_replacement",
+) -> SharpestMinimum:
+    r"""The sharpest minimum at which SGD with these settings could stay.
+
+    With p as in :func:`thresholds`, :math:`1/B` for much data, SGD leaves a minimum beyond
+    any of
+
+    .. math:: \lambda_{max} = \frac{2}{\eta}, \quad
+        \operatorname{tr} H = \frac{2 c}{p \eta}, \quad
+        \|H\|_F = \frac{1}{\eta \sqrt{p \mu}}
+
+    the last where its noise is aligned by at least :math:`\mu`. For a minimum at hand,
+    :func:`thresholds` says more.
+
+    Args:
+      learning_rate: the step size, > 0.
+      batch_size: B.
+      num_examples: n; default: very many.
+      num_outputs: c, the number of outputs of the model.
+      mu: a lower bound of the alignment, > 0.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      A :class:`SharpestMinimum`.
+
+    References:
+      Wu, Wang, Su, `The Alignment Property of SGD Noise
+      <https://arxiv.org/abs/2207.02628>`_, NeurIPS 2022; Wu, Su, `The Implicit
+      Regularization of Dynamical Stability <https://arxiv.org/abs/2305.17490>`_, ICML 2023.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.sharpest_minimum(0.1, 4)
+      SharpestMinimum(max_eigenvalue=20.0, trace=80.0, frobenius_norm=20.0)
+    """
+    _check_rate(learning_rate)
+    _checks.check_num_samples(num_outputs, "num_outputs")
+    if not mu > 0:
+        raise ValueError(
+            f"mu must be positive, got {mu}; 1 is that of noise in proportion to H."
+        )
+    _, p = _moments.weights(num_examples, batch_size, sampling)
+    return SharpestMinimum(
+        max_eigenvalue=2 / learning_rate,
+        trace=2 * num_outputs / (p * learning_rate) if p else math.inf,
+        frobenius_norm=1 / (learning_rate * math.sqrt(p * mu)) if p else math.inf,
+    )
+
+
+def _check_rate(learning_rate):
+    _checks.check_scale(learning_rate, "learning_rate")
+    if not learning_rate > 0:
+        raise ValueError(
+            f"learning_rate must be positive, got {learning_rate}; nothing moves."
+        )
+
+
+class StationaryCovariance(NamedTuple):
+    r"""Where SGD settles around a minimum, from :func:`stationary_covariance`.
+
+    Attributes:
+      covariance: of the parameters' distance to the minimum, in the eigenbasis of H,
+        shape (r, r).
+      mean_square_distance: its trace.
+      excess_loss: the expected loss above the minimum's.
+      mean_square_gradient: the expected squared norm of the gradient.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.StationaryCovariance._fields[2]
+      'excess_loss'
+    """
+
+    covariance: jax.Array
+    mean_square_distance: jax.Array
+    excess_loss: jax.Array
+    mean_square_gradient: jax.Array
+
+
+def stationary_covariance(
+    lin: Linearization,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    sampling: str = "without_replacement",
+) -> StationaryCovariance:
+    r"""Where SGD settles around a minimum that does not fit its data exactly.
+
+    With C and D as in :func:`thresholds` and :math:`\Sigma_g` the mean of the examples'
+    gradients times themselves at the minimum of the linearized model (which is moved to),
+    the distance to it comes to have the covariance
+
+    .. math:: \eta\, p\, (2 C - \eta D)^{-1}\, \Sigma_g
+
+    Zero where the data is fitted. Directions that no example sees are left out.
+
+    Args:
+      lin: from :func:`linearize`.
+      learning_rate: the step size, below the exact threshold.
+      batch_size: B, at most n.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      A :class:`StationaryCovariance`.
+
+    Raises:
+      ValueError: for a learning rate at which SGD does not stay.
+
+    References:
+      Mulayoff, Michaeli, `Exact Mean Square Linear Stability Analysis for SGD
+      <https://arxiv.org/abs/2306.07850>`_, 2023, theorem 5.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: w * x, jnp.ones(()), jnp.ones(2), jnp.array([0.0, 2.0]))
+      >>> found = stability.stationary_covariance(lin, 0.5, 1)
+      >>> round(float(found.excess_loss), 4)  # 0.5 * 0.5 / (2 - 0.5)
+      0.1667
+    """
+    _check_rate(learning_rate)
+    limit = _limit(lin, batch_size, sampling)
+    if not learning_rate < limit:
+        raise ValueError(
+            f"learning_rate must be below the exact threshold, {limit:.4g}, got "
+            f"{learning_rate:.4g}; beyond it SGD settles nowhere."
+        )
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
+    covariance = _moments.stationary(lin, learning_rate, q, p)
+    values, spread = lin.eigenvalues, jnp.diagonal(covariance)
+    return StationaryCovariance(
+        covariance,
+        mean_square_distance=jnp.sum(spread),
+        excess_loss=jnp.sum(values * spread) / 2,
+        mean_square_gradient=jnp.sum(values**2 * spread),
+    )
 
 
 def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> Estimate:
@@ -717,8 +704,12 @@ class Report(NamedTuple):
       learning_rate: the step size asked about.
       batch_size: B.
       loss: the loss.
+      reducible_loss: what the linearized model could still take off it.
+      constant_loss: the loss of the best constant output, for comparison.
       gradient_norm: the norm of its gradient.
-      max_eigenvalue: the largest eigenvalue of H.
+      max_eigenvalue: the largest eigenvalue of H, the Gauss-Newton matrix.
+      hessian_eigenvalue: that of the Hessian itself; far from the other one, the
+        linearized model is not what SGD sees.
       trace: the trace of H.
       frobenius_norm: its Frobenius norm.
       alignment: :class:`Alignment`, or None at zero loss.
@@ -735,8 +726,11 @@ class Report(NamedTuple):
     learning_rate: float
     batch_size: int
     loss: float
+    reducible_loss: float
+    constant_loss: float
     gradient_norm: float
     max_eigenvalue: float
+    hessian_eigenvalue: float
     trace: float
     frobenius_norm: float
     alignment: Alignment | None
@@ -745,37 +739,62 @@ class Report(NamedTuple):
     smallest_batch_size: int | None
 
     @property
+    def is_minimum(self) -> bool:
+        """Whether the theory applies.
+
+        The linearized model can take off at most a hundredth of the loss of a constant
+        output, and the Hessian's largest eigenvalue is within a tenth of that of H.
+        """
+        apart = abs(self.hessian_eigenvalue - self.max_eigenvalue)
+        is_close = self.reducible_loss <= 0.01 * self.constant_loss
+        return is_close and apart <= 0.1 * self.max_eigenvalue
+
+    @property
     def verdict(self) -> str:
         """What follows for training, in words."""
         limit = self.thresholds.mean_square
         if self.learning_rate > self.thresholds.gradient_descent:
-            return "unstable even for the whole data in one batch"
-        if self.learning_rate > limit:
-            return (
+            found = "unstable even for the whole data in one batch"
+        elif self.learning_rate > limit:
+            found = (
                 f"SGD leaves: the learning rate exceeds the exact limit {limit:.4g}; a batch "
                 f"of {self.smallest_batch_size} would stay"
             )
-        margin = limit / self.learning_rate
-        return f"SGD stays: the learning rate could be {margin:.3g} times as large"
+        else:
+            margin = limit / self.learning_rate
+            found = f"SGD stays: the learning rate could be {margin:.3g} times as large"
+        if not self.is_minimum:
+            found += " (says the linearized model, but this is no minimum of its kind)"
+        return found
 
     def __str__(self):
+        ratio = self.thresholds.mean_square / self.learning_rate
         lines = [
             f"learning rate {self.learning_rate:.4g}, batch size {self.batch_size}: "
             f"{self.verdict}",
-            f"loss {self.loss:.3g}, gradient norm {self.gradient_norm:.3g} (the theory is "
-            "about minima of zero loss)",
-            f"H: largest eigenvalue {self.max_eigenvalue:.4g}, trace {self.trace:.4g}, "
-            f"Frobenius norm {self.frobenius_norm:.4g}",
+            f"loss {self.loss:.3g} ({self.constant_loss:.3g} for a constant output), of which "
+            f"the linearized model could take off {self.reducible_loss:.3g}; gradient norm "
+            f"{self.gradient_norm:.3g}",
+            f"largest eigenvalue of H {self.max_eigenvalue:.4g}, of the Hessian itself "
+            f"{self.hessian_eigenvalue:.4g}: "
+            + (
+                "the theory applies" if self.is_minimum else "the theory does not apply"
+            ),
+            f"trace of H {self.trace:.4g}, Frobenius norm {self.frobenius_norm:.4g}; could be "
+            f"{ratio:.3g} times as sharp at this setting",
             f"growth of the second moment a step: {self.growth_rate:.4g}",
         ]
         if self.alignment is not None:
-            mu, alpha, beta, _ = (float(x) for x in self.alignment)
-            lines.append(f"alignment mu {mu:.3g} = alpha {alpha:.3g} * beta {beta:.3g}")
+            found = self.alignment
+            lines.append(
+                f"alignment mu {found.mu:.3g} = alpha {found.alpha:.3g} * beta "
+                f"{found.beta:.3g}; isotropic noise would have {found.isotropic_mu:.3g}"
+            )
         lines.append(f"{'largest stable rate by':22} {'rate':>10}  at this rate")
-        for name, value in self.thresholds._asdict().items():
-            if not math.isnan(value):
-                holds = "holds" if self.learning_rate <= value else "violated"
-                lines.append(f"{name:22} {value:10.4g}  {holds}")
+        for name, rate in self.thresholds.rates.items():
+            holds = "holds" if self.learning_rate <= rate else "violated"
+            margin = f"by a factor of {max(rate, 1e-37) / self.learning_rate:.3g}"
+            lines.append(f"{name:22} {rate:10.4g}  {holds} {margin}")
         return "\n".join(lines)
 
 
@@ -813,12 +832,20 @@ def report(
     lin = linearize(
         model_fn, params, inputs, targets, loss_scale=loss_scale, loss_fn=loss_fn
     )
+    hessian = curvature.hessian(
+        square_loss(model_fn, loss_scale), params, (inputs, targets)
+    )
+    top = curvature.eigenpairs(hessian, jax.random.key(0), 1)
     return Report(
         learning_rate=float(learning_rate),
         batch_size=batch_size,
         loss=float(lin.loss),
+        reducible_loss=float(lin.reducible_loss),
+        constant_loss=loss_scale
+        * float(half_square(targets, jnp.mean(targets, axis=0, keepdims=True))),
         gradient_norm=float(lin.gradient_norm),
         max_eigenvalue=float(lin.eigenvalues[0]),
+        hessian_eigenvalue=float(top.values[0]),
         trace=float(jnp.sum(lin.eigenvalues)),
         frobenius_norm=float(jnp.linalg.norm(lin.eigenvalues)),
         alignment=alignment(lin) if float(lin.loss) > 0 else None,
@@ -826,143 +853,3 @@ def report(
         growth_rate=growth_rate(lin, learning_rate, batch_size, sampling=sampling),
         smallest_batch_size=smallest_batch_size(lin, learning_rate, sampling=sampling),
     )
-
-
-# The second moment's recursion on symmetric matrices of the rows' space
-
-
-def _weights(lin, batch_size, sampling):
-    n = len(lin.coordinates)
-    _checks.check_num_samples(batch_size, "batch_size")
-    if batch_size > n:
-        raise ValueError(
-            f"batch_size must be at most the number of examples, {n}, got {batch_size}."
-        )
-    if sampling not in SAMPLINGS:
-        raise ValueError(
-            f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}."
-        )
-    if sampling == "bernoulli":
-        return 1.0, (n - batch_size) / (n * batch_size)
-    if sampling == "with_replacement":
-        return 1 - 1 / batch_size, 1 / batch_size
-    p = (n - batch_size) / (batch_size * (n - 1))
-    return 1 - p, p
-
-
-def _noise_part(coordinates, matrix, xp=jnp):
-    """The mean over examples of H_i M H_i."""
-    n, _, rank = coordinates.shape
-    rows = coordinates.reshape(-1, rank)
-    inner = xp.einsum(
-        "ncr,ndr->ncd", (rows @ matrix).reshape(coordinates.shape), coordinates
-    )
-    weighted = xp.einsum("ncd,ndr->ncr", inner, coordinates).reshape(-1, rank)
-    return rows.T @ weighted / n
-
-
-@jax.jit
-def _moment_step(coordinates, values, rate, q, p, moment):
-    drift = values[:, None] * moment + moment * values[None]
-    noise = q * values[:, None] * moment * values[None]
-    noise = noise + p * _noise_part(coordinates, moment)
-    return moment - rate * drift + rate**2 * noise
-
-
-@jax.jit
-def _scaled_noise(coordinates, values, q, p, moment):
-    """C^{-1/2} D C^{-1/2}, with C elementwise in the eigenbasis of H."""
-    scale = jax.lax.rsqrt((values[:, None] + values[None]) / 2)
-    moment = scale * moment
-    found = q * values[:, None] * moment * values[None]
-    return scale * (found + p * _noise_part(coordinates, moment))
-
-
-def _top_of_mean_square(lin, q, p):
-    apply = functools.partial(_scaled_noise, lin.coordinates, lin.eigenvalues, q, p)
-    return _largest_eigenvalue(apply, len(lin.eigenvalues), lin.eigenvalues.dtype)
-
-
-def _largest_eigenvalue(apply, rank, dtype):
-    """Of a linear map of symmetric matrices, symmetric itself; starts from the identity.
-
-    The map is positive: its top eigenvector is a positive semidefinite matrix, which the
-    identity is never orthogonal to.
-    """
-
-    def product(vector):
-        matrix = jnp.asarray(vector.reshape(rank, rank), dtype)
-        found = np.asarray(apply((matrix + matrix.T) / 2), "f8")
-        return (found + found.T).ravel() / 2
-
-    if rank <= 3:
-        columns = np.stack([product(row) for row in np.eye(rank**2)])
-        return float(np.linalg.eigvalsh((columns + columns.T) / 2)[-1])
-    operator = scipy.sparse.linalg.LinearOperator((rank**2,) * 2, product, dtype="f8")
-    accuracy = 1e-9 if dtype == jnp.float64 else 1e-6
-    values = scipy.sparse.linalg.eigsh(
-        operator,
-        k=1,
-        which="LA",
-        v0=np.eye(rank).ravel(),
-        tol=accuracy,
-        return_eigenvectors=False,
-    )
-    return float(values[0])
-
-
-def _rank_one_ratio(vector, values, coordinates, q, p):
-    vector = vector / np.linalg.norm(vector)
-    mean = np.sum(values * vector**2)
-    each = np.sum((coordinates @ vector) ** 2, axis=1)
-    return (q * mean**2 + p * np.mean(each**2)) / mean
-
-
-def _largest_rank_one(values, coordinates, q, p):
-    """The largest ratio of equation 24 over directions, from several starts."""
-
-    def negative(vector):
-        length = np.linalg.norm(vector)
-        unit = vector / length
-        mean = np.sum(values * unit**2)
-        shown = coordinates @ unit
-        each = np.sum(shown**2, axis=1)
-        ratio = (q * mean**2 + p * np.mean(each**2)) / mean
-        slope = q * 2 * values * unit  # of q * mean
-        noise = np.einsum("n,nc,ncr->r", 4 * each / len(each), shown, coordinates)
-        slope = slope + p * noise / mean
-        slope = slope - p * np.mean(each**2) / mean**2 * 2 * values * unit
-        slope = (slope - unit * (slope @ unit)) / length
-        return -ratio, -slope
-
-    rank = len(values)
-    norms = np.sum(coordinates**2, axis=(1, 2))
-    starts = [np.eye(rank)[0]]
-    for example in np.argsort(-norms)[:4]:
-        starts.append(np.linalg.svd(coordinates[example], full_matrices=False)[2][0])
-    best = 0.0
-    for start in starts:
-        found = scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B")
-        best = max(best, -found.fun)
-    return best
-
-
-def _smallest_alignment(values, coordinates, sampling):
-    """The smallest alignment of the linearized model over displacements."""
-    moved = _noise_part(coordinates, np.diag(values), np)
-    if sampling != "bernoulli":
-        moved = moved - np.diag(values**3)
-    scaled = moved / np.sqrt(np.outer(values, values))
-    return max(float(np.linalg.eigvalsh(scaled)[0]) / np.sum(values**2), 0.0)
-
-
-def _coherence(values, grams, coordinates, batch_size):
-    n = len(grams)
-    if batch_size == n:
-        return 2 / values[0]
-    rows = coordinates.reshape(-1, coordinates.shape[2])
-    inner = (rows @ rows.T).reshape(n, coordinates.shape[1], n, -1)
-    similarity = np.sqrt(np.sum(inner**2, axis=(1, 3)))
-    largest = max(np.linalg.eigvalsh(gram)[-1] for gram in grams)
-    sigma = np.linalg.eigvalsh(similarity)[-1] / largest
-    return min(2 / values[0], sigma / (values[0] * math.sqrt(n / batch_size - 1)))

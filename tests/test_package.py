@@ -32,10 +32,9 @@ def _public_names():
         for name, value in vars(module).items():
             if name.startswith("_") or not callable(value):
                 continue
-            # Curvature's parts live in private modules and are named in it again.
+            # Parts that live in private modules are named in `__all__` again.
             home = getattr(value, "__module__", "")
-            private = module is flatopt.curvature and home.startswith("flatopt._")
-            if home == module.__name__ or private:
+            if home == module.__name__ or name in getattr(module, "__all__", ()):
                 names.append(f"{module.__name__}.{name}")
     return names
 

@@ -66,3 +66,24 @@ def test_threshold_curves_are_the_thresholds():
         expected = stability.thresholds(lin, int(size)).mean_square
         np.testing.assert_allclose(rate, expected, rtol=1e-6)
     assert lines["this setting"].get_data()[1][0] == 0.1
+
+
+def test_the_plane_shows_the_norm_over_its_bound_and_losses_their_mean():
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    lin = stability.linearize(lambda w, x: x @ w, jnp.ones(3), rows, jnp.zeros(6))
+    axes = plots.stability_report(lin, 0.2, 2)
+    assert [ax.get_ylabel() for ax in axes[:2]] == ["learning rate"] * 2
+    norm = np.linalg.norm(lin.eigenvalues)
+    mu = stability.alignment(lin).mu
+    colors, line = axes[1].collections[:2]
+    points = line.get_paths()[0].vertices  # where the norm is at its bound
+    batches = points[:, 0]
+    p = (6 - batches) / (batches * 5)
+    near = np.isin(batches, [1, 2, 4])
+    assert near.any()
+    np.testing.assert_allclose(
+        points[near, 1], (1 / (norm * np.sqrt(p * mu)))[near], rtol=0.02
+    )
+    exact = stability.expected_losses(lin, 0.2, 2, 100)
+    np.testing.assert_allclose(axes[2].lines[0].get_ydata(), exact, rtol=1e-5)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatopt import stability
-from flatopt.stability import SAMPLINGS
+from flatopt import _linearization, curvature, stability
+from flatopt._moments import SAMPLINGS
 
 NECESSARY = (
     "gradient_descent",
@@ -34,6 +34,23 @@ def _linear(jacobian, residuals=None):
 
     return stability.linearize(
         model_fn, jnp.zeros(d, jacobian.dtype), jacobian, -jnp.asarray(residuals)
+    )
+
+
+def _exact_linear(jacobian):
+    """The same at zero loss, by NumPy alone."""
+    n, c, d = jacobian.shape
+    rows = jacobian.reshape(-1, d)
+    vectors, scales, _ = np.linalg.svd(rows, full_matrices=False)
+    keep = scales > 1e-10 * scales[0]
+    return stability.Linearization(
+        coordinates=(vectors * scales)[:, keep].reshape(n, c, -1),
+        eigenvalues=scales[keep] ** 2 / n,
+        residuals=np.zeros((n, c)),
+        loss=0.0,
+        gradient_norm=0.0,
+        num_params=d,
+        reducible_loss=0.0,
     )
 
 
@@ -142,21 +159,28 @@ def test_the_theories_are_ordered_on_gaussian_data(x64):
     np.testing.assert_allclose(rates[-1], one.gradient_descent, rtol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), sampling=st.sampled_from(SAMPLINGS))
-def test_necessary_conditions_are_never_below_the_exact_threshold(seed, sampling):
+SHAPES = ((2, 1, 1), (3, 1, 5), (4, 2, 3), (5, 1, 4), (6, 1, 2), (6, 2, 5))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from(SHAPES),
+    batch=st.floats(0, 1, exclude_max=True),
+    sampling=st.sampled_from(SAMPLINGS),
+)
+def test_necessary_conditions_are_never_below_the_exact_threshold(
+    seed, shape, batch, sampling
+):
     rng = np.random.default_rng(seed)
-    n, c = int(rng.integers(2, 7)), int(rng.integers(1, 3))
-    d = int(rng.integers(1, 6))
-    jacobian = rng.normal(size=(n, c, d)) * rng.exponential(size=(n, 1, 1))
+    jacobian = rng.normal(size=shape) * rng.exponential(size=(shape[0], 1, 1))
     with jax.enable_x64(True):
-        lin = _linear(jacobian)
-        for batch_size in range(1, n + 1):
-            found = stability.thresholds(lin, batch_size, sampling=sampling)
-            for name in (*NECESSARY, "coherence"):
-                value = getattr(found, name)
-                if not np.isnan(value):
-                    assert value >= found.mean_square * (1 - 1e-6), name
+        lin = _exact_linear(jacobian)
+        batch_size = 1 + int(batch * shape[0])
+        found = stability.thresholds(lin, batch_size, sampling=sampling)
+    rates = found.rates
+    for name in (*NECESSARY, *(["coherence"] if sampling == "bernoulli" else [])):
+        assert rates[name] >= found.mean_square * (1 - 1e-6), name
 
 
 def test_the_estimate_with_the_measured_alignment_is_no_necessary_condition(x64):
@@ -213,6 +237,205 @@ def test_alignment_of_a_gaussian_linear_model(x64):
     np.testing.assert_allclose(stability.alignment(lin).mu, expected, rtol=0.15)
 
 
+def test_isotropic_noise_is_aligned_by_the_participation_ratio_over_d(x64):
+    rng = np.random.default_rng(14)
+    rows = rng.normal(size=(5, 1, 8))
+    # Each row with errors 1 and -1: the gradient is zero and the noise is 2 L G.
+    lin = _linear(np.concatenate([rows, rows]), np.repeat([1.0, -1.0], 5)[:, None])
+    found = stability.alignment(lin)
+    values = lin.eigenvalues
+    ratio = jnp.sum(values) ** 2 / jnp.sum(values**2) / 8
+    np.testing.assert_allclose(found.isotropic_mu, ratio, rtol=1e-8)
+    for value in (found.mu, found.alpha, found.beta):
+        np.testing.assert_allclose(value, 1, rtol=1e-8)
+
+
+def _tanh(params, inputs):
+    return jnp.tanh(inputs @ params)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_estimated_alignment_covers_the_exact_one(streamed):
+    rng = np.random.default_rng(15)
+    params = jnp.asarray(rng.normal(size=(12, 2)), jnp.float32)
+    inputs = jnp.asarray(rng.normal(size=(40, 12)), jnp.float32)
+    targets = jnp.asarray(rng.normal(size=(40, 2)), jnp.float32)
+    exact = stability.alignment(stability.linearize(_tanh, params, inputs, targets))
+    data = (inputs, targets)
+    if streamed:
+        data = [(inputs[:25], targets[:25]), (inputs[25:], targets[25:])]
+    num_seeds = 3 if streamed else 100
+    inside = dict.fromkeys(("mu", "alpha", "beta", "isotropic_mu"), 0)
+    for seed in range(num_seeds):
+        found = stability.estimate_alignment(
+            _tanh, params, data, jax.random.key(seed), 24, num_deflated=2
+        )
+        np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-5)
+        for name in inside:
+            low, high = getattr(found, name).interval(0.99 if streamed else 0.95)
+            inside[name] += bool(low <= getattr(exact, name) <= high)
+    assert all(0.89 * num_seeds <= count for count in inside.values()), inside
+    if not streamed:
+        assert any(count < num_seeds for count in inside.values())
+
+
+def test_all_directions_deflated_the_alignment_is_exact(x64):
+    rng = np.random.default_rng(16)
+    params, inputs = rng.normal(size=(3, 1)), rng.normal(size=(20, 3))
+    data = jnp.asarray(inputs), jnp.asarray(rng.normal(size=(20, 1)))
+    exact = stability.alignment(stability.linearize(_tanh, params, *data))
+    found = stability.estimate_alignment(
+        _tanh, params, data, jax.random.key(0), 2, num_deflated=3
+    )
+    for name in ("mu", "alpha", "beta", "isotropic_mu"):
+        np.testing.assert_allclose(
+            getattr(found, name).value, getattr(exact, name), rtol=1e-8
+        )
+    with pytest.raises(ValueError, match="the loss must be positive, got 0"):
+        stability.estimate_alignment(
+            _tanh, 0 * params, (data[0], 0 * data[1]), jax.random.key(0)
+        )
+
+
+# Minima that do not fit their data
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_stationary_covariance_solves_the_dense_equation(sampling, batch_size, x64):
+    rng = np.random.default_rng(17)
+    jacobian, errors = rng.normal(size=(9, 2, 4)), rng.normal(size=(9, 2))
+    hessian, drift, noise = _dense(jacobian, batch_size, sampling)
+    lin = _linear(jacobian, errors)
+    limit = stability.thresholds(lin, batch_size, sampling=sampling).mean_square
+    rate = 0.7 * limit
+    rows = jacobian.reshape(-1, 4)
+    best = np.linalg.lstsq(rows, -errors.ravel(), rcond=None)[0]
+    at_best = errors + jacobian @ best
+    grads = np.einsum("nc,ncd->nd", at_best, jacobian)
+    spread = grads.T @ grads / 9
+    p = {
+        "without_replacement": (9 - batch_size) / (batch_size * 8),
+        "with_replacement": 1 / batch_size,
+        "bernoulli": (9 - batch_size) / (9 * batch_size),
+    }[sampling]
+    covariance = rate * p * np.linalg.solve(2 * drift - rate * noise, spread.ravel())
+    covariance = covariance.reshape(4, 4)
+    found = stability.stationary_covariance(lin, rate, batch_size, sampling=sampling)
+    trace, loss = np.trace(covariance), np.trace(hessian @ covariance) / 2
+    np.testing.assert_allclose(found.mean_square_distance, trace, rtol=1e-8)
+    np.testing.assert_allclose(found.excess_loss, loss, rtol=1e-8)
+    gradient = np.trace(hessian @ hessian @ covariance)
+    np.testing.assert_allclose(found.mean_square_gradient, gradient, rtol=1e-8)
+    with pytest.raises(
+        ValueError, match="learning_rate must be below the exact thresh"
+    ):
+        stability.stationary_covariance(
+            lin, 1.01 * limit, batch_size, sampling=sampling
+        )
+
+
+def test_sgd_settles_at_the_predicted_excess_loss(x64):
+    rng = np.random.default_rng(18)
+    rows, errors = rng.normal(size=(12, 3)), rng.normal(size=12)
+    lin = _linear(rows[:, None], errors[:, None])
+    rate = 0.4 * stability.thresholds(lin, 2).mean_square
+    point = np.zeros((4000, 3))
+    losses = []
+    for _ in range(300):
+        order = np.argsort(rng.random((4000, 12)), axis=1)[:, :2]
+        slopes = np.einsum("rbd,rd->rb", rows[order], point) + errors[order]
+        point -= rate * np.einsum("rb,rbd->rd", slopes, rows[order]) / 2
+        losses.append(np.mean((point @ rows.T + errors) ** 2) / 2)
+    best = errors + rows @ np.linalg.lstsq(rows, -errors, rcond=None)[0]
+    excess = np.mean(losses[100:]) - np.mean(best**2) / 2
+    found = stability.stationary_covariance(lin, rate, 2)
+    np.testing.assert_allclose(excess, found.excess_loss, rtol=0.02)
+    fits = _linear(rows[:, None])
+    assert stability.stationary_covariance(fits, rate, 2).excess_loss == 0
+
+
+def test_away_from_a_minimum_the_report_says_so():
+    found = stability.report(*_mlp(), 0.1, 4)
+    hessian = curvature.hessian(_mlp_loss, _mlp()[1], _mlp()[2:]).dense()
+    top = np.linalg.eigvalsh(hessian)[-1]
+    np.testing.assert_allclose(found.hessian_eigenvalue, top, rtol=1e-3)
+    assert not found.is_minimum
+    assert "no minimum of its kind" in found.verdict
+    variance = np.var(_mlp()[3], axis=0).sum()
+    np.testing.assert_allclose(found.constant_loss, variance / 2, rtol=1e-5)
+    assert found.thresholds.loss == found.loss > 0
+    assert found.thresholds.gradient_norm == found.gradient_norm > 0
+    # At the linearized model's own minimum nothing is left to take off.
+    rng = np.random.default_rng(19)
+    rows, errors = rng.normal(size=(12, 3)), rng.normal(size=12)
+    best = errors + rows @ np.linalg.lstsq(rows, -errors, rcond=None)[0]
+    lin = _linear(rows[:, None].astype("f4"), best[:, None].astype("f4"))
+    assert lin.reducible_loss < 1e-6 < lin.loss
+    moved = _linear(rows[:, None].astype("f4"), errors[:, None].astype("f4"))
+    rest = moved.loss - moved.reducible_loss
+    np.testing.assert_allclose(rest, np.mean(best**2) / 2, rtol=1e-4)
+
+
+# Other losses
+
+
+def _cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _binary(logits, labels):
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+
+def _half_square(outputs, targets):
+    return jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1)) / 2
+
+
+@pytest.mark.parametrize("loss_fn", [_cross_entropy, _binary, _half_square])
+def test_other_losses_have_their_gauss_newton_matrix(loss_fn, x64):
+    rng = np.random.default_rng(20)
+    params, inputs = jnp.asarray(rng.normal(size=(4, 3))), rng.normal(size=(10, 4))
+    inputs = jnp.asarray(inputs)
+    targets = {
+        _cross_entropy: jnp.arange(10) % 3,
+        _binary: jnp.asarray(rng.integers(0, 2, (10, 3)), float),
+        _half_square: jnp.asarray(rng.normal(size=(10, 3))),
+    }[loss_fn]
+    lin = stability.linearize_gauss_newton(_tanh, loss_fn, params, inputs, targets)
+    newton = curvature.gauss_newton(_tanh, loss_fn, params, (inputs, targets)).dense()
+    rank = len(lin.eigenvalues)
+    np.testing.assert_allclose(
+        lin.eigenvalues, np.linalg.eigvalsh(newton)[::-1][:rank], rtol=1e-6
+    )
+    grads = jax.vmap(
+        lambda x, y: jax.grad(lambda p: loss_fn(_tanh(p, x[None]), y[None]))(params)
+    )(inputs, targets).reshape(10, -1)
+    np.testing.assert_allclose(lin.gradient_norm, np.linalg.norm(grads.mean(0)))
+    found = jnp.einsum("nc,ncr->nr", lin.residuals, lin.coordinates)
+    np.testing.assert_allclose(found @ found.T, grads @ grads.T, atol=1e-9)
+    if loss_fn is _half_square:
+        same = stability.linearize(_tanh, params, inputs, targets)
+        np.testing.assert_allclose(lin.eigenvalues, same.eigenvalues, rtol=1e-9)
+        np.testing.assert_allclose(lin.loss, same.loss, rtol=1e-9)
+
+
+def test_losses_without_a_convex_expansion_are_refused():
+    params, inputs = jnp.ones((2, 1)), jnp.ones((3, 2))
+    for loss_fn, match in (
+        (lambda f, y: jnp.mean(jnp.cos(f - y)), "must be convex in the outputs"),
+        (
+            lambda f, y: jnp.mean(jnp.abs(f - y)),
+            "slope in directions without curvature",
+        ),
+        (lambda f, y: jnp.mean(jnp.sqrt(f - f)), "derivatives in the outputs that are"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            stability.linearize_gauss_newton(
+                _tanh, loss_fn, params, inputs, jnp.ones((3, 1))
+            )
+
+
 # Simulation
 
 
@@ -255,11 +478,29 @@ def test_isotropic_noise_of_equal_trace_does_not_escape_where_sgd_does():
         noise: stability.simulate(lin, key, rate, 1, 60, num_runs=200, noise=noise)[
             :, -1
         ].mean()
-        for noise in ("sgd", "gd", "isotropic")
+        for noise in ("sgd", "gd", "isotropic", "langevin")
     }
     assert final["gd"] < 1
     assert final["isotropic"] < 1
+    assert final["gd"] < final["langevin"] < 1
     assert final["sgd"] > 100
+
+
+def test_langevin_noise_settles_where_its_constant_size_predicts():
+    rng = np.random.default_rng(21)
+    jacobian = rng.normal(size=(8, 1, 3))
+    lin = _linear(jacobian.astype("f4"))
+    values = np.asarray(lin.eigenvalues, "f8")
+    rate = 0.5 / values[0]
+    each = np.mean(np.sum(jacobian**2, axis=(1, 2)) ** 2)
+    variance = 2 / values.sum() * (each - np.sum(values**2)) / 3
+    # x' = (1 - rate h) x + rate noise has the variance rate^2 v / (1 - (1 - rate h)^2).
+    spread = rate**2 * variance / (1 - (1 - rate * values) ** 2)
+    losses = stability.simulate(
+        lin, jax.random.key(0), rate, 1, 200, num_runs=4000, noise="langevin"
+    )
+    found = losses[:, 100:].mean()
+    np.testing.assert_allclose(found, np.sum(values * spread) / 2, rtol=0.03)
 
 
 # A real model, conventions, errors
@@ -280,13 +521,15 @@ def _mlp():
     return model_fn, params, inputs, targets
 
 
+def _mlp_loss(params, batch):
+    return _half_square(_mlp()[0](params, batch[0]), batch[1])
+
+
 @pytest.mark.parametrize("chunk_size", [7, 64])
 @pytest.mark.parametrize("held", [True, False])
 def test_linearize_is_the_gauss_newton_matrix(chunk_size, held, x64, monkeypatch):
-    from flatopt import curvature
-
     if not held:
-        monkeypatch.setattr(stability, "HELD_VALUES", 0)
+        monkeypatch.setattr(_linearization, "HELD_VALUES", 0)
     model_fn, params, inputs, targets = _mlp()
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     loss_fn = lambda f, y: optax.l2_loss(f, y).mean()  # noqa: E731
@@ -308,6 +551,15 @@ def test_linearize_is_the_gauss_newton_matrix(chunk_size, held, x64, monkeypatch
     norm = optax.tree.norm(grads)
     np.testing.assert_allclose(lin.gradient_norm, norm, rtol=1e-6)
     assert lin.num_params == 25
+
+
+def test_errors_within_rounding_count_as_zero():
+    model_fn, params, inputs, _ = _mlp()
+    outputs = model_fn(params, inputs)
+    found = stability.linearize(model_fn, params, inputs, outputs * (1 + 2e-7))
+    assert found.loss == 0
+    found = stability.linearize(model_fn, params, inputs, outputs * (1 + 1e-5))
+    np.testing.assert_allclose(found.loss, 0.5e-10 * jnp.sum(outputs**2) / 30, rtol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +614,29 @@ def test_smallest_batch_size_is_where_the_threshold_passes_the_rate(x64):
         enough = [b for b, limit in enumerate(rates, 1) if rate <= limit]
         expected = enough[0] if enough else None
         assert stability.smallest_batch_size(lin, rate) == expected
+
+
+def test_the_sharpest_minimum_is_where_the_theories_meet_the_rate(x64):
+    rng = np.random.default_rng(22)
+    lin = _linear(rng.normal(size=(12, 2, 4)))
+    for batch_size, sampling in itertools.product((1, 3), SAMPLINGS):
+        found = stability.thresholds(lin, batch_size, sampling=sampling)
+        values = np.asarray(lin.eigenvalues)
+        for rate, name, norm in (
+            (found.gradient_descent, "max_eigenvalue", values[0]),
+            (found.trace, "trace", values.sum()),
+        ):
+            bounds = stability.sharpest_minimum(
+                rate, batch_size, 12, num_outputs=2, sampling=sampling
+            )
+            np.testing.assert_allclose(getattr(bounds, name), norm, rtol=1e-8)
+    bounds = stability.sharpest_minimum(0.1, 8, mu=2.0)
+    np.testing.assert_allclose(bounds.frobenius_norm, np.sqrt(8 / 2) / 0.1)
+    assert stability.sharpest_minimum(0.1, 9, 9).trace == np.inf
+    with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
+        stability.sharpest_minimum(0.0, 8)
+    with pytest.raises(ValueError, match="mu must be positive, got 0"):
+        stability.sharpest_minimum(0.1, 8, mu=0)
 
 
 def test_batch_sharpness_is_the_mean_ratio_of_its_batches():
