@@ -70,8 +70,7 @@ def check_num_samples(num_samples, name="num_samples"):
     if isinstance(num_samples, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array; it fixes shapes, so under "
-            "optax.inject_hyperparams bind it first, as in inject_hyperparams(lambda "
-            f"scale: flatopt.smooth_gradients(scale, {name}=8))(scale=0.01)."
+            f"optax.inject_hyperparams write static_args=({name!r},)."
         )
     if (
         isinstance(num_samples, bool)

@@ -50,7 +50,7 @@ def value_dtype(params):
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
-def check_update(params, value_fn, name):
+def check_update(params, value_fn, name, advice=" and pass it mask= instead"):
     if params is None:
         raise ValueError(
             f"{name} needs params, got None; call "
@@ -60,7 +60,8 @@ def check_update(params, value_fn, name):
         raise ValueError(
             f"{name} needs value_fn, which was not passed; call "
             "tx.update(grads, state, params, value_fn=loss_fn, batch=batch) with "
-            "loss_fn(params, batch), and note that Flax Linen's TrainState drops it."
+            "loss_fn(params, batch); where a wrapper drops it (optax.lookahead, Flax "
+            "Linen's TrainState) take gradients from smooth_value_and_grad instead."
         )
     if not callable(value_fn):
         raise TypeError(
@@ -71,8 +72,7 @@ def check_update(params, value_fn, name):
     if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
             f"params hold MaskedNodes, which value_fn cannot take: optax.masked or "
-            f"optax.partition is around {name}; put {name} outside of them and pass it "
-            "mask= instead."
+            f"optax.partition is around {name}; put {name} outside of them{advice}."
         )
 
 

@@ -44,7 +44,13 @@ class Kernel:
     def __init__(self, bind):
         self.bind = bind
 
-    def __call__(self, key, params):
+    def __call__(self, key, params=None):
+        if params is None:
+            raise TypeError(
+                "a kernel needs a key and params, got one argument; under "
+                "optax.inject_hyperparams, which takes functions for schedules, write "
+                "static_args=('kernel',)."
+            )
         return self.bind(key, params)(key)
 
 

@@ -121,7 +121,7 @@ def track_stability(
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        _links.check_update(params, value_fn, "track_stability")
+        _links.check_update(params, value_fn, "track_stability", advice="")
         arguments = _checks.forwarded(value_fn, extra_args)
         step_key = _links.step_key(state, key)
         dtype = state.trace.dtype

@@ -175,7 +175,7 @@ def smooth_gradients(
 
 def anti_pgd(
     scale: jax.typing.ArrayLike | optax.Schedule,
-    sampler: kernels.Sampler = kernels.normal,
+    sampler: kernels.Sampler | None = None,
     *,
     mask: Any = None,
     key: int | jax.Array = 0,
@@ -195,7 +195,7 @@ def anti_pgd(
     Args:
       scale: standard deviation of the noise: a number, a scalar array, or a schedule of
         the step count, >= 0.
-      sampler: values of mean 0 and variance 1. Default: standard normal.
+      sampler: values of mean 0 and variance 1; None: standard normal.
       mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
         masked out get no noise.
       key: an int or a JAX random key, read by ``init``.
@@ -225,7 +225,7 @@ def anti_pgd(
     if not callable(scale):
         _checks.check_scale(scale)
     _links.check_key(key)
-    kernel = kernels.isotropic(sampler)
+    kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
     kernel = kernel if mask is None else kernels.masked(kernel, mask)
 
     def init_fn(params):

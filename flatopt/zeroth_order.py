@@ -21,7 +21,7 @@ from flatopt.transforms import advance, init_of
 
 def smooth_gradients_zeroth_order(
     scale: jax.typing.ArrayLike | optax.Schedule,
-    sampler: kernels.Sampler = kernels.normal,
+    sampler: kernels.Sampler | None = None,
     *,
     num_samples: int | None = None,
     mask: Any = None,
@@ -41,7 +41,7 @@ def smooth_gradients_zeroth_order(
     Args:
       scale: standard deviation :math:`\sigma` of the noise, > 0: a number, a scalar
         array or a schedule of the step count.
-      sampler: values of mean 0 and variance 1. Default: standard normal.
+      sampler: values of mean 0 and variance 1; None: standard normal.
       num_samples: number of draws M a step; None: 1.
       mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
         masked out stay as they are; their update is zero.
@@ -75,6 +75,7 @@ def smooth_gradients_zeroth_order(
     _checks.check_num_samples(num_samples)
     _checks.check_strategy(strategy)
     _links.check_key(key)
+    kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
@@ -85,7 +86,7 @@ def smooth_gradients_zeroth_order(
         sigma = scale(state.count) if callable(scale) else scale
         _check_positive(sigma)
         step_key = _links.step_key(state, key)
-        draw = _trees.bind(kernels.isotropic(sampler), step_key, free)
+        draw = _trees.bind(kernel, step_key, free)
 
         def sample(index, chunk):
             del chunk

@@ -65,14 +65,6 @@ def test_num_samples(num_samples):
         smooth_value_and_grad(total, 0.1, num_samples=num_samples)
 
 
-def test_traced_num_samples_shows_the_lambda_form():
-    tx = optax.inject_hyperparams(smooth_gradients)(scale=0.1, num_samples=2)
-    with _raises(
-        TypeError, r"bind it first, as in inject_hyperparams\(lambda scale: flatopt"
-    ):
-        tx.init(jnp.ones(2))
-
-
 @pytest.mark.parametrize("strategy", ["loop", 0, True, 1.5])
 def test_strategy(strategy):
     with _raises(
