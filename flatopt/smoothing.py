@@ -130,7 +130,8 @@ def smooth_value_and_grad(
         inside a loop. ``"auto"``: chosen by platform, from measurements. All agree on
         the same key.
       axis_name: inside ``jax.shard_map``, each device draws its own noise and value and
-        gradients come back averaged over this axis. Do not average them again.
+        gradients come back averaged over this axis, by one reduction of the gradient
+        whatever ``num_samples``. Do not average them again.
 
     Returns:
       A function ``f(key, params, /, *args, **kwargs)`` that returns ``(value, grads)``,

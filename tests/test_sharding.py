@@ -1,16 +1,19 @@
 """Meshes: the same result on one and on eight devices, and nothing gathered."""
 
+import itertools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+import process_worker
 import pytest
-from helpers import assert_close, loss_fn, regression
+from helpers import STRATEGIES, assert_close, loss_fn, regression
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flatopt
-from flatopt import kernels
+from flatopt import _random, kernels
 
 NUM_DEVICES = 8
 KERNELS = {
@@ -26,6 +29,26 @@ def _mesh(axis_type):
 
 def _place(tree, mesh, spec):
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), tree)
+
+
+def _collectives(jitted, *arguments, **kwargs):
+    """Kind and number of values of each collective of the compiled program."""
+    text = jitted.lower(*arguments, **kwargs).compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return [
+        (
+            kind,
+            sum(
+                math.prod(map(int, filter(None, shape.split(","))))
+                for shape in re.findall(r"\w\d+\[([\d,]*)\]", result)
+            ),
+        )
+        for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    ]
+
+
+def _num_values(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 2])
@@ -51,26 +74,103 @@ def test_data_parallel_gives_the_result_of_one_device(axis_type, kernel, strateg
         assert_close(result, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "unroll"])
-def test_a_sharded_batch_moves_nothing_but_one_gradient(strategy):
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
+def test_under_jit_a_sharded_batch_moves_no_more_than_a_gradient_a_chunk(strategy):
     params, batch = regression()
     mesh = _mesh(AxisType.Auto)
     f = flatopt.smooth_value_and_grad(
         loss_fn, 0.1, num_samples=4, batch_argnames=("batch",), strategy=strategy
     )
-    text = (
-        jax.jit(f)
-        .lower(
-            jax.random.key(0),
-            _place(params, mesh, P()),
-            batch=_place(batch, mesh, P("data")),
-        )
-        .compile()
-        .as_text()
+    placed = _place(params, mesh, P()), _place(batch, mesh, P("data"))
+    moved = _collectives(jax.jit(f), jax.random.key(0), placed[0], batch=placed[1])
+    rounds = 4 if strategy == "scan" else 1
+    assert {kind for kind, _ in moved} == {"all-reduce"}
+    total = rounds * sum(values for _, values in moved)
+    size = _num_values(params)
+    assert size <= total <= 4 * (size + 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_under_shard_map_one_gradient_is_reduced_whatever_the_number_of_chunks(
+    strategy,
+):
+    params, batch = regression()
+    f = flatopt.smooth_value_and_grad(
+        loss_fn,
+        0.1,
+        kernels.filterwise(),
+        num_samples=4,
+        batch_argnames=("batch",),
+        strategy=strategy,
+        axis_name="data",
     )
-    assert re.search(r"= \S.* all-reduce", text)
-    for collective in ("all-gather", "all-to-all", "collective-permute"):
-        assert not re.search(rf"= \S.* {collective}", text), collective
+    mapped = jax.shard_map(
+        lambda key, params, batch: f(key, params, batch=batch),
+        mesh=_mesh(AxisType.Auto),
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+    )
+    moved = _collectives(jax.jit(mapped), jax.random.key(0), params, batch)
+    assert moved == [("all-reduce", _num_values(params) + 2)]  # the value, its weight
+
+
+FSDP_KERNELS = {name: KERNELS[name] for name in ("filterwise", "signs")}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan"])
+@pytest.mark.parametrize("kernel", FSDP_KERNELS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_give_the_result_of_one_device(axis_type, kernel, strategy):
+    params, batch = process_worker.problem()
+    f = jax.jit(
+        flatopt.smooth_value_and_grad(
+            process_worker.loss_fn,
+            0.1,
+            KERNELS[kernel],
+            num_samples=4,
+            batch_argnames=("batch",),
+            strategy=strategy,
+        )
+    )
+    expected = f(jax.random.key(0), params, batch=batch)
+    mesh = _mesh(axis_type)
+    with jax.set_mesh(mesh):
+        placed = _place(params, mesh, P("data")), _place(batch, mesh, P("data"))
+        result = f(jax.random.key(0), placed[0], batch=placed[1])
+    assert_close(result, expected, rtol=2e-5, atol=2e-6)
+    if axis_type == AxisType.Explicit:
+        kept = NamedSharding(mesh, P("data"))
+        for grad in jax.tree.leaves(result[1]):
+            assert grad.sharding.is_equivalent_to(kept, grad.ndim)
+
+
+@pytest.mark.parametrize("kernel", FSDP_KERNELS)
+def test_sharded_parameters_are_gathered_once_a_pass_and_their_noise_never(
+    kernel, monkeypatch
+):
+    # As on accelerators: on CPU the noise of small leaves is drawn together.
+    monkeypatch.setattr(_random, "can_sample_leaves", lambda keys: False)
+    params, batch = process_worker.problem()
+    mesh = _mesh(AxisType.Auto)
+    params, batch = _place(params, mesh, P("data")), _place(batch, mesh, P("data"))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+
+    def gathered(grad):
+        moved = _collectives(jax.jit(grad, out_shardings=shardings), params, batch)
+        assert {kind for kind, _ in moved} <= {"all-gather", "all-reduce"}
+        return sum(values for kind, values in moved if kind == "all-gather")
+
+    def smoothed(**options):
+        f = flatopt.smooth_value_and_grad(
+            process_worker.loss_fn, 0.1, KERNELS[kernel], strategy="unroll", **options
+        )
+        return lambda params, batch: f(jax.random.key(0), params, batch=batch)[1]
+
+    plain = gathered(jax.grad(process_worker.loss_fn))
+    assert plain == _num_values(params)
+    assert gathered(smoothed(antithetic=True)) == 2 * plain
+    chunks = smoothed(num_samples=4, batch_argnames=("batch",))
+    assert gathered(chunks) == 4 * plain
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -94,9 +194,13 @@ def test_noise_of_sharded_parameters_is_drawn_in_place(axis_type, kernel):
         assert not re.search(r"f32\[64,512\]", text)  # no device holds the whole
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kernel", ["filterwise", "masked"])
+@pytest.mark.parametrize(
+    ("kernel", "check_vma", "strategy"),
+    [
+        *itertools.product(["filterwise", "masked"], [True, False], ["scan", "unroll"]),
+        *itertools.product(["filterwise"], [True, False], ["vmap", 3, "auto"]),
+    ],
+)
 def test_shard_map_averages_over_devices_with_their_own_noise(
     kernel, check_vma, strategy
 ):
@@ -128,6 +232,95 @@ def test_shard_map_averages_over_devices_with_their_own_noise(
         parts.append(local(key, params, batch=part))
     mean = jax.tree.map(lambda *x: sum(x) / NUM_DEVICES, *parts)
     assert_close(result, mean, rtol=2e-5, atol=2e-6)
+
+
+def _mapped_gradient(f, check_vma, batch_spec, mesh=None, axis_names=None):
+    mapped = jax.shard_map(
+        lambda key, params, batch: f(key, params, batch),
+        mesh=_mesh(AxisType.Auto) if mesh is None else mesh,
+        in_specs=(P(), P(), batch_spec),
+        out_specs=P(),
+        check_vma=check_vma,
+        axis_names=axis_names or {"data"},
+    )
+    return jax.jit(mapped)
+
+
+def _part(batch, index, count):
+    return jax.tree.map(lambda x: jnp.split(x, count)[index], batch)
+
+
+def _mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(trees), *trees)
+
+
+def test_eight_devices_average_eight_times_as_many_draws():
+    params, batch = regression()
+    kernel = kernels.filterwise()
+    options = {"num_samples": 2, "strategy": "unroll"}
+    f = flatopt.smooth_value_and_grad(loss_fn, 0.1, kernel, axis_name="data", **options)
+    mapped = _mapped_gradient(f, True, P())
+    key = jax.random.key(0)
+    _, result = mapped(key, params, batch)
+
+    @jax.jit
+    def gradient(own):
+        moved = jax.tree.map(lambda p, u: p + 0.1 * u, params, kernel(own, params))
+        return jax.grad(loss_fn)(moved, batch)
+
+    draws = [
+        gradient(jax.random.fold_in(jax.random.fold_in(key, device), sample))
+        for device in range(NUM_DEVICES)
+        for sample in range(2)
+    ]
+    assert_close(result, _mean(draws), rtol=2e-5, atol=2e-6)
+
+    def flops(jitted):
+        compiled = jitted.lower(key, params, batch).compile()
+        return compiled.cost_analysis()["flops"]
+
+    alone = flatopt.smooth_value_and_grad(loss_fn, 0.1, kernel, **options)
+    assert flops(mapped) < 1.1 * flops(jax.jit(alone))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mean_written_by_hand_is_eight_times_too_large_where_jax_sums(check_vma):
+    params, batch = regression()
+    f = jax.jit(flatopt.smooth_value_and_grad(loss_fn, 0.1, strategy="unroll"))
+    mapped = _mapped_gradient(
+        lambda *args: jax.lax.pmean(f(*args)[1], "data"), check_vma, P("data")
+    )
+    key = jax.random.key(0)
+    result = mapped(key, params, batch)
+    parts = [
+        f(key, params, _part(batch, device, NUM_DEVICES))[1]
+        for device in range(NUM_DEVICES)
+    ]
+    factor = NUM_DEVICES if check_vma else 1
+    expected = jax.tree.map(lambda x: factor * x, _mean(parts))
+    assert_close(result, expected, rtol=2e-5, atol=5e-6)
+
+
+def test_groups_of_devices_draw_while_each_group_shards_its_parameters():
+    params, batch = process_worker.problem()
+    axis_types = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("draws", "chips"), axis_types=axis_types)
+    f = flatopt.smooth_value_and_grad(
+        process_worker.loss_fn, 0.1, kernels.filterwise(), axis_name="draws"
+    )
+    mapped = _mapped_gradient(f, True, P("draws"), mesh, {"draws"})
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh):
+        placed = _place(params, mesh, P("chips"))
+        _, result = mapped(key, placed, _place(batch, mesh, P(("draws", "chips"))))
+    alone = jax.jit(
+        flatopt.smooth_value_and_grad(process_worker.loss_fn, 0.1, kernels.filterwise())
+    )
+    parts = [
+        alone(jax.random.fold_in(key, group), params, _part(batch, group, 2))[1]
+        for group in range(2)
+    ]
+    assert_close(result, _mean(parts), rtol=2e-5, atol=2e-6)
 
 
 LINKS = {
@@ -201,3 +394,31 @@ def test_devices_draw_their_own_noise(name):
     )
     with pytest.raises(AssertionError):
         assert_close(result, alone, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_smooth_gradients_under_shard_map_is_the_mean_over_the_devices(check_vma):
+    params, batch = regression()
+    options = {"num_samples": 4, "batch_argnames": ("batch",), "strategy": "scan"}
+    tx = flatopt.smooth_gradients(0.1, axis_name="data", **options)
+
+    def update(key, params, batch):
+        del key
+        state = tx.init(params)
+        return tx.update(None, state, params, value_fn=loss_fn, batch=batch)
+
+    mapped = _mapped_gradient(update, check_vma, P("data"))
+    updates, state = mapped(jax.random.key(0), params, batch)
+    alone = jax.jit(flatopt.smooth_value_and_grad(loss_fn, 0.1, **options))
+    step_key = jax.random.fold_in(jax.random.key(0), 0)
+    parts = [
+        alone(
+            jax.random.fold_in(step_key, device),
+            params,
+            batch=_part(batch, device, NUM_DEVICES),
+        )
+        for device in range(NUM_DEVICES)
+    ]
+    value, grads = _mean(parts)
+    assert_close(updates, grads, rtol=2e-5, atol=2e-6)
+    assert_close(state.smoothed_value, value, rtol=2e-5)

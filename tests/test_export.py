@@ -1,0 +1,116 @@
+"""Programs for machines that are not here: every transformation lowers for them."""
+
+import inspect
+
+import jax
+import jax.export
+import optax
+import pytest
+from helpers import assert_close, loss_fn, regression
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flatopt
+
+ACCELERATORS = ("tpu", "cuda")
+NOT_TRANSFORMATIONS = {"smooth", "smooth_value_and_grad"}
+TRANSFORMATIONS = {
+    "anti_pgd": lambda: flatopt.anti_pgd(0.1),
+    "asam_gradients": lambda: flatopt.asam_gradients(0.5),
+    "asam_sgd": lambda: flatopt.asam_sgd(0.1),
+    "bayesian_sam_gradients": lambda: flatopt.bayesian_sam_gradients(0.1, 0.1),
+    "entropy_sgd_gradients": lambda: flatopt.entropy_sgd_gradients(0.3, 4),
+    "filterwise_asam_gradients": lambda: flatopt.filterwise_asam_gradients(0.5),
+    "fisher_sam_gradients": lambda: flatopt.fisher_sam_gradients(0.1),
+    "friendly_sam_gradients": lambda: flatopt.friendly_sam_gradients(0.1),
+    "gsam_gradients": lambda: flatopt.gsam_gradients(0.1, 0.4),
+    "look_sam_gradients": lambda: flatopt.look_sam_gradients(0.1),
+    "lpf_adamw": lambda: flatopt.lpf_adamw(0.1),
+    "lpf_sgd": lambda: flatopt.lpf_sgd(0.1),
+    "nso_adamw": lambda: flatopt.nso_adamw(0.1),
+    "nso_sgd": lambda: flatopt.nso_sgd(0.1),
+    "random_sam_gradients": lambda: flatopt.random_sam_gradients(0.1, 0.1),
+    "sam_gradients": lambda: flatopt.sam_gradients(0.1, start_step=3),
+    "sam_sgd": lambda: flatopt.sam_sgd(0.1),
+    "skip_nonfinite": lambda: flatopt.skip_nonfinite(flatopt.nso_sgd(0.1)),
+    "smooth_gradients": lambda: flatopt.smooth_gradients(
+        0.1, flatopt.kernels.isotropic(flatopt.kernels.signs), num_samples=4
+    ),
+    "smooth_gradients_zeroth_order": lambda: flatopt.smooth_gradients_zeroth_order(
+        0.1, num_samples=4
+    ),
+    "track_stability": lambda: flatopt.track_stability(0.1, 32, every=2),
+    "usam_gradients": lambda: flatopt.usam_gradients(0.1),
+}
+
+
+def _step(tx):
+    @jax.jit
+    def step(params, state, batch):
+        updates = optax.tree.ones_like(params)
+        return tx.update(updates, state, params, value_fn=loss_fn, batch=batch)
+
+    return step
+
+
+def test_every_public_transformation_is_exported_here():
+    public = {
+        name
+        for name in flatopt.__all__
+        if inspect.isfunction(getattr(flatopt, name))
+        and name not in NOT_TRANSFORMATIONS
+    }
+    assert set(TRANSFORMATIONS) == public
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_step_lowers_for_accelerators_that_are_not_here(name):
+    tx = TRANSFORMATIONS[name]()
+    params, batch = regression()
+    arguments = jax.eval_shape(lambda p, b: (p, tx.init(p), b), params, batch)
+    exported = jax.export.export(_step(tx), platforms=ACCELERATORS)(*arguments)
+    assert exported.platforms == ACCELERATORS
+    shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(arguments[:2])]
+    assert [(x.shape, x.dtype) for x in exported.out_avals] == shapes
+    assert "lapack" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    "name", ["lpf_sgd", "sam_gradients", "track_stability", "smooth_gradients"]
+)
+def test_an_exported_step_makes_the_step(name):
+    tx = TRANSFORMATIONS[name]()
+    params, batch = regression()
+    arguments = params, tx.init(params), batch
+    step = _step(tx)
+    exported = jax.export.export(step, platforms=("cpu", *ACCELERATORS))(*arguments)
+    assert_close(exported.call(*arguments), step(*arguments))
+
+
+@pytest.mark.parametrize("name", ["smooth", "smooth_value_and_grad"])
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 3])
+def test_the_functions_lower_under_every_layout(name, strategy):
+    options = {"num_samples": 4, "strategy": strategy}
+    f = getattr(flatopt, name)(loss_fn, 0.1, flatopt.kernels.filterwise(), **options)
+    arguments = jax.eval_shape(lambda: (jax.random.key(0), *regression()))
+    exported = jax.export.export(jax.jit(f), platforms=ACCELERATORS)(*arguments)
+    assert exported.platforms == ACCELERATORS
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_program_for_eight_devices_travels_with_its_shardings(axis_type):
+    params, batch = regression()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    tx = flatopt.lpf_sgd(0.1, 0.1)
+    step = _step(tx)
+    expected = step(params, tx.init(params), batch)
+    whole, split = (NamedSharding(mesh, spec) for spec in (P(), P("data")))
+    with jax.set_mesh(mesh):
+        arguments = jax.device_put(
+            (params, tx.init(params), batch), (whole, whole, split)
+        )
+        exported = jax.export.export(step, platforms=("cpu", *ACCELERATORS))(*arguments)
+        result = exported.call(*arguments)
+    assert exported.nr_devices == 8
+    assert_close(result, expected, rtol=2e-5, atol=2e-6)
