@@ -50,7 +50,7 @@ def filter_axes_function(filter_axes):
         return default_filter_axes
     if _is_axes(filter_axes):
         return lambda path, leaf: filter_axes
-    if callable(filter_axes):
+    if _trees.is_function(filter_axes):
         return filter_axes
     by_path = {
         _trees.path_name(path): axes

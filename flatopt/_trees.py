@@ -48,9 +48,14 @@ def explicit_sharding(aval):
     return aval.sharding if explicit else None
 
 
+def is_function(x):
+    """Whether x is a function and not a tree that can be called, as Equinox modules."""
+    return callable(x) and jax.tree_util.all_leaves([x])
+
+
 def mask_flags(mask, params):
     """One bool for each leaf of ``params`` from a mask as in ``optax.masked``."""
-    given = mask(params) if callable(mask) else mask
+    given = mask(params) if is_function(mask) else mask
     try:
         flags = jax.tree.leaves(
             jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), given, params)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from flatopt import kernels
+from flatopt import _checks, _trees, kernels
 from flatopt.adversarial import asam_gradients, sam_gradients
 from flatopt.transforms import smooth_gradients
 
@@ -335,9 +335,11 @@ def _lpf(gamma, num_samples, batch_argnames, mask, key):
 
 
 def _nso(sigma, num_perturbations, mask, key):
+    num_perturbations = 1 if num_perturbations is None else num_perturbations
+    _checks.check_num_samples(num_perturbations, "num_perturbations")
     return smooth_gradients(
         sigma,
-        num_samples=1 if num_perturbations is None else num_perturbations,
+        num_samples=num_perturbations,
         antithetic=True,
         mask=mask,
         key=key,
@@ -358,4 +360,7 @@ def _adamw(learning_rate, b1, b2, weight_decay, mask):
 
 
 def _masked(tx, mask):
-    return tx if mask is None else optax.masked(tx, mask)
+    if mask is None:
+        return tx
+    # optax would call a tree that can be called.
+    return optax.masked(tx, mask if _trees.is_function(mask) else lambda _: mask)
