@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint doctest docs bench bench-curvature bench-stability clean
+.PHONY: help demo test lint doctest docs bench bench-curvature bench-stability bench-precision bench-planning clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench    measure speed and memory against peers"
 	@echo "make bench-curvature  measure curvature products against peers"
 	@echo "make bench-stability  measure the tracker and the exact threshold"
+	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
+	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
 	@echo "make clean    remove .venv and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -46,6 +48,12 @@ bench-curvature: $(VENV)/.bench
 
 bench-stability: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.stability
+
+bench-precision: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.precision
+
+bench-planning: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.planning
 
 clean:
 	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache

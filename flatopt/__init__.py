@@ -5,6 +5,7 @@ from flatopt import kernels as kernels
 from flatopt import schedules as schedules
 from flatopt import sharpness as sharpness
 from flatopt import stability as stability
+from flatopt._counting import GradientCounter as GradientCounter
 from flatopt.adversarial import AdversarialState as AdversarialState
 from flatopt.adversarial import asam_gradients as asam_gradients
 from flatopt.adversarial import bayesian_sam_gradients as bayesian_sam_gradients
@@ -51,6 +52,7 @@ __all__ = [
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
     "friendly_sam_gradients",
+    "GradientCounter",
     "gsam_gradients",
     "SkipNonfiniteState",
     "SmoothGradientsState",

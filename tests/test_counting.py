@@ -1,0 +1,89 @@
+"""Gradients are counted as they run, whatever takes them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import STRATEGIES, loss_fn, regression
+
+import flatopt
+
+SIZE = 64
+STEPS = 3
+COSTS = {  # gradients of the whole batch in three steps
+    "lpf": (flatopt.lpf_sgd(0.1), 3),
+    "nso": (flatopt.nso_sgd(0.1, num_perturbations=2), 12),
+    "sam": (flatopt.sam_sgd(0.1), 6),
+    "late sam": (flatopt.sam_gradients(0.1, start_step=2), 4),
+    "look_sam": (flatopt.look_sam_gradients(0.1, every=2), 5),
+    "entropy": (flatopt.entropy_sgd_gradients(0.1, 4), 12),
+    "zeroth order": (flatopt.smooth_gradients_zeroth_order(0.1), 0),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_of_each_method(name, standard_promotion):
+    tx, cost = COSTS[name]
+    params, batch = regression(SIZE)
+    counted = flatopt.GradientCounter(loss_fn)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params, value_fn=counted, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    assert counted.count == cost * SIZE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_samples_are_counted_in_every_layout(strategy):
+    params, batch = regression(SIZE)
+    counted = flatopt.GradientCounter(loss_fn)
+    f = flatopt.smooth_value_and_grad(
+        counted, 0.1, num_samples=4, antithetic=True, strategy=strategy
+    )
+    value, grads = jax.jit(f)(jax.random.key(0), params, batch)
+    plain = flatopt.smooth_value_and_grad(
+        loss_fn, 0.1, num_samples=4, antithetic=True, strategy=strategy
+    )
+    expected, same = jax.jit(plain)(jax.random.key(0), params, batch)
+    assert counted.count == 8 * SIZE
+    assert value == expected
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (grads, same))))
+
+
+def test_gradients_in_the_users_own_loop_are_counted_and_values_are_not():
+    params, batch = regression(SIZE)
+    counted = flatopt.GradientCounter(loss_fn)
+    counted(params, batch)
+    assert counted.count == 0
+    jax.grad(counted)(params, batch)
+    assert counted.count == SIZE
+
+    def body(total, scale):
+        grads = jax.grad(counted)(jax.tree.map(lambda p: p * scale, params), batch)
+        return total + optax.tree.norm(grads), None
+
+    jax.jit(functools.partial(jax.lax.scan, body))(jnp.zeros(()), jnp.ones(5))
+    assert counted.count == 6 * SIZE
+
+
+def test_what_the_batch_is_can_be_named():
+    def value_fn(params, inputs, table, **rest):
+        return params * inputs.sum() * table.sum()
+
+    arguments = {"inputs": jnp.ones(4), "table": jnp.ones(9)}
+    counted = flatopt.GradientCounter(value_fn)
+    with pytest.raises(ValueError, match="arrays of the batch must agree"):
+        counted(1.0, **arguments)
+    counted = flatopt.GradientCounter(value_fn, ("inputs",))
+    jax.grad(counted)(1.0, **arguments)
+    assert counted.count == 4
+    alone = flatopt.GradientCounter(lambda params: params**2)
+    jax.grad(alone)(1.0)
+    assert alone.count == 1
