@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint doctest docs bench bench-curvature bench-stability bench-precision bench-planning clean
+.PHONY: help demo test test-floor lint doctest docs bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
 	@echo "make test     run the tests"
+	@echo "make test-floor  run those that meet JAX's inner parts on the oldest versions allowed"
 	@echo "make lint     check style and formatting"
 	@echo "make doctest  run every example in the docstrings"
 	@echo "make docs     build the documentation into docs/_build/html"
@@ -16,6 +17,7 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
+	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (an hour)"
 	@echo "make clean    remove .venv and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -29,6 +31,15 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+FLOOR := $(VENV)-floor
+FLOOR_TESTS := $(addprefix tests/test_,convolutions.py errors.py export.py flax.py \
+	kernels.py optimizers.py schedules.py tracking.py transforms.py)
+
+test-floor: floor.txt pyproject.toml
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c floor.txt
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q $(FLOOR_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -55,5 +66,9 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
+reproduce: $(VENV)/.examples
+	set -e; for name in $(filter-out common,$(basename $(notdir $(wildcard examples/reproduce/*.py)))); \
+	do $(BIN)/python examples/reproduce/$$name.py; done
+
 clean:
-	rm -rf $(VENV) docs/_build build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) docs/_build build dist .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ import numpy as np
 
 from flatopt import _blocks, _checks, _trees
 
-HELD_VALUES = 1 << 29  # Jacobian entries kept at once; others are computed again
 CHUNK_VALUES = 1 << 26  # computed at once
 
 
@@ -62,8 +62,8 @@ def linearize(
 
     Errors that are all within the rounding of the outputs count as zero.
 
-    Cost: the Jacobian of all outputs once, or some times where it exceeds half a billion
-    values, and the eigendecomposition of an (n c, n c) matrix.
+    Cost: the Jacobian of all outputs once, or some times where it exceeds a quarter of the
+    device's memory, and the eigendecomposition of an (n c, n c) matrix.
 
     Args:
       model_fn: ``model_fn(params, inputs) -> outputs`` of shape (n,) or (n, c).
@@ -297,6 +297,14 @@ def _jacobian(model_fn, params, inputs, roots):
 _products = jax.jit(_blocks.gram)
 
 
+def _most_held():
+    """Number of float32 values in a quarter of the memory."""
+    found = jax.local_devices()[0].memory_stats()
+    if found and "bytes_limit" in found:
+        return found["bytes_limit"] // 16
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
+
+
 def _gram(model_fn, params, inputs, roots, chunk_size, size):
     """Inner products of all rows, shape (n c, n c).
 
@@ -308,7 +316,7 @@ def _gram(model_fn, params, inputs, roots, chunk_size, size):
         jax.tree.map(lambda x, s=start: x[s : s + chunk_size], (inputs, roots))
         for start in range(0, n, chunk_size)
     ]
-    most = max(1, HELD_VALUES // (chunk_size * c * size))
+    most = max(1, _most_held() // (chunk_size * c * size))
     blocks = [[None] * len(chunks) for _ in chunks]
     for first in range(0, len(chunks), most):
         held = {}

@@ -1,0 +1,151 @@
+"""The evidence: commands run, figures come from JSON, pages quote what was measured."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+COMMANDS = sorted(
+    path
+    for path in (ROOT / "examples" / "reproduce").glob("*.py")
+    if path.stem != "common"
+)
+RESULTS = ROOT / "docs" / "results"
+STEMS = [path.stem for path in COMMANDS]
+
+
+def _run(*arguments):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
+def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path):
+    places = ["--output", tmp_path, "--images", tmp_path]
+    _run(path, "--smoke", *places)
+    report = json.loads((tmp_path / f"{path.stem}.json").read_text())
+    assert set(report["versions"]) >= {"flatopt", "jax", "optax"}
+    assert report["results"]
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
+    assert not (tmp_path / f"{path.stem}.partial").exists()
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
+def test_the_figure_is_drawn_from_the_committed_results_alone(path, tmp_path):
+    shutil.copy(RESULTS / f"{path.stem}.json", tmp_path)
+    _run(path, "--redraw", "--output", tmp_path, "--images", tmp_path)
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import common
+
+    config = common.Config(output=tmp_path, images=tmp_path)
+    calls = []
+
+    def compute(config, piece, fail=False):
+        def one(name):
+            calls.append(name)
+            if fail and name == "second":
+                raise KeyboardInterrupt
+            return {"value": len(calls)}
+
+        return [
+            piece(name, lambda name=name: one(name)) for name in ("first", "second")
+        ]
+
+    def draw(report):
+        from matplotlib.figure import Figure
+
+        return Figure()
+
+    with pytest.raises(KeyboardInterrupt):
+        common.run("name", config, lambda c, p: compute(c, p, fail=True), draw)
+    report = common.run("name", config, compute, draw)
+    assert calls == ["first", "second", "second"]
+    assert report["results"] == [{"value": 1}, {"value": 3}]
+    common.run("name", config, compute, draw)
+    assert calls[3:] == ["first", "second"]  # a whole run starts again
+
+
+# Pages
+
+
+NUMBER = re.compile(r"(?<![\w.,/-])[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w/])")
+POWER = re.compile(r"(\d(?:\.\d+)?) ?[·×] ?10([⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+
+
+def quoted_numbers(text):
+    """Numbers with a decimal point or an exponent, outside code, links and formulas."""
+    for pattern in (
+        r"```.*?```",
+        r"`[^`]*`",
+        r"\$[^$]*\$",
+        r"\]\([^)]*\)",
+        r"https?:\S+",
+    ):
+        text = re.sub(pattern, " ", text, flags=re.DOTALL)
+    text = POWER.sub(lambda m: f"{m[1]}e{m[2].translate(SUPERSCRIPTS)}", text)
+    found = [number.group() for number in NUMBER.finditer(text)]
+    return [n for n in found if "." in n or "e" in n.lower()]
+
+
+def values_of(tree):
+    """The numbers of a report, but for curves, in which nearly any number is found."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    elif isinstance(tree, list) and len(tree) > 30:
+        return []
+    if isinstance(tree, list):
+        return [value for item in tree for value in values_of(item)]
+    if isinstance(tree, int | float) and not isinstance(tree, bool):
+        return [float(tree)]
+    return []
+
+
+def stands_in(number, values):
+    """Whether some value, or a hundred times it, rounds to the number as it is shown."""
+    mantissa, _, exponent = (
+        number.lower().replace("−", "-").replace(",", "").partition("e")
+    )
+    decimals = len(mantissa.partition(".")[2])
+    shown = float(f"{mantissa}e{exponent or 0}")
+    half = 0.5000001 * 10.0 ** (int(exponent or 0) - decimals)
+    return any(
+        math.isclose(abs(value) * factor, abs(shown), abs_tol=half)
+        for value in values
+        for factor in (1, 100)
+    )
+
+
+def test_quoted_numbers_are_found_and_compared():
+    text = "It is 3.21 (or 4.5 %), `9.9`, $7.7$, 6.1e-4, 2 · 10⁻³; see [1.5](a1.5)."
+    numbers = quoted_numbers(text)
+    assert numbers == ["3.21", "4.5", "6.1e-4", "2e-3", "1.5"]
+    values = [3.2099, 0.0453, 6.13e-4, 0.0021]
+    assert [stands_in(n, values) for n in numbers] == [True, True, True, True, False]
+
+
+PAGES = [*sorted((ROOT / "docs" / "reproduce").glob("*.md")), ROOT / "docs/evidence.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_number_on_a_page_was_measured(page):
+    stems = [page.stem] if page.stem in STEMS else STEMS
+    values = values_of([json.loads((RESULTS / f"{s}.json").read_text()) for s in stems])
+    wrong = [n for n in quoted_numbers(page.read_text()) if not stands_in(n, values)]
+    assert not wrong
