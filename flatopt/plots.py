@@ -292,8 +292,8 @@ def stability_plane(
     r"""The Frobenius norm over its bound, for each learning rate and batch size.
 
     Colors show :math:`\|H\|_F` over :math:`1 / (\eta \sqrt{p \mu})`, which is
-    :math:`\sqrt{B / \mu} / \eta` for much data; beyond 1 the theory of Wu, Wang and Su
-    has SGD leave. The thick line is the exact threshold.
+    :math:`\sqrt{B / \mu} / \eta` for much data; above the thin line, where they are equal,
+    the theory of Wu, Wang and Su has SGD leave. The thick line is the exact threshold.
 
     Args:
       lin: from :func:`flatopt.stability.linearize`.
@@ -341,6 +341,7 @@ def stability_plane(
     ax.figure.colorbar(filled, ax=ax, label="log10 of Frobenius norm over its bound")
     if ratio.min() < 0 < ratio.max():
         ax.contour(batch_sizes, rates, ratio, levels=[0], colors="k", linewidths=1)
+        ax.plot([], [], "k", linewidth=1, label="norm at its bound")
     ax.plot(batch_sizes, exact, linewidth=3, label="exact threshold")
     _mark(ax, learning_rate, batch_size)
     ax.legend(fontsize="small")
