@@ -118,6 +118,7 @@ def test_exact_threshold_and_growth_equal_dense_kronecker_matrices(name, samplin
                 stability.growth_rate(lin, rate, batch_size, sampling=sampling),
                 growth,
                 rtol=1e-6,
+                atol=1e-12,
             )
             if factor == 1.0:
                 assert growth == pytest.approx(1, abs=1e-6)
