@@ -374,13 +374,14 @@ class Training:
 
 def compute(config, piece):
     training = Training(config)
+    tuned = {n: m for n, m in FINETUNING.items() if m.budget == 1 or not config.smoke}
     total = [
-        (len(m.settings) + config.seeds) * gradients * m.budget
+        (len(method.settings) + config.seeds) * gradients * method.budget
         for methods, gradients in (
             (PRETRAINING, config.pretraining),
-            (FINETUNING, config.finetuning),
+            (tuned, config.finetuning),
         )
-        for m in methods.values()
+        for method in methods.values()
     ]
     with tqdm.tqdm(total=sum(total), unit="gradient") as progress:
         stage = functools.partial(run_stage, config, training, piece, progress)
@@ -388,7 +389,7 @@ def compute(config, piece):
         finetune = functools.partial(
             training.finetune, first["methods"]["AdamW"]["setting"]
         )
-        second = stage("fine-tuning", FINETUNING, finetune, "shifted")
+        second = stage("fine-tuning", tuned, finetune, "shifted")
     texts = {
         name: {"sha256": hashlib.sha256(codes).hexdigest(), "characters": len(codes)}
         for name, codes in training.codes.items()
