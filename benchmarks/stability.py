@@ -36,41 +36,56 @@ class Config:
 
 
 def tracker(name, rounds):
-    """Seconds with the tracker over seconds without, a ratio a round."""
-    problem = problems.make_problem(name, BATCH[name])
-    plain = optax.sgd(0.01, momentum=0.9)
-    watched = optax.chain(
-        flatopt.track_stability(0.01, BATCH[name], every=EVERY), plain
-    )
+    """Seconds with the tracker over seconds without, a ratio a round.
 
-    def make_run(tx):
+    "chain": in the chain. "apart": in a jitted function of its own, called every so often.
+    """
+    problem = problems.make_problem(name, BATCH[name])
+    value_fn, batch = problem.value_fn, problem.batch
+    plain = optax.sgd(0.01, momentum=0.9)
+    watch = flatopt.track_stability(0.01, BATCH[name], every=EVERY)
+    watch_now = flatopt.track_stability(0.01, BATCH[name], every=1)
+
+    def make_run(tx, apart=False):
+        tx = optax.with_extra_args_support(tx)
+
         @jax.jit
         def step(params, state):
-            grads = jax.grad(problem.value_fn)(params, **problem.batch)
-            extra = optax.with_extra_args_support(tx)
-            updates, state = extra.update(
-                grads, state, params, value_fn=problem.value_fn, **problem.batch
-            )
+            grads = jax.grad(value_fn)(params, **batch)
+            updates, state = tx.update(grads, state, params, value_fn=value_fn, **batch)
             return optax.apply_updates(params, updates), state
 
-        state = problem.params, tx.init(problem.params)
+        @jax.jit
+        def measure(params, seen):
+            return watch_now.update(params, seen, params, value_fn=value_fn, **batch)[1]
+
+        carry = problem.params, tx.init(problem.params)
+        seen = watch_now.init(problem.params)
 
         def run():
-            nonlocal state
+            nonlocal carry, seen
             start = time.perf_counter()
+            if apart:
+                seen = measure(carry[0], seen)
             for _ in range(EVERY):
-                state = step(*state)
-            jax.block_until_ready(state)
+                carry = step(*carry)
+            jax.block_until_ready((carry, seen))
             return time.perf_counter() - start
 
         return run
 
-    runs = make_run(watched), make_run(plain)
-    ratios = []
+    runs = {
+        "plain": make_run(plain),
+        "chain": make_run(optax.chain(watch, plain)),
+        "apart": make_run(plain, apart=True),
+    }
+    ratios = {"chain": [], "apart": []}
     for index in tqdm.trange(rounds + 1, desc=name):
-        times = [run() for run in (runs if index % 2 else runs[::-1])]
+        order = list(runs)[index % 3 :] + list(runs)[: index % 3]
+        times = {contender: runs[contender]() for contender in order}
         if index:
-            ratios.append(times[0] / times[1] if index % 2 else times[1] / times[0])
+            for contender in ratios:
+                ratios[contender].append(times[contender] / times["plain"])
     return ratios
 
 

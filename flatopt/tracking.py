@@ -67,7 +67,9 @@ def track_stability(
     "max_eigenvalue")``. On a batch both are larger than on all data, by the noise between
     batches; the Frobenius norm is noisy in high dimension: take it for its trend.
 
-    Cost: 2.4 gradients at every ``every``-th update.
+    Cost: 2.4 to 4.4 gradients at every ``every``-th update. On CPU the branch slows the
+    other updates too, by up to 20 %; where that counts, keep it out of the training step,
+    with ``every=1``, and update it in a jitted function of its own every so often.
 
     Args:
       learning_rate: that of the optimizer, or its schedule, for the margins.
