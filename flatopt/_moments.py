@@ -21,20 +21,18 @@ SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
 def weights(n, batch_size, sampling):
     """The weights q and p for batches of n examples; n None: of very many."""
     _checks.check_num_samples(batch_size, "batch_size")
-    if n is None:
-        check_sampling(sampling)
-        return (1.0 if sampling == "bernoulli" else 1 - 1 / batch_size), 1 / batch_size
-    if batch_size > n:
+    check_sampling(sampling)
+    if n is not None and batch_size > n:
         raise ValueError(
             f"batch_size must be at most the number of examples, {n}, got {batch_size}."
         )
-    check_sampling(sampling)
-    if sampling == "bernoulli":
-        return 1.0, (n - batch_size) / (n * batch_size)
-    if sampling == "with_replacement":
-        return 1 - 1 / batch_size, 1 / batch_size
-    p = (n - batch_size) / (batch_size * (n - 1))
-    return 1 - p, p
+    if n is None or sampling == "with_replacement":
+        p = 1 / batch_size
+    elif sampling == "bernoulli":
+        p = (n - batch_size) / (n * batch_size)
+    else:
+        p = (n - batch_size) / (batch_size * (n - 1))
+    return (1.0 if sampling == "bernoulli" else 1 - p), p
 
 
 def check_sampling(sampling):
@@ -138,27 +136,24 @@ def stationary(lin, rate, q, p):
 
 
 def rank_one_ratio(vector, values, coordinates, q, p):
-    vector = vector / np.linalg.norm(vector)
-    mean = np.sum(values * vector**2)
-    each = np.sum((coordinates @ vector) ** 2, axis=1)
-    return (q * mean**2 + p * np.mean(each**2)) / mean
+    """The ratio of equation 24 in a direction, and its gradient."""
+    length = np.linalg.norm(vector)
+    unit = vector / length
+    mean = np.sum(values * unit**2)
+    shown = coordinates @ unit
+    each = np.sum(shown**2, axis=1)
+    spread = np.mean(each**2)
+    noise = np.einsum("n,nc,ncr->r", 4 * each / len(each), shown, coordinates)
+    slope = 2 * values * unit * (q - p * spread / mean**2) + p * noise / mean
+    slope = (slope - unit * (slope @ unit)) / length
+    return (q * mean**2 + p * spread) / mean, slope
 
 
 def largest_rank_one(values, coordinates, q, p):
     """The largest ratio of equation 24 over directions, from several starts."""
 
     def negative(vector):
-        length = np.linalg.norm(vector)
-        unit = vector / length
-        mean = np.sum(values * unit**2)
-        shown = coordinates @ unit
-        each = np.sum(shown**2, axis=1)
-        ratio = (q * mean**2 + p * np.mean(each**2)) / mean
-        slope = q * 2 * values * unit  # of q * mean
-        noise = np.einsum("n,nc,ncr->r", 4 * each / len(each), shown, coordinates)
-        slope = slope + p * noise / mean
-        slope = slope - p * np.mean(each**2) / mean**2 * 2 * values * unit
-        slope = (slope - unit * (slope @ unit)) / length
+        ratio, slope = rank_one_ratio(vector, values, coordinates, q, p)
         return -ratio, -slope
 
     rank = len(values)

@@ -247,11 +247,27 @@ def stability_thresholds(
       >>> ax.get_xlabel()
       'batch size'
     """
-    batch_sizes = _batch_sizes(lin, batch_sizes)
-    found = [stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes]
-    ax = _axes(
+    found = _thresholds(lin, batch_sizes, sampling)
+    return _draw_thresholds(found, learning_rate, batch_size, ax)
+
+
+def _thresholds(lin, batch_sizes, sampling):
+    """Thresholds by batch size."""
+    if batch_sizes is None:
+        n = len(lin.coordinates)
+        batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
+    return {b: stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes}
+
+
+def _setting_axes(ax):
+    return _axes(
         ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
     )
+
+
+def _draw_thresholds(found, learning_rate, batch_size, ax):
+    ax = _setting_axes(ax)
+    batch_sizes, found = list(found), list(found.values())
     for name in found[0].rates:
         rates = np.array([f.rates[name] for f in found])
         rates[~np.isfinite(rates)] = np.nan
@@ -265,13 +281,6 @@ def stability_thresholds(
     _mark(ax, learning_rate, batch_size)
     ax.legend(fontsize="small")
     return ax
-
-
-def _batch_sizes(lin, batch_sizes):
-    if batch_sizes is not None:
-        return list(batch_sizes)
-    n = len(lin.coordinates)
-    return sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
 
 
 def _mark(ax, learning_rate, batch_size):
@@ -314,28 +323,28 @@ def stability_plane(
       >>> ax.get_ylabel()
       'learning rate'
     """
-    batch_sizes = _batch_sizes(lin, batch_sizes)
+    found = _thresholds(lin, batch_sizes, sampling)
+    return _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax)
+
+
+def _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax):
+    batch_sizes, found = list(found), list(found.values())
     if mu is None:
         mu = float(stability.alignment(lin).mu) if float(lin.loss) > 0 else 1.0
-    found = [stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes]
     exact = np.array([f.mean_square for f in found])
     rates = np.geomspace(exact.min() / 10, 4 * found[0].gradient_descent, 60)
     norm = float(jnp.linalg.norm(lin.eigenvalues))
     n = len(lin.coordinates)
-    bounds = np.array(
+    bounds_at_one = np.array(
         [
-            [
-                stability.sharpest_minimum(
-                    rate, b, n, mu=mu, sampling=sampling
-                ).frobenius_norm
-                for b in batch_sizes
-            ]
-            for rate in rates
+            stability.sharpest_minimum(
+                1.0, b, n, mu=mu, sampling=sampling
+            ).frobenius_norm
+            for b in batch_sizes
         ]
     )
-    ax = _axes(
-        ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
-    )
+    bounds = bounds_at_one[None] / rates[:, None]
+    ax = _setting_axes(ax)
     ratio = np.log10(np.maximum(norm / bounds, 1e-2))
     filled = ax.contourf(batch_sizes, rates, ratio, levels=20, cmap="coolwarm")
     ax.figure.colorbar(filled, ax=ax, label="log10 of Frobenius norm over its bound")
@@ -436,10 +445,9 @@ def stability_report(
       3
     """
     _, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    setting = dict(
-        learning_rate=learning_rate, batch_size=batch_size, sampling=sampling
-    )
-    stability_thresholds(lin, **setting, ax=axes[0])
-    stability_plane(lin, **setting, ax=axes[1])
-    stability_losses(lin, **setting, ax=axes[2])
+    setting = learning_rate, batch_size
+    found = _thresholds(lin, None, sampling)
+    _draw_thresholds(found, *setting, axes[0])
+    _draw_plane(lin, found, None, *setting, sampling, axes[1])
+    stability_losses(lin, *setting, sampling=sampling, ax=axes[2])
     return tuple(axes)

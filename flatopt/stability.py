@@ -169,7 +169,8 @@ def thresholds(
     grams = np.einsum("ncr,ndr->ncd", coordinates, coordinates)
     mean_square_norm = np.mean(np.sum(grams**2, axis=(1, 2)))
     trace, norm = values.sum(), np.sqrt((values**2).sum())
-    top = _moments.rank_one_ratio(np.eye(len(values))[0], values, coordinates, q, p)
+    first = np.eye(len(values))[0]
+    top, _ = _moments.rank_one_ratio(first, values, coordinates, q, p)
     smallest = _moments.smallest_alignment(values, coordinates, sampling)
     estimate = math.nan
     if float(lin.loss) > 0:
