@@ -101,8 +101,8 @@ class SpectralDensity(NamedTuple):
 
 @jax.jit
 def _expand(basis, found):
-    """Coefficients of a product in the basis, and what is orthogonal to it."""
-    rest, coefficients = found, 0.0
+    """Coefficients of a block of one in the basis, what is orthogonal to it, its length."""
+    rest, coefficients = _blocks.row(found, 0), 0.0
     for _ in range(2):
         part = _blocks.gram(_blocks.single(rest), basis)[0]
         rest = _blocks.subtract(rest, _blocks.combine(part, basis))
@@ -112,7 +112,9 @@ def _expand(basis, found):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _append(basis, index, tree, length):
-    return _blocks.set_row(basis, index, jax.tree.map(lambda x: x / length, tree))
+    """The basis with one more direction, and that direction as a block of one."""
+    unit = jax.tree.map(lambda x: x / length, tree)
+    return _blocks.set_row(basis, index, unit), _blocks.single(unit)
 
 
 @jax.jit
@@ -150,7 +152,7 @@ class _Krylov:
         for _ in range(4):
             self.draws += 1
             noise = draw_normal(self.operator, probe_keys(self.key, self.draws, 1))
-            _, rest, length = _expand(self.basis, _blocks.row(noise, 0))
+            _, rest, length = _expand(self.basis, noise)
             if length > 1e-2:
                 break
         return rest, float(length)
@@ -158,11 +160,9 @@ class _Krylov:
     def step(self, rest, length):
         """Add a direction; return the next one, and its length."""
         index = self.size
-        self.basis = _append(self.basis, index, rest, length)
-        found = products(
-            self.operator, jax.tree.map(lambda x: x[index : index + 1], self.basis)
-        )
-        coefficients, rest, length = _expand(self.basis, _blocks.row(found, 0))
+        self.basis, unit = _append(self.basis, index, rest, length)
+        found = products(self.operator, unit)
+        coefficients, rest, length = _expand(self.basis, found)
         coefficients = np.asarray(coefficients, "f8")
         if not np.isfinite(coefficients).all():
             raise ValueError(
@@ -263,7 +263,7 @@ def eigenpairs(
         keep = order[: min(count + 8, capacity - 2)]
         krylov.restart(krylov.rows(coefficients[:, keep]), np.diag(values[keep]))
         worst = _blocks.row(residual_rows, int(residuals.argmax()))
-        _, rest, length = _expand(krylov.basis, worst)
+        _, rest, length = _expand(krylov.basis, _blocks.single(worst))
         length = float(length)
 
 
@@ -310,7 +310,7 @@ def _warm_start(krylov, start, which):
     )
     krylov.restart(rows, np.diag(values[order]))
     total = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
-    _, rest, length = _expand(krylov.basis, total)
+    _, rest, length = _expand(krylov.basis, _blocks.single(total))
     return rest, float(length)
 
 

@@ -30,6 +30,11 @@ def fold_in(key, word):
     """``jax.random.fold_in``, without loops for a threefry key; ``word`` may be traced."""
     if not _is_threefry(key):
         return jax.random.fold_in(key, word)
+    return _fold_in(key, word)
+
+
+@functools.partial(jax.jit, inline=True)
+def _fold_in(key, word):
     data = _data(key)
     low = jnp.asarray(word).astype(jnp.uint32)
     folded = jnp.stack(_threefry(data[0], data[1], jnp.zeros_like(low), low))

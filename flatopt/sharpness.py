@@ -573,7 +573,7 @@ def worst_case(
         ),
         params,
     )
-    direction = _trees.bind(ISOTROPIC, key, params)(key)
+    direction = _random_direction(key, params)
     base, best = None, 0.0
     for _ in range(num_steps + 1):
         moved = _farthest(params, units, direction, jnp.float32(rho), norm == "l2")
@@ -585,8 +585,18 @@ def worst_case(
                 "smaller radius."
             )
         best = max(best, float(value) - base)
-        direction = jax.tree.map(jnp.multiply, units, grads)
+        direction = _times(units, grads)
     return best
+
+
+@jax.jit
+def _random_direction(key, params):
+    return _trees.bind(ISOTROPIC, key, params)(key)
+
+
+@jax.jit
+def _times(tree, other):
+    return jax.tree.map(jnp.multiply, tree, other)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -649,7 +659,7 @@ def m_sharpness(
             norm=norm,
             adaptive=adaptive,
             num_steps=num_steps,
-            data=[batch],
+            data=[batch] if _streams.is_stream(batch) else batch,
         )
         for batch in batches
     ]
