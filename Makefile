@@ -17,7 +17,8 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
-	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (an hour)"
+	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (an hour);"
+	@echo "                  with CIFAR10=FOLDER that of CIFAR-10 too"
 	@echo "make clean    remove .venv and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -66,9 +67,13 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
+REPRODUCE := $(filter-out %/common %/cifar10,$(basename $(wildcard examples/reproduce/*.py)))
+
 reproduce: $(VENV)/.examples
-	set -e; for name in $(filter-out common,$(basename $(notdir $(wildcard examples/reproduce/*.py)))); \
-	do $(BIN)/python examples/reproduce/$$name.py; done
+	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
+ifdef CIFAR10
+	$(BIN)/python examples/reproduce/cifar10.py --data-dir $(CIFAR10)
+endif
 
 clean:
 	rm -rf $(VENV) $(FLOOR) docs/_build build dist .pytest_cache .ruff_cache

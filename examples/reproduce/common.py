@@ -11,6 +11,7 @@ import jax
 import matplotlib as mpl
 import numpy as np
 import optax
+from sklearn.datasets import load_digits
 
 import flatopt
 
@@ -141,6 +142,49 @@ def plain(tree: Any) -> Any:
     if isinstance(tree, pathlib.Path):
         return str(tree)
     return tree
+
+
+def split_digits(
+    seed: int, num_train: int, label_noise: float = 0.0
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Real handwritten digits: images (n, 64) in [0, 1] and labels (n,) of each split.
+
+    Validation (400) and test (800) are always the same images. The seed draws the training
+    images from the other 597, and which of their labels are replaced by random ones.
+    """
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(images))
+    test, validation, rest = np.split(order, [800, 1200])
+    rng = np.random.default_rng(seed)
+    train = rng.permutation(rest)[:num_train]
+    train_labels = labels[train]
+    wrong = rng.random(len(train)) < label_noise
+    train_labels[wrong] = rng.integers(0, 10, wrong.sum())
+    return {
+        "train": (images[train], train_labels),
+        "validation": (images[validation], labels[validation]),
+        "test": (images[test], labels[test]),
+    }
+
+
+def gradients_a_step(
+    step: Callable, loss_fn: Callable, carry: Any, *batch: Any, num_steps: int = 2
+) -> float:
+    """Gradients of a batch a step takes, as flatopt counts those of single examples.
+
+    Args:
+      step: ``step(value_fn, carry, *batch) -> carry``, a training step on that loss.
+      loss_fn: the loss.
+      carry: parameters and state at the start.
+      *batch: arrays of equal leading axis.
+      num_steps: over which to take the mean.
+    """
+    counter = flatopt.GradientCounter(loss_fn)
+    run = jax.jit(lambda carry, batch: step(counter, carry, *batch))
+    for _ in range(num_steps):
+        carry = run(carry, batch)
+    return counter.count / num_steps / len(jax.tree.leaves(batch)[0])
 
 
 def mean_and_error(values: Any) -> dict[str, float]:

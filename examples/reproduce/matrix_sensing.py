@@ -140,6 +140,19 @@ def normalized_error(factor, measurements, targets):
     return 4 * loss_fn(factor, measurements, targets) / jnp.mean(targets**2)
 
 
+def take_step(tx, value_fn, carry, measurements, targets):
+    factor, state = carry
+    updates, state = tx.update(
+        None,
+        state,
+        factor,
+        value_fn=value_fn,
+        measurements=measurements,
+        targets=targets,
+    )
+    return optax.apply_updates(factor, updates), state
+
+
 class Sensing:
     """Measurements, and the problems of all seeds side by side."""
 
@@ -167,16 +180,7 @@ class Sensing:
             tx = self.chain(link, key)
 
             def step(carry, _):
-                factor, state = carry
-                updates, state = tx.update(
-                    None,
-                    state,
-                    factor,
-                    value_fn=loss_fn,
-                    measurements=measurements,
-                    targets=targets,
-                )
-                return (optax.apply_updates(factor, updates), state), None
+                return take_step(tx, loss_fn, carry, measurements, targets), None
 
             return jax.lax.scan(step, carry, None, length=length)[0]
 
@@ -207,22 +211,19 @@ class Sensing:
         factor = jnp.pad(self.truth, ((0, 0), (0, 0), (0, missing)))
         return precise_trace(factor, self.measurements, self.targets)
 
-    def gradients_a_step(self, link, num_steps=3):
-        """Gradients of the loss a step, as flatopt counts those of single examples."""
-        counter = flatopt.GradientCounter(loss_fn)
+    def gradients_a_step(self, link):
         tx, factor = self.chain(link, 0), self.start[0]
-        state = tx.init(factor)
-        for _ in range(num_steps):
-            updates, state = tx.update(
-                None,
-                state,
-                factor,
-                value_fn=counter,
-                measurements=self.measurements,
-                targets=self.targets[0],
-            )
-            factor = optax.apply_updates(factor, updates)
-        return counter.count / num_steps / len(self.measurements)
+
+        def step(value_fn, carry, measurements, targets):
+            return take_step(tx, value_fn, carry, measurements, targets)
+
+        return common.gradients_a_step(
+            step,
+            loss_fn,
+            (factor, tx.init(factor)),
+            self.measurements,
+            self.targets[0],
+        )
 
 
 def compute(config, piece):

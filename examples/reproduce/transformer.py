@@ -271,17 +271,16 @@ class Training:
             self.costs[method.make] = self.count(method)
         return self.costs[method.make]
 
-    def count(self, method, num_steps=2):
-        """Gradients of a batch a step, as flatopt counts those of single examples."""
-        counter = flatopt.GradientCounter(self.loss_fn)
-        tx = self.optimizer(method, method.settings[0], 100, 0)
-        step = jax.jit(functools.partial(self.step, method, tx, counter))
-        params = self.start(0)
-        state = tx.init(params)
+    def count(self, method):
+        tx, params = self.optimizer(method, method.settings[0], 100, 0), self.start(0)
         batch = jnp.zeros((self.config.batch_size, self.config.length + 1), jnp.int32)
-        for _ in range(num_steps):
-            params, state = step(params, state, batch)
-        return counter.count / num_steps / len(batch)
+
+        def step(value_fn, carry, batch):
+            return self.step(method, tx, value_fn, *carry, batch)
+
+        return common.gradients_a_step(
+            step, self.loss_fn, (params, tx.init(params)), batch
+        )
 
     def compiled(self, method, length, *arguments):
         """A part of training, compiled once for all settings and seeds."""
