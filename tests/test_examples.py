@@ -308,7 +308,9 @@ def definitions(*paths):
 
 def test_the_cifar10_notebook_has_the_model_and_the_readers_of_the_command():
     notebook = definitions(EXAMPLES / "notebooks" / "cifar10_resnet18.py")
-    command = definitions(EXAMPLES / "cifar10.py", EXAMPLES / "cifar10_data.py")
+    command = definitions(
+        *(EXAMPLES / name for name in ("cifar10.py", "cifar10_data.py", "resnet.py"))
+    )
     own = {"from_folder", "make_transformation", "train"}
     common = notebook.keys() & command.keys()
     assert common - own >= {"Block", "ResNet", "flat_step", "augment", "read_parquet"}
