@@ -334,8 +334,28 @@ def compare(config):
                 progress.set_description(f"{name}, final")
                 runs.append(final_run(trainer, best, seed))
                 progress.update()
-            results[name] = {"setting": best, "validation": max(scores), "runs": runs}
+            results[name] = {
+                "setting": best,
+                "validation": max(scores),
+                "summary": summarize(runs),
+                "runs": runs,
+            }
     return results
+
+
+def summarize(runs):
+    """Mean and standard error over seeds of what the table shows."""
+    columns = {
+        "test accuracy %": [100 * run["test_accuracy"] for run in runs],
+        "train loss": [run["train_loss"] for run in runs],
+        "radius 0.04": [run["perturbed_loss"][RADII.index(0.04)] for run in runs],
+        "radius 0.1": [run["perturbed_loss"][RADII.index(0.1)] for run in runs],
+        "seconds": [run["seconds"] for run in runs],
+    }
+    return {
+        name: [float(x) for x in mean_and_error(column)]
+        for name, column in columns.items()
+    }
 
 
 def final_run(trainer, setting, seed):
@@ -386,26 +406,17 @@ def print_table(results, config):
         "(mean ± standard error), equal gradient evaluations"
         + (", QUICK: far from trained" if config.quick else "")
     )
-    columns = ["method", "test accuracy %", "train loss", "radius 0.04", "radius 0.1"]
-    for column in [*columns, "seconds", "chosen setting"]:
+    digits = dict.fromkeys(next(iter(results.values()))["summary"], 3)
+    digits |= {"test accuracy %": 1, "seconds": 2}
+    for column in ["method", *digits, "chosen setting"]:
         table.add_column(column)
     for name, result in results.items():
-        runs = result["runs"]
-
-        def cell(values, digits=3):
-            mean, error = mean_and_error(values)
-            return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
+        cells = [
+            f"{mean:.{digits[column]}f} ± {error:.{digits[column]}f}"
+            for column, (mean, error) in result["summary"].items()
+        ]
         chosen = ", ".join(f"{k} {v:g}" for k, v in result["setting"].items())
-        table.add_row(
-            name,
-            cell([100 * r["test_accuracy"] for r in runs], 1),
-            cell([r["train_loss"] for r in runs]),
-            cell([r["perturbed_loss"][RADII.index(0.04)] for r in runs]),
-            cell([r["perturbed_loss"][RADII.index(0.1)] for r in runs]),
-            f"{np.mean([r['seconds'] for r in runs]):.2f}",
-            chosen,
-        )
+        table.add_row(name, *cells, chosen)
     rich.console.Console(width=140).print(table)
     print("radius r: training loss under filter-normalized Gaussian noise of scale r")
     print_curvature(results)
