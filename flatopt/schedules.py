@@ -1,5 +1,6 @@
 """Schedules of the noise scale over training."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -18,7 +19,7 @@ def cosine_growth(
     Args:
       init_value: value at step 0.
       growth: ratio of the last value to the first.
-      transition_steps: number of optimizer steps T, at least 1.
+      transition_steps: number of optimizer steps T, at least 1; it may be traced.
 
     Returns:
       A schedule ``count -> value``.
@@ -37,7 +38,7 @@ def cosine_growth(
       >>> [round(float(gamma(t)), 5) for t in (0, 50, 100, 200)]
       [0.0005, 0.004, 0.0075, 0.0075]
     """
-    if transition_steps < 1:
+    if not isinstance(transition_steps, jax.core.Tracer) and transition_steps < 1:
         raise ValueError(
             f"transition_steps must be at least 1, got {transition_steps}; give the number "
             "of optimizer steps of the whole training."
