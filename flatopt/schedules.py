@@ -45,7 +45,8 @@ def cosine_growth(
         )
 
     def schedule(count):
-        progress = jnp.minimum(jnp.asarray(count, jnp.float32) / transition_steps, 1.0)
+        count, steps = jnp.float32(count), jnp.float32(transition_steps)
+        progress = jnp.minimum(count / steps, 1.0)
         return init_value * ((growth - 1) * (1 - jnp.cos(jnp.pi * progress)) / 2 + 1)
 
     return schedule

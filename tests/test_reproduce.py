@@ -9,6 +9,9 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -79,6 +82,79 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert report["results"] == [{"value": 1}, {"value": 3}]
     common.run("name", config, compute, draw)
     assert calls[3:] == ["first", "second"]  # a whole run starts again
+
+
+def test_digits_splits_share_no_image_and_wrong_labels_follow_the_seed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import common
+
+    splits = common.split_digits(1, 500, 0.4)
+    clean = common.split_digits(1, 500)
+    rows = [{row.tobytes() for row in images} for images, _ in splits.values()]
+    assert [len(labels) for _, labels in splits.values()] == [500, 400, 800]
+    assert len(set.union(*rows)) == sum(map(len, rows))
+    np.testing.assert_array_equal(splits["train"][0], clean["train"][0])
+    wrong = (splits["train"][1] != clean["train"][1]).mean()
+    assert abs(wrong - 0.4 * 0.9) < 4 * (0.36 * 0.64 / 500) ** 0.5
+    for split in ("validation", "test"):
+        np.testing.assert_array_equal(splits[split][1], clean[split][1])
+
+
+def test_granulated_tau_compares_what_differs_in_one_hyperparameter(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import sharpness_study as study
+
+    fixed = dict.fromkeys(study.HYPERPARAMETERS, 0)
+    networks = [
+        fixed
+        | {"learning_rate": rate, "width": width, "test_error": 0.0, "gap": gap}
+        | ({"measures": {"m": 3 * rate - width}} if seed or rate < 3 else {})
+        for rate in range(4)
+        for width in (1, 10)
+        for seed, gap in enumerate((rate + width, rate + width + 2))
+    ]
+    configurations = study.average(networks, study.HYPERPARAMETERS)
+    assert len(configurations) == 6  # those of the highest rate lack a measure
+    assert configurations[1]["gap"] == 0 + 10 + 1
+    found = study.granulated(configurations, "m")
+    assert found["learning_rate"]["mean"] == 1
+    assert found["width"]["mean"] == -1
+    assert found["momentum"]["count"] == 0
+    assert found["mean"] == 0
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_a_network_in_a_wider_program_has_the_curvature_of_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import sharpness_study as study
+
+    import flatopt
+
+    images, labels = map(jnp.asarray, study.common.split_digits(0, 20)["train"])
+    functions = study.Functions(skip=True)
+    wide = study.init(jax.random.key(0), 6, 3, norm=False)
+    cut = {"first": np.s_[:, :3], "output": np.s_[:3], "block": np.s_[:3, :3]}
+    narrow = {
+        name: {
+            "kernel": layer["kernel"][cut[name.split()[0]]],
+            "bias": layer["bias"] if name == "output" else layer["bias"][:3],
+        }
+        for name, layer in wide.items()
+    }
+    spectra = []
+    for params in (wide, narrow):
+        grads = jax.grad(functions.loss_fn)(params, (images, labels))
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+        normalized, _, units = study.normalize(params, params, 3)
+        batch = jax.tree.map(lambda u: jnp.stack([u] * 20), units), images, labels
+        operator = flatopt.curvature.hessian(
+            functions.normalized_loss_fn, normalized, batch
+        )
+        values = np.linalg.eigvalsh(operator.dense())
+        spectra.append(values[np.argsort(-abs(values))][:100])
+    np.testing.assert_allclose(*spectra, rtol=1e-3, atol=1e-5)
+    assert abs(spectra[0][0]) > 0.01
 
 
 # Pages
