@@ -141,8 +141,8 @@ class Config(common.Config):
 SMOKE = {
     "learning_rates": (0.1, 0.2),
     "momenta": (0.9,),
-    "weight_decays": (0.0,),
-    "batch_sizes": (10, 20),
+    "weight_decays": (0.0, 1e-3),
+    "batch_sizes": (10,),
     "widths": (8,),
     "skips": (False,),
     "norms": (False,),
@@ -330,9 +330,7 @@ def where(condition, tree, other):
     return jax.tree.map(functools.partial(jnp.where, condition), tree, other)
 
 
-@functools.cache
-def functions_of(skip):
-    return Functions(skip)
+FUNCTIONS = {skip: Functions(skip) for skip in (False, True)}
 
 
 # Measures
@@ -501,7 +499,7 @@ def train_grid(config, networks):
             f"width {width}, batches of {batch_size}, skip {skip}, norm {norm}",
             functools.partial(
                 train_and_measure,
-                functions_of(skip),
+                FUNCTIONS[skip],
                 config,
                 (width, norm, batch_size),
                 config.epochs,
@@ -528,7 +526,7 @@ def train_along(config, cases, epochs, target):
             data.append(own)
     widest = max(setting["width"] for setting in settings)
     return train_and_measure(
-        functions_of(skip=False),
+        FUNCTIONS[False],
         config,
         (widest, False, config.batch_sizes[0]),
         epochs,
