@@ -17,7 +17,7 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
-	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (an hour);"
+	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (two hours);"
 	@echo "                  with CIFAR10=FOLDER that of CIFAR-10 too"
 	@echo "make clean    remove .venv and what was built"
 
