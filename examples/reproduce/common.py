@@ -86,11 +86,10 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the results."""
+    """The settings that decide the results; places of files do not."""
     found = dataclasses.asdict(config)
-    for name in ("output", "images", "redraw", "smoke"):
-        del found[name]
-    return plain(found)
+    places = "output", "images", "redraw", "smoke", "data_dir"
+    return plain({name: value for name, value in found.items() if name not in places})
 
 
 class Pieces:
