@@ -188,7 +188,8 @@ def low_pass(
       key: a JAX random key.
       sigma: scale of the noise, > 0.
       num_samples: number of perturbations.
-      kernel: the noise; default: :func:`flatopt.kernels.isotropic`.
+      kernel: the noise; default: :func:`flatopt.kernels.isotropic`. Make it once: code is
+        compiled for each kernel, as for each loss.
       data: one batch, or a re-iterable of batches.
       weight_fn: weight of a batch; default: its number of examples.
 
