@@ -716,16 +716,12 @@ def draw(report):
 
 
 def main(config):
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     report = common.run("cifar10", common.prepare(config, SMOKE), compute, draw)
-    for stage in ("comparison", "finetuning"):
-        for name, row in report["results"][stage]["summary"].items():
-            cells = (
-                f"{key} {row[key]['mean']:.4g} ± {row[key]['error']:.2g}"
-                for key in ("test_error", "train_loss", "trace", "max_eigenvalue")
-            )
-            print(f"{stage}, {name:22}", *cells, sep="   ")
+    common.print_summaries(
+        report["results"],
+        ("comparison", "finetuning"),
+        ("test_error", "train_loss", "trace", "max_eigenvalue"),
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def prepare(config: Config, smoke: dict[str, Any]) -> Config:
     mpl.use("agg")
     if not config.smoke:
         return config
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     folder = pathlib.Path("results") / "smoke"
     given = {name: getattr(config, name) for name in ("output", "images")}
     defaults = {"output": RESULTS, "images": IMAGES}
@@ -83,6 +84,19 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
     report = json.loads(path.read_text())
     draw(report).savefig(config.images / f"{name}.png", dpi=130)
     return report
+
+
+def print_summaries(
+    results: dict, stages: tuple[str, ...], columns: tuple[str, ...]
+) -> None:
+    """Means and errors of some columns, a line for each method of each stage."""
+    for stage in stages:
+        for name, row in results[stage]["summary"].items():
+            cells = (
+                f"{column} {row[column]['mean']:.4g} ± {row[column]['error']:.2g}"
+                for column in columns
+            )
+            print(f"{stage}, {name:24}", *cells, sep="   ")
 
 
 def settings(config: Config) -> dict[str, Any]:

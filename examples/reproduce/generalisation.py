@@ -952,8 +952,6 @@ def draw_methods(axis, results, key, factor):
 
 
 def main(config):
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     report = common.run("generalisation", common.prepare(config, SMOKE), compute, draw)
     for name, row in report["results"]["over_cells"]["all"].items():
         gain, trace = row["accuracy_gain"], row["trace_ratio"]

@@ -110,25 +110,7 @@ class Config(common.Config):
     """Levels of label noise."""
     input_noises: tuple[float, ...] = tuple(round(0.2 * i, 1) for i in range(20))
     """Levels of Gaussian noise on the training images, in their standard deviations."""
-    many_widths: tuple[int, ...] = (
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        10,
-        12,
-        14,
-        16,
-        20,
-        24,
-        32,
-        48,
-        64,
-    )
+    many_widths: tuple[int, ...] = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 48, 64)
     """Widths along which to look for double descent."""
     width_epochs: int = 1000
     """Training along the widths, the same for all."""
@@ -160,6 +142,7 @@ SMOKE = {
 }
 
 BLOCKS = 2
+LOW_PASS = "low_pass {:g}"
 HYPERPARAMETERS = (
     "learning_rate",
     "momentum",
@@ -362,7 +345,7 @@ def measure(functions, config, width, network, data):
     norm = optax.tree.norm(normalized)
     distance = optax.tree.norm(optax.tree.sub(normalized, start))
     found = {
-        f"low_pass {sigma:g}": sharpness.low_pass(**at, sigma=sigma, data=batch).value
+        LOW_PASS.format(sigma): sharpness.low_pass(**at, sigma=sigma, data=batch).value
         for sigma in config.radii
     }
     found |= {
@@ -645,13 +628,14 @@ def gap_statistics(configurations, config):
         name: np.array([tau(np.take(value, s), gap[s]) for s in samples])
         for name, value in tqdm.tqdm(values.items(), desc="bootstrap", leave=False)
     }
-    best = max(values, key=lambda name: tau(values[name], gap))
+    taus = {name: tau(value, gap) for name, value in values.items()}
+    best = max(taus, key=taus.get)
     architecture = [
         name for name in HYPERPARAMETERS if name in ("width", "skip", "norm")
     ]
     return {
         name: {
-            "tau": tau(value, gap),
+            "tau": taus[name],
             "interval": np.quantile(drawn[name], [0.025, 0.975]),
             "behind_best": np.quantile(drawn[best] - drawn[name], [0.025, 0.975]),
             "granulated": granulated(configurations, name),
@@ -719,7 +703,7 @@ def draw(report):
     results = report["results"]
     figure, axes = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
     draw_taus(axes[0], results)
-    draw_radii(axes[1], results)
+    draw_radii(axes[1], results, report["settings"]["radii"])
     draw_networks(axes[2], results)
     return figure
 
@@ -743,8 +727,7 @@ def draw_taus(axis, results):
     axis.legend(fontsize=8, loc="lower right")
 
 
-def draw_radii(axis, results):
-    radii = radii_of(results["gap"])
+def draw_radii(axis, results, radii):
     for label, taus in {
         "gap": results["gap"],
         "label noise": results["label_noise"]["measures"],
@@ -781,16 +764,7 @@ def draw_networks(axis, results):
     axis.legend(fontsize=8)
 
 
-LOW_PASS = "low_pass {:g}"
-
-
-def radii_of(taus):
-    return sorted(float(n.split()[1]) for n in taus if n.startswith("low_pass"))
-
-
 def main(config):
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     report = common.run("sharpness_study", common.prepare(config, SMOKE), compute, draw)
     taus = report["results"]["gap"]
     for name in sorted(taus, key=lambda name: -taus[name]["tau"]):

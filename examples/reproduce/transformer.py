@@ -500,16 +500,12 @@ def draw(report):
 
 
 def main(config):
-    if config.smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
     report = common.run("transformer", common.prepare(config, SMOKE), compute, draw)
-    for stage in ("pretraining", "finetuning"):
-        for name, row in report["results"][stage]["summary"].items():
-            cells = (
-                f"{key} {row[key]['mean']:.4g} ± {row[key]['error']:.2g}"
-                for key in ("validation", "test", "trace", "seconds")
-            )
-            print(f"{stage}, {name:12}", *cells, sep="   ")
+    common.print_summaries(
+        report["results"],
+        ("pretraining", "finetuning"),
+        ("validation", "test", "trace", "seconds"),
+    )
 
 
 if __name__ == "__main__":
