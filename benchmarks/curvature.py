@@ -20,7 +20,9 @@ import tyro
 from flax import nnx
 
 from benchmarks import problems, render
-from flatopt import _blocks, _operator, _probes, curvature
+from flatopt import curvature
+from flatopt._core import blocks
+from flatopt.curvature import _draws, _operator
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCH = {"mlp": 256, "cnn": 64}
@@ -88,10 +90,10 @@ def contenders(problem):
     hessian = curvature.hessian(loss_fn, problem.params, problem.batch)
     newton = curvature.gauss_newton(model_fn, output_loss, problem.params, pair)
     gradient = jax.jit(jax.grad(loss_fn))
-    keys = _probes.probe_keys(jax.random.key(0), 0, 2 * PROBES)
-    block = _probes.draw_signs(hessian, keys[:PROBES])
+    keys = _draws.probe_keys(jax.random.key(0), 0, 2 * PROBES)
+    block = _draws.draw_signs(hessian, keys[:PROBES])
     one = jax.tree.map(lambda x: x[:1], block)
-    nothing = _blocks.zeros(hessian.like, 0)
+    nothing = blocks.zeros(hessian.like, 0)
     return hessian, {
         "gradient": (lambda: gradient(problem.params, problem.batch), 1),
         "Hessian": (lambda: _operator.products(hessian, one), 1),
@@ -169,7 +171,7 @@ def memory(hessian):
     for count in (16, 256):
         probe = jax.jit(lambda o, k, n=count: curvature.probe(o, k, n))
         compiled = probe.lower(hessian, jax.random.key(0)).compile()
-        size = 4 * _blocks.size(hessian.like)
+        size = 4 * blocks.size(hessian.like)
         found[count] = compiled.memory_analysis().temp_size_in_bytes / size
     return found
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flatopt import _checks, smoothing
+from flatopt import smoothing
+from flatopt._core import signatures
 
 
 def value_and_grad(
@@ -161,7 +162,7 @@ def update(
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     after = None
     if nnx.state(model, nnx.Not(nnx.Any(_FIXED, nnx.RngState))):
-        given = _checks.forwarded(loss_fn, kwargs)
+        given = signatures.forwarded(loss_fn, kwargs)
         after = _clean_state(loss_fn, graphdef, params, rest, (), given)
     value_fn = _value_fn(loss_fn, loss_fn, graphdef, params, rest)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -279,7 +280,7 @@ def _value_fn(apply, loss_fn, graphdef, params, rest):
     treedef = jax.tree.structure(params)
 
     def value_fn(params, /, *args, sample_key, **kwargs):
-        if _checks.names_keyword(loss_fn, "sample_key"):
+        if signatures.names_keyword(loss_fn, "sample_key"):
             kwargs["sample_key"] = sample_key
         # An optimizer hands over bare arrays in place of variables.
         params = treedef.unflatten(jax.tree.leaves(params))
@@ -292,7 +293,7 @@ def _value_fn(apply, loss_fn, graphdef, params, rest):
 
 def _with_sample_key(loss_fn):
     """The signature of ``loss_fn`` with a keyword ``sample_key``."""
-    given = _checks.parameters_of(loss_fn)
+    given = signatures.parameters_of(loss_fn)
     if given is None:
         given = inspect.signature(lambda params, /, **kwargs: None).parameters
     if "sample_key" in given:

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt import _filters, _random, _trees
+from flatopt._core import binding, filters, random, sharding, trees
 
 Sampler = Callable[..., jax.Array]
-FilterAxes = _filters.FilterAxes
+FilterAxes = filters.FilterAxes
 
 
 class Kernel:
@@ -71,13 +71,13 @@ def _leafwise(sampler, deviation=None):
         deviations = [1.0] * len(leaves)
         if deviation is not None:
             deviations = [
-                deviation(_trees.path_name(path), leaf).astype(jnp.float32)
+                deviation(trees.path_name(path), leaf).astype(jnp.float32)
                 for (path, _), leaf in zip(named, leaves, strict=True)
             ]
-        hashes = _trees.path_hashes(params)
+        hashes = binding.path_hashes(params)
 
         def draw(key):
-            units = _sample_leaves(sampler, _trees.leaf_keys(key, hashes), leaves)
+            units = _sample_leaves(sampler, binding.leaf_keys(key, hashes), leaves)
             noise = [u * std for u, std in zip(units, deviations, strict=True)]
             return jax.tree.unflatten(jax.tree.structure(params), noise)
 
@@ -94,19 +94,19 @@ def _sample_leaves(sampler, keys, leaves):
     generator instead of hundreds.
     """
     shapes = [leaf.shape for leaf in leaves]
-    shardings = [_trees.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
+    shardings = [sharding.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
     transforms = {
-        normal: _random.to_normal,
-        uniform: _random.to_uniform,
-        laplace: _random.to_laplace,
+        normal: random.to_normal,
+        uniform: random.to_uniform,
+        laplace: random.to_laplace,
     }
     together = {}
-    if leaves and not any(shardings) and _random.can_sample_leaves(keys):
+    if leaves and not any(shardings) and random.can_sample_leaves(keys):
         if sampler is signs:
-            return _random.sample_leaves_signs(keys, shapes)
+            return random.sample_leaves_signs(keys, shapes)
         if sampler in transforms:
-            small = [i for i, leaf in enumerate(leaves) if leaf.size <= _random.SMALL]
-            values = _random.sample_leaves(
+            small = [i for i, leaf in enumerate(leaves) if leaf.size <= random.SMALL]
+            values = random.sample_leaves(
                 keys[np.array(small, int)],
                 [shapes[i] for i in small],
                 transforms[sampler],
@@ -145,7 +145,7 @@ def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> bool((flatopt.kernels.normal(key, (9,)) == jax.random.normal(key, (9,))).all())
       True
     """
-    return _random.normal(key, tuple(shape), dtype, out_sharding)
+    return random.normal(key, tuple(shape), dtype, out_sharding)
 
 
 def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -168,7 +168,7 @@ def signs(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> flatopt.kernels.signs(jax.random.key(0), (6,))
       Array([-1., -1.,  1.,  1., -1.,  1.], dtype=float32)
     """
-    return _random.signs(key, tuple(shape), dtype, out_sharding)
+    return random.signs(key, tuple(shape), dtype, out_sharding)
 
 
 def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -189,7 +189,7 @@ def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> round(float(values.var()), 1), bool(abs(values).max() <= 3 ** 0.5)
       (1.0, True)
     """
-    return _random.uniform(key, tuple(shape), dtype, out_sharding)
+    return random.uniform(key, tuple(shape), dtype, out_sharding)
 
 
 def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -210,7 +210,7 @@ def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       >>> round(float(values.var()), 1)
       1.0
     """
-    return _random.laplace(key, tuple(shape), dtype, out_sharding)
+    return random.laplace(key, tuple(shape), dtype, out_sharding)
 
 
 def isotropic(sampler: Sampler = normal) -> Kernel:
@@ -274,7 +274,7 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
       Array([[5., 1.],
              [5., 1.]], dtype=float32)
     """
-    return _leafwise(sampler, _filters.filter_norm(filter_axes))
+    return _leafwise(sampler, filters.filter_norm(filter_axes))
 
 
 def elementwise(sampler: Sampler = normal) -> Kernel:
@@ -322,14 +322,14 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
 
     def shared_bind(key, params):
         # Samples fold in their index, which stays below this number.
-        step_key = _random.fold_in(key, 2**31 - 1)
-        magnitude = _trees.bind(kernel, key, params)(step_key)
+        step_key = random.fold_in(key, 2**31 - 1)
+        magnitude = binding.bind(kernel, key, params)(step_key)
         magnitude = jax.lax.optimization_barrier(magnitude)
         leaves, treedef = jax.tree.flatten(magnitude)
-        hashes = _trees.path_hashes(params)
+        hashes = binding.path_hashes(params)
 
         def draw(key):
-            units = _sample_leaves(signs, _trees.leaf_keys(key, hashes), leaves)
+            units = _sample_leaves(signs, binding.leaf_keys(key, hashes), leaves)
             return treedef.unflatten(
                 [unit * leaf for unit, leaf in zip(units, leaves, strict=True)]
             )
@@ -369,7 +369,7 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
     """
 
     def layer(path):
-        name = _trees.path_name(path)
+        name = trees.path_name(path)
         return name.rpartition("/")[0] if layer_of is None else layer_of(name)
 
     def one_layer_bind(key, params):
@@ -377,10 +377,10 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
         names = [layer(path) for path, _ in paths]
         order = {name: i for i, name in enumerate(sorted(set(names)))}
         indices = treedef.unflatten([order[name] for name in names])
-        inner = _trees.bind(kernel, key, params)
+        inner = binding.bind(kernel, key, params)
 
         def draw(key):
-            choice_key = _random.fold_in(key, 2**31 - 2)
+            choice_key = random.fold_in(key, 2**31 - 2)
             chosen = jax.random.randint(choice_key, (), 0, max(len(order), 1))
             return jax.tree.map(
                 lambda index, noise: jnp.where(index == chosen, noise, 0),
@@ -417,9 +417,9 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
 
     def masked_bind(key, params):
         flags = jax.tree.unflatten(
-            jax.tree.structure(params), _trees.mask_flags(mask, params)
+            jax.tree.structure(params), trees.mask_flags(mask, params)
         )
-        inner = _trees.bind(kernel, key, params)
+        inner = binding.bind(kernel, key, params)
 
         def draw(key):
             return jax.tree.map(

@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import optax
 
-from flatopt import _checks, _trees, kernels
-from flatopt.adversarial import asam_gradients, sam_gradients
-from flatopt.transforms import smooth_gradients
+from flatopt import kernels
+from flatopt._core import checks, trees
+from flatopt.transforms._sam import sam_gradients
+from flatopt.transforms._sam_adaptive import asam_gradients
+from flatopt.transforms._smooth import smooth_gradients
 
 
 def lpf_sgd(
@@ -336,7 +338,7 @@ def _lpf(gamma, num_samples, batch_argnames, mask, key):
 
 def _nso(sigma, num_perturbations, mask, key):
     num_perturbations = 1 if num_perturbations is None else num_perturbations
-    _checks.check_num_samples(num_perturbations, "num_perturbations")
+    checks.check_num_samples(num_perturbations, "num_perturbations")
     return smooth_gradients(
         sigma,
         num_samples=num_perturbations,
@@ -363,4 +365,4 @@ def _masked(tx, mask):
     if mask is None:
         return tx
     # optax would call a tree that can be called.
-    return optax.masked(tx, mask if _trees.is_function(mask) else lambda _: mask)
+    return optax.masked(tx, mask if trees.is_function(mask) else lambda _: mask)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from flatopt import _passes, _trees, curvature, kernels, stability
+from flatopt import curvature, kernels, stability
+from flatopt._core import binding, trees
+from flatopt.curvature import _passes
 
 
 def _axes(ax, **labels):
@@ -82,7 +84,7 @@ def layer_traces(probe: curvature.Probe, *, ax: Any = None):
     """
     low, _ = probe.layer_traces.interval()
     names = [
-        _trees.path_name(path)
+        trees.path_name(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(probe.layer_traces.value)
     ]
     values = np.array(jax.tree.leaves(probe.layer_traces.value), "f8")
@@ -96,10 +98,10 @@ def layer_traces(probe: curvature.Probe, *, ax: Any = None):
 @functools.lru_cache(maxsize=64)
 def _plane(kernel):
     def move(row, params, fixed):
-        directions = [_trees.bind(kernel, key, params)(key) for key in fixed]
+        directions = [binding.bind(kernel, key, params)(key) for key in fixed]
         return jax.tree.map(
             lambda p, *d: (
-                _trees.widen(p)
+                trees.widen(p)
                 + sum(row[i].astype(u.dtype) * u for i, u in enumerate(d))
             ),
             params,

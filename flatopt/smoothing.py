@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks, _layout, _random, _trees, kernels
+from flatopt import kernels
+from flatopt._core import binding, checks, layout, random, sharding, signatures, trees
 
 Strategy = Literal["auto", "vmap", "scan", "unroll"] | int
 
@@ -71,9 +72,9 @@ def smooth(
 
         def evaluate(perturbed, chunk, **sample):
             del chunk
-            value = _checks.check_value(value_fn(perturbed, *args, **kwargs, **sample))
+            value = checks.check_value(value_fn(perturbed, *args, **kwargs, **sample))
             dtypes.append(value.dtype)
-            return _trees.widen(value), None
+            return trees.widen(value), None
 
         value, _ = estimate(evaluate, key, params, {}, rematerialize=True)
         return (value / num_samples).astype(dtypes[0])
@@ -160,7 +161,7 @@ def smooth_value_and_grad(
       >>> value.shape, grads.shape
       ((), (3,))
     """
-    names = _checks.check_batch_argnames(batch_argnames, value_fn)
+    names = checks.check_batch_argnames(batch_argnames, value_fn)
     if weight_fn is not None and not names:
         raise ValueError(
             f"weight_fn weighs the chunks of a batch, got {weight_fn!r} with no "
@@ -169,30 +170,30 @@ def smooth_value_and_grad(
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
     def value_and_grad(key, params, /, *args, **kwargs):
-        chunks, whole = _layout.split_batch(kwargs, names, num_samples)
+        chunks, whole = layout.split_batch(kwargs, names, num_samples)
         dtypes = []
 
         def value_of(perturbed, chunk, sample):
             out = value_fn(perturbed, *args, **whole, **chunk, **sample)
             if not has_aux:
-                return _checks.check_value(out), None
+                return checks.check_value(out), None
             if not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError(
                     f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
                     "return a pair."
                 )
-            return _checks.check_value(out[0]), out[1]
+            return checks.check_value(out[0]), out[1]
 
         def evaluate(perturbed, chunk, **sample):
             (value, aux), grads = jax.value_and_grad(value_of, has_aux=True)(
                 perturbed, chunk, sample
             )
             dtypes.append(value.dtype)
-            value, grads = jax.tree.map(_trees.widen, (value, grads))
+            value, grads = jax.tree.map(trees.widen, (value, grads))
             weight = jnp.ones((), value.dtype)
             if weight_fn is not None:
                 only = chunk[names[0]] if len(names) == 1 else chunk
-                weight = _checks.check_weight(weight_fn(only)).astype(value.dtype)
+                weight = checks.check_weight(weight_fn(only)).astype(value.dtype)
                 value, grads = jax.tree.map(
                     lambda x: jnp.where(weight == 0, 0, weight.astype(x.dtype) * x),
                     (value, grads),
@@ -201,7 +202,7 @@ def smooth_value_and_grad(
 
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            params = _layout.tree_varying(params, axis_name)
+            params = sharding.tree_varying(params, axis_name)
         totals, aux = estimate(evaluate, key, params, chunks)
         if axis_name is not None:
             totals = jax.lax.pmean(totals, axis_name)
@@ -219,19 +220,19 @@ def smooth_value_and_grad(
 
 def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     """Check what is static; return the sum over samples of any ``evaluate``."""
-    _checks.check_scale(scale)
-    _checks.check_num_samples(num_samples)
-    _checks.check_strategy(strategy)
+    checks.check_scale(scale)
+    checks.check_num_samples(num_samples)
+    checks.check_strategy(strategy)
     kernel = kernels.isotropic() if kernel is None else kernel
     coefficients = (1, -1) if antithetic else (1,)
 
     def estimate(evaluate, key, params, chunks, rematerialize=False):
-        params = _checks.check_params(params)
-        draw = _trees.bind(kernel, key, params)
+        params = checks.check_params(params)
+        draw = binding.bind(kernel, key, params)
 
         def sample(index, chunk):
-            noise_key = _random.fold_in(key, index)
-            options = _checks.sample_options(value_fn, noise_key)
+            noise_key = random.fold_in(key, index)
+            options = signatures.sample_options(value_fn, noise_key)
             noise = draw(noise_key)
             if antithetic:
                 # Both signs use it: without the barrier XLA may draw it twice.
@@ -246,14 +247,14 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
             total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
             return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
 
-        return _layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
+        return layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
 
     return estimate
 
 
 def _perturb(params, sign, scale, noise):
     def perturb(leaf, unit):
-        dtype = _trees.wide(leaf.dtype)
+        dtype = trees.wide(leaf.dtype)
         step = jnp.asarray(scale).astype(dtype) * unit.astype(dtype)
         moved = leaf.astype(dtype) + step if sign > 0 else leaf.astype(dtype) - step
         return moved.astype(leaf.dtype)

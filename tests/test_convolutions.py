@@ -9,7 +9,8 @@ import pytest
 from helpers import assert_close
 
 import flatopt
-from flatopt import _convolutions, kernels
+from flatopt import kernels
+from flatopt._core import jaxprs
 
 KEYS = jax.random.split(jax.random.key(3), 4)
 FAST = "b01f_01io->b01f"
@@ -65,9 +66,9 @@ def test_rewritten_convolutions_and_their_gradients_are_the_same(case):
         outputs, pullback = jax.vjp(convolve, inputs, kernel)
         return outputs, pullback(jnp.cos(outputs))
 
-    traced, jaxpr = _convolutions.trace(run, inputs, kernel)
-    assert _convolutions.has_convolution(jaxpr)
-    assert _convolutions.are_fast_in_loops(jaxpr) == (case != "groups")
+    traced, jaxpr = jaxprs.trace(run, inputs, kernel)
+    assert jaxprs.has_convolution(jaxpr)
+    assert jaxprs.are_fast_in_loops(jaxpr) == (case != "groups")
     assert_close(traced(inputs, kernel), run(inputs, kernel), rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import regression
 
-from flatopt import _random, _trees, kernels
+from flatopt import kernels
+from flatopt._core import binding, random, trees
 
 SAMPLERS = [
     kernels.normal,
@@ -186,7 +187,7 @@ def test_noise_is_constant_with_respect_to_params():
     kernel = kernels.filterwise()
 
     def total(params):
-        return _trees.bind(kernel, jax.random.key(0), params)(jax.random.key(1)).sum()
+        return binding.bind(kernel, jax.random.key(0), params)(jax.random.key(1)).sum()
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 2))), np.zeros((2, 2)))
 
@@ -194,9 +195,9 @@ def test_noise_is_constant_with_respect_to_params():
 def test_attribute_value_at_the_end_of_a_path_is_dropped():
     get = jax.tree_util.GetAttrKey
     key = jax.tree_util.DictKey
-    assert _trees.path_name((key("a"), get("value"))) == "a"
-    assert _trees.path_name((key("a"), key("value"))) == "a/value"
-    assert _trees.path_name(()) == ""
+    assert trees.path_name((key("a"), get("value"))) == "a"
+    assert trees.path_name((key("a"), key("value"))) == "a/value"
+    assert trees.path_name(()) == ""
 
 
 def test_fold_in_is_that_of_jax():
@@ -206,7 +207,7 @@ def test_fold_in_is_that_of_jax():
         jax.random.key(3, impl="rbg"),
     ):
         for word in (0, 1, 12345, 2**31 - 1):
-            ours, theirs = _random.fold_in(key, word), jax.random.fold_in(key, word)
+            ours, theirs = random.fold_in(key, word), jax.random.fold_in(key, word)
             assert ours.dtype == theirs.dtype
             ours, theirs = (jax.random.normal(k, (3,)) for k in (ours, theirs))
             np.testing.assert_array_equal(ours, theirs)

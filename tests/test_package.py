@@ -23,7 +23,6 @@ SUBMODULES = [
     flatopt.stability,
     flatopt.plots,
 ]
-MODULES_OF_ALL = {"curvature", "kernels", "schedules", "sharpness", "stability"}
 
 
 def _public_names():
@@ -46,10 +45,13 @@ def _resolve(name):
     return value
 
 
-def test_all_is_what_the_package_binds():
-    bound = {n for n in vars(flatopt) if not n.startswith("_")}
-    modules = {n for n in bound if inspect.ismodule(getattr(flatopt, n))}
-    assert set(flatopt.__all__) == (bound - modules) | MODULES_OF_ALL
+def test_dir_offers_what_is_public_and_nothing_else():
+    assert set(dir(flatopt)) == {*flatopt.__all__, "flax", "plots", "__version__"}
+    for name in dir(flatopt):
+        value = getattr(flatopt, name)
+        assert inspect.ismodule(value) or name == "__version__" or callable(value)
+    with pytest.raises(AttributeError, match="lpf_sdg"):
+        flatopt.lpf_sdg  # noqa: B018
 
 
 @pytest.mark.parametrize("name", _public_names())

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flatopt
-from flatopt import _random, kernels
+from flatopt import kernels
+from flatopt._core import random
 
 NUM_DEVICES = 8
 KERNELS = {
@@ -149,7 +150,7 @@ def test_sharded_parameters_are_gathered_once_a_pass_and_their_noise_never(
     kernel, monkeypatch
 ):
     # As on accelerators: on CPU the noise of small leaves is drawn together.
-    monkeypatch.setattr(_random, "can_sample_leaves", lambda keys: False)
+    monkeypatch.setattr(random, "can_sample_leaves", lambda keys: False)
     params, batch = process_worker.problem()
     mesh = _mesh(AxisType.Auto)
     params, batch = _place(params, mesh, P("data")), _place(batch, mesh, P("data"))

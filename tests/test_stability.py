@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatopt import _linearization, curvature, stability
-from flatopt._moments import SAMPLINGS
+from flatopt import curvature, stability
+from flatopt.stability import _linearization
+from flatopt.stability._moments import SAMPLINGS
 
 NECESSARY = (
     "gradient_descent",

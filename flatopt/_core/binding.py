@@ -1,0 +1,64 @@
+"""Kernels bound to parameters: keys of leaves, checks of what a kernel returns."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt._core import random
+from flatopt._core.trees import path_name
+
+
+def path_hashes(params):
+    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    return np.frombuffer(b"".join(digests), "<u4").reshape(len(names), 2)
+
+
+def leaf_keys(key, hashes):
+    """One typed key a leaf: the key with the two words of its hash folded in."""
+    if not len(hashes):
+        return []
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    fold = random.fold_in
+    return jax.vmap(lambda word: fold(fold(key, word[0]), word[1]))(hashes)
+
+
+def bind(kernel, key, params):
+    """Return ``draw(key) -> perturbation`` of any kernel at these parameters.
+
+    The noise is constant with respect to ``params``, and checked to have their
+    structure and shapes.
+    """
+    params = jax.lax.stop_gradient(params)
+    if hasattr(kernel, "bind"):
+        inner = kernel.bind(key, params)
+    else:
+
+        def inner(key):
+            return kernel(key, params)
+
+    def draw(key):
+        noise = inner(key)
+        if jax.tree.structure(noise) != jax.tree.structure(params):
+            raise ValueError(
+                "kernel must return a perturbation of the tree structure of params, "
+                f"got {jax.tree.structure(noise)}; return one array for each leaf of "
+                f"{jax.tree.structure(params)}."
+            )
+        for (path, leaf), value in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(noise),
+            strict=True,
+        ):
+            if jnp.shape(value) != jnp.shape(leaf):
+                raise ValueError(
+                    f"kernel returned shape {jnp.shape(value)} for the leaf "
+                    f"{path_name(path)!r} of shape {jnp.shape(leaf)}; return noise of "
+                    "the leaf's own shape."
+                )
+        return jax.lax.stop_gradient(noise)
+
+    return draw

@@ -1,0 +1,178 @@
+"""Checks of arguments, made while tracing: each error is one sentence."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt._core.signatures import names_keyword, takes_any_keyword
+from flatopt._core.trees import path_name
+
+STRATEGIES = ("auto", "vmap", "scan", "unroll")
+
+
+def check_scale(scale, name="scale"):
+    """Reject what is not a finite number >= 0; traced values pass unseen."""
+    advice = "give one number of at least 0."
+    if name in ("scale", "sigma"):
+        advice = "give the standard deviation of the noise in units of the kernel."
+    if isinstance(scale, bool | np.bool_) or not isinstance(
+        scale, numbers.Real | np.ndarray | jax.Array
+    ):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {scale!r}; {advice}"
+        )
+    if jnp.issubdtype(jnp.result_type(scale), jnp.complexfloating) or (
+        jnp.result_type(scale) == jnp.bool_
+    ):
+        raise TypeError(
+            f"{name} must be real, got dtype {jnp.result_type(scale)}; {advice}"
+        )
+    if jnp.ndim(scale) != 0:
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(scale)}; give one number and "
+            "let the kernel shape the noise."
+        )
+    if isinstance(scale, jax.core.Tracer):
+        return
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"{name} must be finite and not negative, got {scale}; {advice}"
+        )
+
+
+def check_decay(decay):
+    check_scale(decay, "decay")
+    if not isinstance(decay, jax.core.Tracer) and decay >= 1:
+        raise ValueError(
+            f"decay must be less than 1, got {decay}; it is the weight of the past in a "
+            "moving average."
+        )
+
+
+def check_start_step(start_step):
+    whole = isinstance(start_step, numbers.Integral) and not isinstance(
+        start_step, bool
+    )
+    if isinstance(start_step, jax.Array):
+        whole = start_step.shape == () and jnp.issubdtype(start_step.dtype, jnp.number)
+    traced = isinstance(start_step, jax.core.Tracer)
+    if not whole or (not traced and start_step < 0):
+        raise ValueError(
+            f"start_step must be an int of at least 0, got {start_step!r}; it counts the "
+            "steps of plain gradients before the method begins."
+        )
+
+
+def check_num_samples(num_samples, name="num_samples"):
+    if isinstance(num_samples, jax.Array):
+        raise TypeError(
+            f"{name} must be a Python int, got an array; it fixes shapes, so under "
+            f"optax.inject_hyperparams write static_args=({name!r},)."
+        )
+    if (
+        isinstance(num_samples, bool)
+        or not isinstance(num_samples, numbers.Integral)
+        or num_samples < 1
+    ):
+        raise ValueError(
+            f"{name} must be an int of at least 1, got {num_samples!r}; it counts the "
+            "draws of noise a step."
+        )
+
+
+def check_strategy(strategy):
+    if strategy in STRATEGIES and isinstance(strategy, str):
+        return
+    if (
+        isinstance(strategy, bool)
+        or not isinstance(strategy, numbers.Integral)
+        or strategy < 1
+    ):
+        raise ValueError(
+            f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or an int of at "
+            f"least 1, got {strategy!r}; 'auto' suits most uses."
+        )
+
+
+def check_names(batch_argnames):
+    if isinstance(batch_argnames, str) or not all(
+        isinstance(name, str) for name in batch_argnames
+    ):
+        raise TypeError(
+            f"batch_argnames must be a tuple of names, got {batch_argnames!r}; write "
+            "('batch',) for one name."
+        )
+    return tuple(batch_argnames)
+
+
+def check_batch_argnames(batch_argnames, value_fn):
+    names = check_names(batch_argnames)
+    for name in names:
+        if not (names_keyword(value_fn, name) or takes_any_keyword(value_fn)):
+            raise ValueError(
+                f"batch_argnames names {name!r}, which value_fn does not take; write "
+                f"value_fn(params, {name}) and pass {name}= at each call (a closure over "
+                "the batch cannot be split)."
+            )
+    return names
+
+
+def check_params(params):
+    """Arrays of ``params``, which must be real and floating."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if not is_numeric(leaf):
+            raise TypeError(
+                f"params must be arrays, got {leaf!r} at {path_name(path)!r}; partition "
+                "what is not an array out of params first."
+            )
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"params must be real, got {dtype} at {path_name(path)!r}; store the "
+                "real and the imaginary part as two leaves."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params must be floating point, got {dtype} at {path_name(path)!r}; "
+                "partition it out of params first, or exclude it with mask=."
+            )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def is_numeric(leaf):
+    return isinstance(leaf, numbers.Number | np.ndarray | np.generic | jax.Array)
+
+
+def check_value(value, name="value_fn"):
+    """The scalar that a value_fn or a loss_fn returned."""
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"{name} must return a real scalar, got a tuple of {len(value)}; return the "
+            "loss alone, or use smooth_value_and_grad with has_aux=True for (loss, aux)."
+        )
+    if not is_numeric(value):
+        raise TypeError(
+            f"{name} must return a real scalar, got {value!r}; return the mean loss."
+        )
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must return a real scalar, got shape {shape} and dtype {dtype}; "
+            "return the mean loss."
+        )
+    return jnp.asarray(value)
+
+
+def check_weight(weight):
+    """The scalar that a weight_fn returned."""
+    if not is_numeric(weight) or jnp.shape(weight) != ():
+        raise TypeError(
+            "weight_fn must return a scalar, got "
+            f"{jnp.shape(weight) if is_numeric(weight) else weight!r}; sum over the chunk, "
+            "as in chunk['mask'].sum()."
+        )
+    return jnp.asarray(weight)

@@ -1,0 +1,196 @@
+"""Layout of Monte Carlo samples in time and memory: loops, batches, chunks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import jaxprs
+from flatopt._core.loops import is_staged, repeat
+from flatopt._core.sharding import explicit_sharding, make_varying, varying_axes
+
+MOST_UNROLLED = 16
+
+
+MOST_UNROLLED_VALUES = 1_000_000
+
+
+def split_batch(kwargs, names, num_samples):
+    """Split the named arguments into ``num_samples`` strided chunks.
+
+    Returns ``(chunks, whole)``: the named arguments with array leaves of shape
+    ``(B, ...)`` reshaped to ``(B/M, M, ...)``, so that ``[:, j]`` is chunk j and a
+    sharded leading axis stays where it is; and the other arguments.
+    """
+    missing = [name for name in names if name not in kwargs]
+    if missing:
+        raise ValueError(
+            f"batch_argnames names {missing[0]!r}, which was not passed; pass "
+            f"{missing[0]}= as a keyword argument, or set batch_argnames to the names of "
+            "the arguments that hold the batch (a closure over the batch cannot be split)."
+        )
+    chunks = {name: kwargs[name] for name in names}
+    whole = {name: value for name, value in kwargs.items() if name not in names}
+    sizes = {
+        leaf.shape[0]: name
+        for name in names
+        for leaf in jax.tree.leaves(chunks[name])
+        if _is_split(leaf)
+    }
+    if names and not sizes:
+        raise ValueError(
+            f"batch_argnames {names} hold no array to split; pass arrays with a leading "
+            "axis of examples."
+        )
+    if len(sizes) > 1:
+        (first, a), (second, b) = list(sizes.items())[:2]
+        raise ValueError(
+            f"the batch leaves disagree: {first} examples in {a!r}, {second} in {b!r}; "
+            "give all array leaves the same leading axis."
+        )
+    for size in sizes:
+        if size % num_samples:
+            raise ValueError(
+                f"a batch of {size} examples does not divide into num_samples="
+                f"{num_samples} chunks; choose a batch size that is a multiple of it."
+            )
+
+    def reshape(leaf):
+        if not _is_split(leaf):
+            return leaf
+        leaf = jnp.asarray(leaf)
+        shape = (leaf.shape[0] // num_samples, num_samples, *leaf.shape[1:])
+        sharding = explicit_sharding(jax.typeof(leaf))
+        if sharding is None:
+            return leaf.reshape(shape)
+        first, *rest = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+        spec = jax.sharding.PartitionSpec(first, None, *rest)
+        return jax.lax.reshape(leaf, shape, out_sharding=sharding.update(spec=spec))
+
+    return jax.tree.map(reshape, chunks), whole
+
+
+def _is_split(leaf):
+    return hasattr(leaf, "shape") and len(leaf.shape) >= 1
+
+
+def _chunk_at(chunks, index):
+    """Chunk ``index`` of what :func:`split_batch` returned."""
+    return jax.tree.map(
+        lambda x: (
+            jax.lax.dynamic_index_in_dim(x, index, 1, False) if _is_split(x) else x
+        ),
+        chunks,
+    )
+
+
+def walk(step, start, num_steps, chunks):
+    """Fold ``step(state, index, chunk) -> state`` over chunks, one after the other."""
+    return repeat(
+        lambda index, state: step(state, index, _chunk_at(chunks, index)),
+        start,
+        num_steps,
+    )
+
+
+def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
+    """Sum ``sample(index, chunk)[0]`` over samples; stack the aux ``[1]``."""
+    leaves, treedef = jax.tree.flatten(chunks)
+    is_split = [_is_split(leaf) for leaf in leaves]
+    arrays = [leaf for leaf, split in zip(leaves, is_split, strict=True) if split]
+
+    def rebuild(parts):
+        parts = iter(parts)
+        return treedef.unflatten(
+            [next(parts) if s else x for x, s in zip(leaves, is_split, strict=True)]
+        )
+
+    def one(index):
+        total, aux = sample(index, _chunk_at(chunks, index))
+        return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
+
+    def batch(start, size):
+        parts = [jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in arrays]
+        indices = start + jnp.arange(size, dtype=jnp.int32)
+        total, aux = jax.vmap(lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1))(
+            indices, parts
+        )
+        return jax.tree.map(lambda x: x.sum(axis=0), total), aux
+
+    if strategy == "vmap":
+        return batch(jnp.int32(0), num_samples)
+    if num_samples == 1 or (strategy in ("auto", "unroll") and not is_staged()):
+        return _unroll(one, num_samples)
+    if isinstance(strategy, str):
+        traced, jaxpr = jaxprs.trace(one, jnp.int32(0))
+        if strategy == "auto":
+            strategy = choose_strategy(jaxpr, num_samples, rematerialize)
+        if strategy == "unroll":
+            return _unroll(traced, num_samples)
+        return _scan(traced, jaxpr, num_samples, 1, rematerialize)
+    size = min(strategy, num_samples)
+    loops, left = divmod(num_samples, size)
+    traced, jaxpr = jaxprs.trace(functools.partial(batch, size=size), jnp.int32(0))
+    total, aux = _scan(traced, jaxpr, loops * size, size, rematerialize)
+    if not left:
+        return total, aux
+    part, rest = batch(jnp.int32(loops * size), left)
+    return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
+
+
+def _unroll(one, num_samples):
+    total, aux = one(jnp.int32(0))
+    auxes = [aux]
+    for i in range(1, num_samples):
+        part, aux = one(jnp.int32(i))
+        total = jax.tree.map(jnp.add, total, part)
+        auxes.append(aux)
+    return total, _concatenate(*auxes)
+
+
+def _concatenate(*auxes):
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+
+
+def _scan(traced, jaxpr, num_samples, size, rematerialize):
+    body = jax.checkpoint(traced) if rematerialize else traced
+
+    def step(total, start):
+        part, aux = body(start)
+        return jax.tree.map(jnp.add, total, part), aux
+
+    starts = jnp.arange(0, num_samples, size, dtype=jnp.int32)
+    shapes, _ = jax.eval_shape(traced, starts[0])
+    treedef = jax.tree.structure(shapes)
+    zeros = [_zeros(v.aval) for v in jaxpr.outvars[: treedef.num_leaves]]
+    total, aux = jax.lax.scan(step, treedef.unflatten(zeros), starts)
+    return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
+
+
+def _zeros(aval):
+    """Zeros of an abstract value's type: shape, dtype, sharding and varying axes."""
+    sharding = explicit_sharding(aval)
+    zeros = jnp.zeros(aval.shape, aval.dtype, out_sharding=sharding)
+    return make_varying(zeros, varying_axes(aval))
+
+
+def choose_strategy(jaxpr, num_samples, rematerialize=False):
+    """The layout for ``strategy="auto"`` inside a trace; see ``docs/strategies.md``.
+
+    A loop, but for convolutions on CPU in two cases. Few parameters: XLA runs the samples
+    side by side, which is a little faster, at a price in memory and compile time that does
+    not matter yet. Convolutions that XLA would run slowly in a loop: those that cannot be
+    rewritten, and those of a backward pass that is still to come.
+    """
+    if (
+        jax.default_backend() == "cpu"
+        and num_samples <= MOST_UNROLLED
+        and jaxprs.has_convolution(jaxpr)
+        and (
+            sum(v.aval.size for v in jaxpr.outvars) <= MOST_UNROLLED_VALUES
+            or rematerialize
+            or not jaxprs.are_fast_in_loops(jaxpr)
+        )
+    ):
+        return "unroll"
+    return "scan"

@@ -1,0 +1,40 @@
+"""How values are laid out over devices: the door to what JAX says of it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def varying_axes(aval):
+    """Axes of ``jax.shard_map`` over which a value differs between devices."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return tuple(sorted(kind.varying)) if kind is not None else ()
+
+
+def make_varying(leaf, axes):
+    """The same values, typed as different between the devices of these axes."""
+    missing = tuple(a for a in axes if a not in varying_axes(jax.typeof(leaf)))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def tree_varying(params, axis_name):
+    """Parameters as values of each device: gradients of replicated ones come summed."""
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    return jax.tree.map(lambda leaf: make_varying(jnp.asarray(leaf), axes), params)
+
+
+def block_shardings(params):
+    """The shardings of concrete parameters on a mesh, for static use; else None."""
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    shardings = [leaf.sharding for leaf in leaves]
+    if not all(isinstance(s, jax.sharding.NamedSharding) for s in shardings):
+        return None
+    rows = jax.sharding.PartitionSpec
+    return tuple(s.update(spec=rows(None, *s.spec)) for s in shardings)
+
+
+def explicit_sharding(aval):
+    """The sharding of a type where it is part of it (Explicit mesh), else None."""
+    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+    return aval.sharding if explicit else None

@@ -1,0 +1,52 @@
+"""What the signature of a function says, and the arguments that it takes."""
+
+import inspect
+
+import jax
+
+
+def parameters_of(function):
+    """The parameters of a callable's signature, or None where it has none."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def names_keyword(function, name):
+    """Whether the signature of ``function`` names the keyword ``name``."""
+    parameters = parameters_of(function) or {}
+    return name in parameters and parameters[name].kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
+def takes_any_keyword(function):
+    parameters = parameters_of(function)
+    if parameters is None:
+        return True
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def sample_options(value_fn, noise_key):
+    """The key of one sample for a ``value_fn`` that names ``sample_key``."""
+    if not names_keyword(value_fn, "sample_key"):
+        return {}
+    return {"sample_key": jax.random.split(noise_key)[1]}
+
+
+def forwarded(value_fn, extra_args):
+    """The extra arguments that ``value_fn`` takes, but for its first parameter."""
+    if "sample_key" in extra_args:
+        raise ValueError(
+            "sample_key is the key that flatopt draws for each sample, got one as an "
+            "argument; choose another name for yours."
+        )
+    first = next(iter(parameters_of(value_fn) or {}), None)
+    return {
+        name: value
+        for name, value in extra_args.items()
+        if takes_any_keyword(value_fn)
+        or (name != first and names_keyword(value_fn, name))
+    }

@@ -1,0 +1,60 @@
+"""Algebra of parameter trees as vectors: norms, steps, projections."""
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import trees
+
+
+def normalize(tree):
+    """The tree over its norm, and the norm; zero at zero.
+
+    Scaled by the largest entry first, so that squares of tiny ones do not underflow.
+    """
+    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in largest] else jnp.float32
+    top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
+    divisor = jnp.where(top == 0, 1.0, top)
+    scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
+    length = jnp.sqrt(dot(scaled, scaled))
+    unit = jnp.where(length == 0, 1.0, length)
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * divisor
+
+
+def dot(tree, other):
+    parts = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), tree, other))
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
+    return sum((x.astype(dtype) for x in parts), jnp.zeros((), dtype))
+
+
+def scale(factor, tree):
+    return jax.tree.map(lambda x: jnp.asarray(factor).astype(x.dtype) * x, tree)
+
+
+def add(tree, factor, other):
+    return jax.tree.map(jnp.add, tree, scale(factor, other))
+
+
+def ascent(grads, rho):
+    """The step of length rho along the gradient."""
+    return scale(rho, normalize(grads)[0])
+
+
+def scaled_ascent(grads, sizes, rho):
+    """The step rho T^2 g / |T g| in units of the sizes T."""
+    direction, _ = normalize(jax.tree.map(jnp.multiply, sizes, grads))
+    return scale(rho, jax.tree.map(jnp.multiply, sizes, direction))
+
+
+def orthogonal(tree, other):
+    """The part of a tree that is orthogonal to another."""
+    direction, _ = normalize(other)
+    return add(tree, -dot(tree, direction), direction)
+
+
+def move(params, step):
+    return jax.tree.map(
+        lambda p, e: (trees.widen(p) + e.astype(trees.wide(p.dtype))).astype(p.dtype),
+        params,
+        step,
+    )

@@ -1,0 +1,44 @@
+"""Random vectors for curvature operators: keys, signs, normal values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from flatopt import kernels
+from flatopt._core import binding, random
+from flatopt.curvature._operator import like_wide
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def probe_keys(key, start, count):
+    """Keys of the probes ``start`` to ``start + count``."""
+    indices = start + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda i: random.fold_in(key, i))(indices)
+
+
+@jax.jit
+def _draw_rows(params, keys):
+    return jax.vmap(signs_like(params))(keys)
+
+
+def draw_signs(operator, keys):
+    """A block of random signs, one row a key."""
+    return _draw_rows(operator.like, keys)
+
+
+def signs_like(params):
+    """``draw(key)`` of random signs, float32 or as wide as the parameters."""
+    draw = binding.bind(kernels.isotropic(kernels.signs), jax.random.key(0), params)
+    return lambda key: like_wide(draw(key), params)
+
+
+@jax.jit
+def _draw_normal_rows(params, keys):
+    draw = binding.bind(kernels.isotropic(), keys[0], params)
+    return jax.vmap(lambda key: like_wide(draw(key), params))(keys)
+
+
+def draw_normal(operator, keys):
+    """A block of standard normal values, one row a key."""
+    return _draw_normal_rows(operator.like, keys)

@@ -1,0 +1,263 @@
+"""What a curvature operator does on one batch.
+
+A kind is a hashable description, so that compiled code is kept by it. ``linearize`` does
+once what all vectors share, and returns ``(loss, shared, product)``: ``product(vector)``
+is one product, and ``finish(products, shared, vectors)`` completes the mean over batches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import blocks, checks, jaxprs
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    """The Hessian of the mean loss."""
+
+    loss_fn: Callable
+
+    def loss(self, params, batch):
+        arguments = () if batch is None else (batch,)
+        return checks.check_value(self.loss_fn(params, *arguments), "loss_fn")
+
+    def linearize(self, params, batch):
+        def gradient(params):
+            value, grads = jax.value_and_grad(self.loss)(params, batch)
+            return grads, value
+
+        def forward():
+            _, product, value = jax.linearize(gradient, params, has_aux=True)
+            return value, (), product
+
+        def reverse():
+            grads, pullback, value = jax.vjp(gradient, params, has_aux=True)
+            del grads
+            return value, (), lambda vector: pullback(vector)[0]
+
+        return forward_or_reverse(forward, reverse, gradient, params)
+
+    def finish(self, products, shared, vectors):
+        del shared, vectors
+        return products
+
+    def quadratic(self, params, batch, vector):
+        def slope(params):
+            return jax.jvp(lambda p: self.loss(p, batch), (params,), (vector,))[1]
+
+        def forward():
+            return (jax.jvp(slope, (params,), (vector,))[1],)
+
+        def reverse():
+            _, _, product = self.linearize(params, batch)
+            return (blocks.dot(vector, product(vector)),)
+
+        return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
+
+    def finish_quadratic(self, moments):
+        return moments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """The Hessian of the mean loss with the model linearized."""
+
+    model_fn: Callable
+    loss_fn: Callable
+
+    def outputs(self, params, batch):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                "data must be pairs (inputs, targets), got a batch of type "
+                f"{type(batch).__name__}; gauss_newton gives them to model_fn and loss_fn."
+            )
+        return self.model_fn(params, batch[0])
+
+    def output_loss(self, outputs, batch):
+        return checks.check_value(self.loss_fn(outputs, batch[1]), "loss_fn")
+
+    def output_product(self, outputs, batch, tangent):
+        gradient = jax.grad(lambda o: self.output_loss(o, batch))
+        return jax.jvp(gradient, (outputs,), (tangent,))[1]
+
+    def linearize(self, params, batch):
+        def model(params):
+            return self.outputs(params, batch)
+
+        def forward():
+            outputs, push = jax.linearize(model, params)
+            return outputs, push, jax.linear_transpose(push, params)
+
+        def reverse():
+            outputs, pull = jax.vjp(model, params)
+            transposed = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+            jax.eval_shape(transposed, params)  # fails here if at all
+            return outputs, lambda vector: transposed(vector)[0], pull
+
+        outputs, push, pull = forward_or_reverse(
+            forward, reverse, lambda p: (model(p), ()), params
+        )
+
+        def product(vector):
+            return pull(self.output_product(outputs, batch, push(vector)))[0]
+
+        return self.output_loss(outputs, batch), (), product
+
+    def finish(self, products, shared, vectors):
+        del shared, vectors
+        return products
+
+    def quadratic(self, params, batch, vector):
+        def model(params):
+            return self.outputs(params, batch)
+
+        def forward():
+            outputs, tangent = jax.jvp(model, (params,), (vector,))
+            curved = self.output_product(outputs, batch, tangent)
+            return (blocks.dot(tangent, curved),)
+
+        def reverse():
+            _, _, product = self.linearize(params, batch)
+            return (blocks.dot(vector, product(vector)),)
+
+        return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
+
+    def finish_quadratic(self, moments):
+        return moments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalFisher:
+    """The mean over examples of gradient times gradient, not centered."""
+
+    loss_fn: Callable
+    weight_fn: Callable | None = None
+
+    def losses(self, params, batch):
+        """One loss an example, and the examples' weights, which sum to 1."""
+        axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, batch)
+
+        def of_one(example):
+            # A batch of one: what had an axis of examples gets it back.
+            return jax.tree.map(
+                lambda x, whole: x[None] if jnp.ndim(whole) else x, example, batch
+            )
+
+        def loss(example):
+            return checks.check_value(self.loss_fn(params, of_one(example)), "loss_fn")
+
+        def weight(example):
+            return jnp.asarray(self.weight_fn(of_one(example))).astype(float)
+
+        if self.weight_fn is None:
+            values = jax.vmap(loss, in_axes=(axes,))(batch)
+            return values, jnp.full_like(values, 1 / len(values))
+        weights = jax.vmap(weight, in_axes=(axes,))(batch)
+        # The mean loss of an example of no weight is 0 / 0: put another in its place.
+        rows = jnp.where(weights > 0, jnp.arange(len(weights)), jnp.argmax(weights))
+        batch = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
+        values = jax.vmap(loss, in_axes=(axes,))(batch)
+        return values, (weights / weights.sum()).astype(values.dtype)
+
+    def linearize(self, params, batch):
+        def losses(params):
+            return self.losses(params, batch)
+
+        def forward():
+            values, push, weights = jax.linearize(losses, params, has_aux=True)
+            return values, weights, push, jax.linear_transpose(push, params)
+
+        def reverse():
+            values, pull, weights = jax.vjp(losses, params, has_aux=True)
+            transposed = jax.linear_transpose(lambda u: pull(u)[0], values)
+            jax.eval_shape(transposed, params)
+            return values, weights, lambda vector: transposed(vector)[0], pull
+
+        values, weights, push, pull = forward_or_reverse(
+            forward, reverse, losses, params
+        )
+        value = jnp.sum(weights * values)
+        shared = self.share(weights, pull)
+        return value, shared, lambda vector: pull(weights * push(vector))[0]
+
+    def share(self, weights, pull):
+        del weights, pull
+        return ()
+
+    def finish(self, products, shared, vectors):
+        del shared, vectors
+        return products
+
+    def quadratic(self, params, batch, vector):
+        def moments(slopes, weights):
+            return jnp.sum(weights * slopes**2), jnp.sum(weights * slopes)
+
+        def forward():
+            _, slopes, weights = jax.jvp(
+                lambda p: self.losses(p, batch), (params,), (vector,), has_aux=True
+            )
+            return moments(slopes, weights)
+
+        def reverse():
+            _, weights = self.losses(params, batch)
+            values, pull = jax.vjp(lambda p: self.losses(p, batch)[0], params)
+            slopes = jax.linear_transpose(lambda u: pull(u)[0], values)(vector)[0]
+            return moments(slopes, weights)
+
+        return forward_or_reverse(
+            forward, reverse, lambda p: self.losses(p, batch), params
+        )
+
+    def finish_quadratic(self, moments):
+        return moments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientCovariance(EmpiricalFisher):
+    """The covariance of the examples' gradients."""
+
+    def share(self, weights, pull):
+        return pull(weights)[0]  # the mean gradient
+
+    def finish(self, products, shared, vectors):
+        slopes = blocks.gram(vectors, blocks.single(shared))
+        return blocks.subtract(products, blocks.combine(slopes, blocks.single(shared)))
+
+    def finish_quadratic(self, moments):
+        return moments[0] - moments[1] ** 2
+
+
+def forward_or_reverse(forward, reverse, function, params):
+    """Forward mode where it is allowed: a ``custom_vjp`` refuses it, reverse mode may do.
+
+    ``function`` is what forward mode would differentiate: ``jax.linearize`` itself finds
+    out only when the program is compiled.
+    """
+    reason = None
+    try:
+        push = lambda p: jax.jvp(function, (p,), (p,), has_aux=True)  # noqa: E731
+        jaxpr = jax.make_jaxpr(push)(params).jaxpr
+        if jaxprs.has_primitive(jaxpr, "custom_lin"):
+            reason = "a custom_vjp has no rule for it"
+    except (TypeError, NotImplementedError) as error:
+        reason = _first_line(error)
+    if reason is None:
+        return forward()
+    try:
+        return reverse()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        second = _first_line(error)
+        if second == reason:
+            raise  # an error of the loss itself
+        raise TypeError(
+            f"the loss can be differentiated twice neither in forward mode ({reason}) nor "
+            f"in reverse mode ({second}); give its custom_vjp rules that are themselves "
+            "differentiable, or use a plain implementation for the analysis."
+        ) from error
+
+
+def _first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,204 @@
+"""The four curvature operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flatopt._core import checks, sharding, streams
+from flatopt.curvature import _kinds
+from flatopt.curvature._operator import Operator
+
+
+def hessian(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any = None,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Operator:
+    r"""The Hessian of a mean loss.
+
+    Define ``loss_fn`` once and pass the data as ``data``: a new function compiles again, and
+    what it closes over stays in memory.
+
+    Products by forward over reverse mode, linearized once a batch for all vectors;
+    quadratic forms by forward mode alone. Where a ``custom_vjp`` in the loss refuses
+    forward mode, reverse mode does both.
+
+    Args:
+      loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` that returns the mean
+        loss of the batch.
+      params: the parameters, floating.
+      data: None, one batch, or a re-iterable of batches.
+      weight_fn: what the mean of a batch divides by; default: its number of examples.
+        For a mean over tokens, ``lambda batch: batch["mask"].sum()``.
+
+    Returns:
+      An :class:`Operator`.
+
+    Raises:
+      TypeError, ValueError: for integer parameters, a loss that is no scalar, an iterator
+        that ends after one pass, and, when used, for data that is empty or changes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import curvature
+      >>> def loss_fn(params, batch):
+      ...     inputs, targets = batch
+      ...     return jnp.mean((inputs @ params - targets) ** 2) / 2
+      >>> batches = [(jnp.eye(2), jnp.ones(2)), (2 * jnp.ones((1, 2)), jnp.ones(1))]
+      >>> curvature.hessian(loss_fn, jnp.zeros(2), batches).dense()
+      Array([[1.6666667, 1.3333334],
+             [1.3333334, 1.6666667]], dtype=float32)
+    """
+    return _operator(_kinds.Hessian(loss_fn), params, data, weight_fn)
+
+
+def gauss_newton(
+    model_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Operator:
+    r"""The Gauss-Newton part of the Hessian: positive semidefinite for a convex loss.
+
+    .. math:: G = J^\top \nabla^2_{\text{outputs}} L\, J
+
+    Args:
+      model_fn: ``model_fn(params, inputs) -> outputs``.
+      loss_fn: ``loss_fn(outputs, targets)``, the mean loss of the batch.
+      params: the parameters, floating.
+      data: one batch ``(inputs, targets)``, or a re-iterable of them.
+      weight_fn: as in :func:`hessian`.
+
+    Returns:
+      An :class:`Operator`.
+
+    Raises:
+      TypeError, ValueError: as :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import curvature
+      >>> operator = curvature.gauss_newton(
+      ...     lambda params, inputs: inputs @ params,
+      ...     lambda outputs, targets: jnp.mean((outputs - targets) ** 2) / 2,
+      ...     jnp.zeros(2), (jnp.eye(2), jnp.ones(2)))
+      >>> operator.dense()
+      Array([[0.5, 0. ],
+             [0. , 0.5]], dtype=float32)
+    """
+    pair = isinstance(data, tuple) and len(data) == 2
+    if data is None or not (pair or streams.is_stream(data)):
+        raise ValueError(
+            "data must be a pair (inputs, targets) or batches of such pairs, got "
+            f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
+        )
+    return _operator(_kinds.GaussNewton(model_fn, loss_fn), params, data, weight_fn)
+
+
+def empirical_fisher(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Operator:
+    r"""The mean over examples of :math:`g_i g_i^\top`, not centered.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch; :math:`g_i` is its
+        gradient on a batch of the one example.
+      params: the parameters, floating.
+      data: one batch, or a re-iterable of batches.
+      weight_fn: weight of a batch, which must be the sum of its examples' weights.
+
+    Returns:
+      An :class:`Operator`.
+
+    Raises:
+      TypeError, ValueError: as :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import curvature
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(batch @ params)
+      >>> curvature.empirical_fisher(loss_fn, jnp.ones(2), 2 * jnp.eye(2)).dense()
+      Array([[2., 0.],
+             [0., 2.]], dtype=float32)
+    """
+    kind = _kinds.EmpiricalFisher(loss_fn, weight_fn)
+    return _operator(kind, params, _needed(data), weight_fn)
+
+
+def gradient_covariance(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Operator:
+    r"""The covariance of the examples' gradients: that of SGD's noise at batch size 1.
+
+    .. math:: \Sigma = \frac1n \sum_i g_i g_i^\top - \bar g\, \bar g^\top
+
+    A batch of B examples drawn with replacement has noise :math:`\Sigma / B`, without
+    replacement :math:`\Sigma\, (n - B) / (B (n - 1))`.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch.
+      params: the parameters, floating.
+      data: one batch, or a re-iterable of batches.
+      weight_fn: weight of a batch, which must be the sum of its examples' weights.
+
+    Returns:
+      An :class:`Operator`.
+
+    Raises:
+      TypeError, ValueError: as :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import curvature
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(batch @ params)
+      >>> curvature.gradient_covariance(loss_fn, jnp.ones(2), 2 * jnp.eye(2)).dense()
+      Array([[ 1., -1.],
+             [-1.,  1.]], dtype=float32)
+    """
+    kind = _kinds.GradientCovariance(loss_fn, weight_fn)
+    return _operator(kind, params, _needed(data), weight_fn)
+
+
+def _needed(data):
+    if data is None:
+        raise ValueError(
+            "data must be a batch or batches, got None; the gradients of single examples "
+            "need examples."
+        )
+    return data
+
+
+def _operator(kind, params, data, weight_fn):
+    params = checks.check_params(params)
+    if not jax.tree.leaves(params):
+        raise ValueError("params must hold at least one array, got an empty tree.")
+    for leaf in jax.tree.leaves(params):
+        placed = sharding.explicit_sharding(jax.typeof(leaf))
+        if placed is not None and any(placed.spec):
+            raise ValueError(
+                f"params must not be sharded on an Explicit mesh, got {placed.spec}; make "
+                "the mesh with axis_types Auto for the analysis."
+            )
+    try:
+        hash(kind)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn, model_fn and weight_fn must be hashable, got {kind!r}; wrap them in a "
+            "function."
+        ) from error
+    return Operator(kind, params, *streams.prepare(data), weight_fn)

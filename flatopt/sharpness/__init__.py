@@ -1,0 +1,53 @@
+r"""Measures of sharpness: how much the loss grows around a minimum.
+
+Each takes ``loss_fn(params)``, or ``loss_fn(params, batch)`` with ``data=`` one batch or a
+re-iterable of batches, whose examples weigh the same or as ``weight_fn(batch)`` says. For
+all of them larger means sharper. Measures in units of the parameters change when layers are
+rescaled without changing the function; :func:`normalize_filters` removes that freedom.
+"""
+
+from flatopt.sharpness._average import (
+    PACBayes,
+    average_case_adaptive,
+    local_entropy,
+    local_entropy_gradient,
+    low_pass,
+    pac_bayes,
+)
+from flatopt.sharpness._curvature import (
+    effective_dimension,
+    fisher_rao_empirical,
+    fisher_rao_gauss_newton,
+    fisher_rao_hessian,
+    frobenius_norm,
+    max_eigenvalue,
+    shannon_entropy,
+    trace,
+)
+from flatopt.sharpness._filters import NormalizedFilters, normalize_filters
+from flatopt.sharpness._report import Report, report
+from flatopt.sharpness._worst import epsilon_sharpness, m_sharpness, worst_case
+
+__all__ = [
+    "NormalizedFilters",
+    "PACBayes",
+    "Report",
+    "average_case_adaptive",
+    "effective_dimension",
+    "epsilon_sharpness",
+    "fisher_rao_empirical",
+    "fisher_rao_gauss_newton",
+    "fisher_rao_hessian",
+    "frobenius_norm",
+    "local_entropy",
+    "local_entropy_gradient",
+    "low_pass",
+    "m_sharpness",
+    "max_eigenvalue",
+    "normalize_filters",
+    "pac_bayes",
+    "report",
+    "shannon_entropy",
+    "trace",
+    "worst_case",
+]

@@ -1,0 +1,359 @@
+"""Averages of the loss over random perturbations."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flatopt import curvature, kernels
+from flatopt._core import binding, blocks, checks, random, streams, trees
+from flatopt._core.estimates import Estimate
+from flatopt.curvature import _passes
+from flatopt.curvature._draws import probe_keys
+from flatopt.sharpness._solve import check_positive, solve
+from flatopt.transforms._entropy import entropy_sgd_gradients
+
+
+class PACBayes(NamedTuple):
+    """Result of :func:`pac_bayes`.
+
+    Attributes:
+      value: the measure.
+      sigma: the standard deviation of the noise that raises the loss by the target.
+
+    Example:
+      >>> from flatopt import sharpness
+      >>> sharpness.PACBayes(value=30.0, sigma=0.1).sigma
+      0.1
+    """
+
+    value: float
+    sigma: float
+
+
+@functools.lru_cache(maxsize=64)
+def noise_move(kernel):
+    def move(key, params, scale):
+        noise = binding.bind(kernel, key, params)(key)
+        return jax.tree.map(
+            lambda p, u: trees.widen(p) + scale.astype(u.dtype) * u, params, noise
+        )
+
+    return move
+
+
+ISOTROPIC, ELEMENTWISE = kernels.isotropic(), kernels.elementwise()
+
+
+def rises(operator, key, scale, num_samples, kernel, base=None):
+    """Loss at random perturbations less the loss, shape (num_samples,)."""
+    base = _passes.base_loss(operator) if base is None else base
+    keys = probe_keys(key, 0, num_samples)
+    found = _passes.losses(operator, noise_move(kernel), keys, jnp.float32(scale))
+    return found - base
+
+
+def mean_estimate(samples):
+    count = len(samples)
+    error = jnp.std(samples, ddof=1) / count**0.5 if count > 1 else jnp.float32(jnp.inf)
+    return Estimate(jnp.mean(samples), error, count)
+
+
+def low_pass(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    sigma: float = 0.01,
+    num_samples: int = 100,
+    kernel: Callable[..., Any] | None = None,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    r"""The mean loss under random perturbation, less the loss.
+
+    .. math:: E_U[L(\theta + \sigma U)] - L(\theta) \approx
+        \tfrac{\sigma^2}{2} \operatorname{tr} H
+
+    The paper measures it with isotropic noise on the filter-normalized network
+    (:func:`normalize_filters`), without taking the loss away.
+
+    Args:
+      loss_fn: the mean loss.
+      params: the parameters.
+      key: a JAX random key.
+      sigma: scale of the noise, > 0.
+      num_samples: number of perturbations.
+      kernel: the noise; default: :func:`flatopt.kernels.isotropic`. Make it once: code is
+        compiled for each kernel, as for each loss.
+      data: one batch, or a re-iterable of batches.
+      weight_fn: weight of a batch; default: its number of examples.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate`.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import kernels, sharpness
+      >>> found = sharpness.low_pass(
+      ...     lambda p: jnp.sum(p ** 2), jnp.zeros(3), jax.random.key(0), sigma=0.1,
+      ...     kernel=kernels.isotropic(kernels.signs))
+      >>> round(float(found.value), 4)
+      0.03
+    """
+    check_positive(sigma, "sigma")
+    checks.check_num_samples(num_samples)
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    kernel = ISOTROPIC if kernel is None else kernel
+    return mean_estimate(rises(operator, key, sigma, num_samples, kernel))
+
+
+def average_case_adaptive(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    rho: float = 0.1,
+    num_samples: int = 100,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    r"""The mean loss at :math:`\theta + \rho |\theta| \odot U`, less the loss.
+
+    Unchanged when layers are rescaled.
+
+    Args:
+      loss_fn, params, key, num_samples, data, weight_fn: see :func:`low_pass`.
+      rho: scale of the noise in units of each parameter, > 0.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate`.
+
+    References:
+      Andriushchenko, Croce, Müller, Hein, Flammarion, `A Modern Look at the Relationship
+      between Sharpness and Generalization <https://arxiv.org/abs/2302.07011>`_, ICML 2023.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.average_case_adaptive(
+      ...     lambda p: jnp.sum(p), jnp.ones(3), jax.random.key(0), num_samples=1000)
+      >>> abs(float(found.value)) < 4 * float(found.standard_error)
+      True
+    """
+    check_positive(rho, "rho")
+    checks.check_num_samples(num_samples)
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return mean_estimate(rises(operator, key, rho, num_samples, ELEMENTWISE))
+
+
+def pac_bayes(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    initial_params: Any,
+    num_examples: int | None = None,
+    epsilon: float = 0.1,
+    num_samples: int = 10,
+    delta: float = 1e-6,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> PACBayes:
+    r"""Distance to the initialization, in units of the noise that the loss tolerates.
+
+    .. math:: \frac{\|\theta - \theta_0\|^2}{4 \sigma^2} + \log \frac{2n}{\delta}, \qquad
+        E_U[L(\theta + \sigma U)] - L(\theta) = \epsilon
+
+    The scale is found by bisection on the same draws at each scale, so that the rise is a
+    smooth function of it. The authors' code replaces the initialization that it is given by
+    zeros; this does not.
+
+    Args:
+      loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
+      initial_params: the parameters at initialization.
+      num_examples: n; default: counted from ``data``.
+      epsilon: rise of the loss, > 0.
+      num_samples: number of perturbations.
+      delta: probability that the bound fails.
+
+    Returns:
+      :class:`PACBayes`; sigma is infinite and the value the logarithm alone where no
+      scale up to 1e6 raises the loss by epsilon.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4, after Jiang,
+      Neyshabur, Mobahi, Krishnan, Bengio, `Fantastic Generalization Measures
+      <https://arxiv.org/abs/1912.02178>`_, ICLR 2020.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.pac_bayes(
+      ...     lambda p: jnp.sum(p ** 2), jnp.zeros(500), jax.random.key(0),
+      ...     initial_params=jnp.ones(500), num_examples=100)
+      >>> round(found.sigma, 3)  # sqrt(0.1 / 500)
+      0.014
+    """
+    check_positive(epsilon, "epsilon")
+    check_positive(delta, "delta")
+    checks.check_num_samples(num_samples)
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    if num_examples is None:
+        num_examples = _count_examples(operator)
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (initial_params, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "initial_params must have the structure and shapes of params, got "
+            f"{shapes[0]}; give the parameters that training started from."
+        )
+
+    base = _passes.base_loss(operator)
+
+    def rise(sigma):
+        return float(
+            jnp.mean(rises(operator, key, sigma, num_samples, ISOTROPIC, base))
+        )
+
+    sigma = solve(rise, epsilon, 1e-3, 1e6)
+    difference = jax.tree.map(
+        lambda p, q: trees.widen(jnp.asarray(p)) - trees.widen(jnp.asarray(q)),
+        params,
+        initial_params,
+    )
+    distance = float(blocks.dot(difference, difference))
+    penalty = distance / (4 * sigma**2) if math.isfinite(sigma) else 0.0
+    return PACBayes(penalty + math.log(2 * num_examples / delta), sigma)
+
+
+def local_entropy(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    gamma: float = 100.0,
+    num_samples: int = 100,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    r"""The negative local entropy, relative to a flat loss.
+
+    .. math:: -\log E_U \exp\left(-(L(\theta + \gamma^{-1/2} U) - L(\theta))\right)
+
+    with :math:`U` standard normal: :math:`-\log \int e^{-L(\theta') - \frac{\gamma}{2}
+    \|\theta - \theta'\|^2} d\theta'` less its value for a constant loss. The authors' code
+    uses :math:`1/\gamma` for the standard deviation and the wrong sign of the loss; this
+    does not.
+
+    Args:
+      loss_fn, params, key, num_samples, data, weight_fn: see :func:`low_pass`.
+      gamma: inverse variance of the noise, > 0.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate`; its error by the delta method.
+
+    References:
+      Chaudhari et al., `Entropy-SGD: Biasing Gradient Descent into Wide Valleys
+      <https://arxiv.org/abs/1611.01838>`_, ICLR 2017, equation 2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.local_entropy(
+      ...     lambda p: jnp.sum(p ** 2), jnp.zeros(1), jax.random.key(0), gamma=2.0,
+      ...     num_samples=4000)
+      >>> abs(float(found.value) - 0.3466) < 0.03  # log(1 + 2 / 2) / 2
+      True
+    """
+    check_positive(gamma, "gamma")
+    checks.check_num_samples(num_samples)
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return entropy_of(rises(operator, key, gamma**-0.5, num_samples, ISOTROPIC))
+
+
+def entropy_of(rises):
+    count = len(rises)
+    value = math.log(count) - jax.scipy.special.logsumexp(-rises)
+    weights = jnp.exp(value - rises)  # their mean is 1
+    error = jnp.std(weights, ddof=1) / count**0.5 if count > 1 else jnp.inf
+    return Estimate(value, error, count)
+
+
+def local_entropy_gradient(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    data: Any,
+    *,
+    gamma: float = 1e-4,
+    num_steps: int = 20,
+    inner_learning_rate: float = 0.1,
+    noise_scale: float = 1e-4,
+    decay: float = 0.75,
+) -> float:
+    r"""Mean over batches of :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``.
+      params: the parameters.
+      key: a JAX random key.
+      data: one batch, or a re-iterable of batches.
+      gamma, num_steps, inner_learning_rate, noise_scale, decay: see
+        :func:`flatopt.entropy_sgd_gradients`.
+
+    Returns:
+      The mean norm.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.local_entropy_gradient(
+      ...     lambda p, batch: jnp.mean((batch @ p) ** 2), jnp.zeros(2),
+      ...     jax.random.key(0), jnp.eye(2))
+      >>> found < 1e-3  # at a minimum only the noise moves the walk
+      True
+    """
+    operator = curvature.hessian(loss_fn, params, data)
+    if operator.batch is None and operator.stream is None:
+        raise ValueError("data must be a batch or batches, got None; give the data.")
+    settings = gamma, num_steps, inner_learning_rate, noise_scale, decay
+    total = count = 0
+    batches = [operator.batch] if operator.stream is None else operator.stream.batches
+    for count, batch in enumerate(batches, 1):
+        batch = jax.tree.map(jnp.asarray, batch)
+        step_key = random.fold_in(key, count)
+        total += _walk_length(loss_fn, settings, operator.like, batch, step_key)
+    if not count:
+        raise ValueError("data must hold batches, got none; give a loader that yields.")
+    return float(total / count)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk_length(loss_fn, settings, params, batch, key):
+    tx = entropy_sgd_gradients(*settings, key=key)
+    value_fn = lambda params, batch: loss_fn(params, batch)  # noqa: E731
+    grads, _ = tx.update(None, tx.init(params), params, value_fn=value_fn, batch=batch)
+    return jnp.sqrt(blocks.dot(grads, grads))
+
+
+def _count_examples(operator):
+    if operator.batch is not None:
+        return streams.batch_size(operator.batch)
+    if operator.stream is None:
+        raise ValueError("num_examples must be given where there is no data.")
+    return sum(
+        streams.batch_size(jax.tree.map(jnp.asarray, batch))
+        for batch in operator.stream.batches
+    )

@@ -1,0 +1,292 @@
+"""Measures of sharpness that are read off the curvature or the outputs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt import curvature
+from flatopt._core import blocks, streams
+from flatopt._core.estimates import Estimate
+from flatopt.sharpness._average import mean_estimate
+from flatopt.sharpness._solve import check_positive
+
+
+def fisher_rao_hessian(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> float:
+    r"""The Fisher-Rao norm :math:`\theta^\top H \theta` with the Hessian, as in the paper.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+
+    Returns:
+      The quadratic form; it may be negative.
+
+    References:
+      Liang, Poggio, Rakhlin, Stokes, `Fisher-Rao Metric, Geometry, and Complexity of Neural
+      Networks <https://arxiv.org/abs/1711.01530>`_, AISTATS 2019; with the Hessian in the
+      code of Bisla et al. 2022.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> sharpness.fisher_rao_hessian(lambda p: jnp.sum(p ** 2), jnp.ones(2))
+      4.0
+    """
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return float(operator.quadratic_form(operator.like))
+
+
+def fisher_rao_gauss_newton(
+    model_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> float:
+    r"""The Fisher-Rao norm with the Gauss-Newton matrix: the Fisher for cross-entropy.
+
+    Args:
+      model_fn, loss_fn, params, data, weight_fn: see :func:`flatopt.curvature.gauss_newton`.
+
+    Returns:
+      The quadratic form.
+
+    References:
+      Liang, Poggio, Rakhlin, Stokes, `Fisher-Rao Metric, Geometry, and Complexity of Neural
+      Networks <https://arxiv.org/abs/1711.01530>`_, AISTATS 2019.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> sharpness.fisher_rao_gauss_newton(
+      ...     lambda p, x: x @ p, lambda f, y: jnp.mean((f - y) ** 2) / 2, jnp.ones(2),
+      ...     (jnp.eye(2), jnp.zeros(2)))
+      1.0
+    """
+    operator = curvature.gauss_newton(
+        model_fn, loss_fn, params, data, weight_fn=weight_fn
+    )
+    return float(operator.quadratic_form(operator.like))
+
+
+def fisher_rao_empirical(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> float:
+    r"""The Fisher-Rao norm with the empirical Fisher matrix.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`flatopt.curvature.empirical_fisher`.
+
+    Returns:
+      The quadratic form.
+
+    References:
+      Liang, Poggio, Rakhlin, Stokes, `Fisher-Rao Metric, Geometry, and Complexity of Neural
+      Networks <https://arxiv.org/abs/1711.01530>`_, AISTATS 2019.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> sharpness.fisher_rao_empirical(
+      ...     lambda p, batch: jnp.mean(batch @ p), jnp.ones(2), 2 * jnp.eye(2))
+      4.0
+    """
+    operator = curvature.empirical_fisher(loss_fn, params, data, weight_fn=weight_fn)
+    return float(operator.quadratic_form(operator.like))
+
+
+def shannon_entropy(model_fn: Callable[..., Any], params: Any, inputs: Any) -> float:
+    r"""Minus the mean entropy of the predicted classes: larger is more certain.
+
+    The paper tabulates the mean entropy itself; the sign is turned here so that larger
+    means sharper, as for all measures.
+
+    Args:
+      model_fn: ``model_fn(params, inputs) -> logits``, classes last.
+      params: the parameters.
+      inputs: one batch of inputs, or a list of batches.
+
+    Returns:
+      The negative mean entropy in nats, at most 0.
+
+    References:
+      Pereyra, Tucker, Chorowski, Kaiser, Hinton, `Regularizing Neural Networks by
+      Penalizing Confident Output Distributions <https://arxiv.org/abs/1701.06548>`_, 2017.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> round(sharpness.shannon_entropy(lambda p, x: x, None, jnp.zeros((5, 2))), 4)
+      -0.6931
+    """
+    total, count = 0.0, 0
+    for batch in inputs if streams.is_stream(inputs) else [inputs]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        size = streams.batch_size(batch)
+        total, count = total + size * _certainty(model_fn, params, batch), count + size
+    if not count:
+        raise ValueError(
+            "inputs must hold examples, got none; give at least one batch."
+        )
+    return float(total / count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certainty(model_fn, params, batch):
+    logs = jax.nn.log_softmax(
+        jnp.asarray(model_fn(params, batch), jnp.float32), axis=-1
+    )
+    return jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
+
+
+def frobenius_norm(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    num_probes: int = 32,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    """The Frobenius norm of the Hessian.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      key: a JAX random key.
+      num_probes: see :func:`flatopt.curvature.probe`.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.frobenius_norm(
+      ...     lambda p: jnp.sum(p ** 2), jnp.ones(4), jax.random.key(0))
+      >>> round(float(found.value), 3)
+      4.0
+    """
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return curvature.probe(operator, key, num_probes).frobenius_norm
+
+
+def trace(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    num_probes: int = 32,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    """The trace of the Hessian. The paper's code sums 100 Ritz values; this does not.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      key: a JAX random key.
+      num_probes: see :func:`flatopt.curvature.trace`.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.trace(lambda p: jnp.sum(p ** 2), jnp.ones(4), jax.random.key(0))
+      >>> round(float(found.value), 3)
+      8.0
+    """
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return curvature.trace(operator, key, num_probes)
+
+
+def max_eigenvalue(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> curvature.Eigenpairs:
+    """The largest eigenvalue of the Hessian, with its vector and bound.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      key: a JAX random key.
+
+    Returns:
+      :class:`~flatopt.curvature.Eigenpairs` of one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.max_eigenvalue(
+      ...     lambda p: 3 * p[0] ** 2 + p[1] ** 2, jnp.ones(2), jax.random.key(0))
+      >>> round(float(found.values[0]), 3)
+      6.0
+    """
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    return curvature.eigenpairs(operator, key)
+
+
+def effective_dimension(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    *,
+    alpha: float = 1.0,
+    num_draws: int = 4,
+    num_steps: int = 64,
+    data: Any = None,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> Estimate:
+    r"""The number of directions that the loss determines.
+
+    .. math:: \sum_i \frac{\lambda_i^+}{\lambda_i^+ + \alpha}
+
+    by stochastic Lanczos quadrature. Negative eigenvalues count as zero; in the paper's
+    code those near :math:`-\alpha` make it blow up.
+
+    Args:
+      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      key: a JAX random key.
+      alpha: the eigenvalue that counts as one half, > 0.
+      num_draws, num_steps: see :func:`flatopt.curvature.spectral_density`.
+
+    Returns:
+      An :class:`~flatopt.curvature.Estimate` over draws.
+
+    References:
+      Maddox, Benton, Wilson, `Rethinking Parameter Counting in Deep Models: Effective
+      Dimensionality Revisited <https://arxiv.org/abs/2003.02139>`_, 2020.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flatopt import sharpness
+      >>> found = sharpness.effective_dimension(
+      ...     lambda p: jnp.sum(p ** 2), jnp.ones(4), jax.random.key(0), alpha=2.0)
+      >>> round(float(found.value), 3)
+      2.0
+    """
+    check_positive(alpha, "alpha")
+    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    density = curvature.spectral_density(
+        operator, key, num_draws=num_draws, num_steps=num_steps
+    )
+    positive = np.maximum(density.nodes, 0)
+    shares = (density.weights * positive / (positive + alpha)).sum(axis=1)
+    return mean_estimate(jnp.asarray(blocks.size(operator.like) * shares))

@@ -1,0 +1,278 @@
+"""Largest stable learning rates, and what follows from them."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from flatopt._core import checks
+from flatopt.stability import _moments
+from flatopt.stability._alignment import alignment
+from flatopt.stability._linearization import Linearization
+
+
+class Thresholds(NamedTuple):
+    r"""Largest stable learning rates by theory, from :func:`thresholds`.
+
+    ``mean_square`` is exact for the linearized model: necessary and sufficient for a
+    bounded second moment. All others but ``frobenius_estimate`` are necessary conditions,
+    never below it for the same sampling.
+
+    Attributes:
+      gradient_descent: :math:`2 / \lambda_{max}`.
+      mean_square: exact (Mulayoff and Michaeli, theorem 3).
+      trace_ratio: their equation 16.
+      rank_one: their equation 24, the best of ascents on the sphere.
+      top_direction: their equation 15.
+      trace: from the trace alone, :math:`2 c / (p \operatorname{tr} H)` (after Wu and Su).
+      frobenius: :math:`1 / (\|H\|_F \sqrt{p \mu})` (Wu, Wang and Su) with the smallest
+        alignment over all displacements.
+      frobenius_estimate: the same with the alignment measured at these parameters: a rule
+        of thumb, which may be below ``mean_square``; NaN at zero loss.
+      coherence: Dexter et al., for Bernoulli sampling; NaN for the others.
+      loss: the loss there: the theory is about minima of zero loss.
+      gradient_norm: the norm of its gradient, zero at a minimum.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.Thresholds._fields[1]
+      'mean_square'
+    """
+
+    gradient_descent: float
+    mean_square: float
+    trace_ratio: float
+    rank_one: float
+    top_direction: float
+    trace: float
+    frobenius: float
+    frobenius_estimate: float
+    coherence: float
+    loss: float
+    gradient_norm: float
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates by theory, without those that do not apply.
+
+        Example:
+          >>> from flatopt import stability
+          >>> stability.Thresholds(*[1.0] * 8, math.nan, 0.0, 0.0).rates["mean_square"]
+          1.0
+        """
+        found = self._asdict()
+        del found["loss"], found["gradient_norm"]
+        return {name: rate for name, rate in found.items() if not math.isnan(rate)}
+
+
+def thresholds(
+    lin: Linearization, batch_size: int, *, sampling: str = "without_replacement"
+) -> Thresholds:
+    r"""The largest stable learning rate of SGD at a minimum, by each theory.
+
+    With :math:`H_i` the examples' Hessians at zero error, the second moment of the distance
+    to the minimum follows
+
+    .. math:: M \mapsto M - \eta (H M + M H) + \eta^2 D(M), \qquad
+        D(M) = q\, H M H + \frac{p}{n} \sum_i H_i M H_i
+
+    with :math:`q = 1 - p` and :math:`p = (n - B) / (B (n - 1))` without replacement,
+    :math:`p = 1 / B` with; for Bernoulli sampling :math:`q = 1, p = (n - B) / (n B)`. It
+    stays bounded if and only if :math:`\eta \le 2 / \lambda_{max}(C^{-1} D)`,
+    :math:`C(M) = (H M + M H) / 2`.
+
+    The theory is about minima, and the Hessians are exact at zero error: look at the loss
+    and gradient norm in the result before you trust its rates. At a minimum with errors
+    the same threshold is that of the noise that grows with the distance; the rest keeps
+    SGD at a distance, see :func:`stationary_covariance`.
+
+    Cost: some tens of products of n c r^2 operations.
+
+    Args:
+      lin: from :func:`linearize`.
+      batch_size: B, at most n.
+      sampling: "without_replacement", "with_replacement" or "bernoulli".
+
+    Returns:
+      :class:`Thresholds`.
+
+    Raises:
+      ValueError: for a batch larger than the data, an unknown sampling.
+
+    References:
+      Mulayoff, Michaeli, `Exact Mean Square Linear Stability Analysis for SGD
+      <https://arxiv.org/abs/2306.07850>`_, 2023; Wu, Wang, Su, `The Alignment Property of
+      SGD Noise <https://arxiv.org/abs/2207.02628>`_, NeurIPS 2022; Wu, Su, `The Implicit
+      Regularization of Dynamical Stability <https://arxiv.org/abs/2305.17490>`_, ICML 2023;
+      Dexter et al., `A Precise Characterization of SGD Stability Using Loss Surface
+      Geometry <https://arxiv.org/abs/2401.12332>`_, ICLR 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> found = stability.thresholds(lin, 1)
+      >>> round(found.gradient_descent, 3), round(found.mean_square, 3)
+      (4.0, 2.0)
+    """
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
+    values = np.asarray(lin.eigenvalues, "f8")
+    coordinates = np.asarray(lin.coordinates, "f8")
+    n, c, _ = coordinates.shape
+    # H_i H_j for i = j: the squared Frobenius norms of the examples' Hessians.
+    grams = np.einsum("ncr,ndr->ncd", coordinates, coordinates)
+    mean_square_norm = np.mean(np.sum(grams**2, axis=(1, 2)))
+    trace, norm = values.sum(), np.sqrt((values**2).sum())
+    first = np.eye(len(values))[0]
+    top, _ = _moments.rank_one_ratio(first, values, coordinates, q, p)
+    smallest = _moments.smallest_alignment(values, coordinates, sampling)
+    estimate = math.nan
+    if float(lin.loss) > 0:
+        mu = float(alignment(lin).mu)
+        estimate = 1 / (norm * math.sqrt(p * mu)) if p > 0 and mu > 0 else math.inf
+    found = dict(
+        gradient_descent=2 / values[0],
+        mean_square=exact_threshold(lin, batch_size, sampling),
+        trace_ratio=2 * trace / (q * norm**2 + p * mean_square_norm),
+        rank_one=2 / _moments.largest_rank_one(values, coordinates, q, p),
+        top_direction=2 / top,
+        trace=2 * c / (p * trace) if p else math.inf,
+        frobenius=1 / (norm * math.sqrt(p * smallest))
+        if p * smallest > 0
+        else math.inf,
+        frobenius_estimate=estimate,
+        coherence=_moments.coherence(values, grams, coordinates, batch_size)
+        if sampling == "bernoulli"
+        else math.nan,
+        loss=lin.loss,
+        gradient_norm=lin.gradient_norm,
+    )
+    return Thresholds(**{name: float(value) for name, value in found.items()})
+
+
+def exact_threshold(lin, batch_size, sampling):
+    """The exact threshold."""
+    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
+    return 2 / _moments.top_of_mean_square(lin, q, p)
+
+
+def smallest_batch_size(
+    lin: Linearization,
+    learning_rate: float,
+    *,
+    sampling: str = "without_replacement",
+) -> int | None:
+    r"""The smallest batch size at which SGD with this learning rate can stay.
+
+    Args:
+      lin: from :func:`linearize`.
+      learning_rate: the step size, > 0.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      The batch size, or None where no batch up to the whole data suffices.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> stability.smallest_batch_size(lin, 3.0)
+      2
+    """
+    n = len(lin.coordinates)
+
+    def stays(batch_size):
+        return learning_rate <= exact_threshold(lin, batch_size, sampling)
+
+    if not stays(n):
+        return None
+    low, high = 0, n  # stability can only grow with the batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if stays(middle) else (middle, high)
+    return high
+
+
+class SharpestMinimum(NamedTuple):
+    """Bounds on the curvature of minima that SGD can stay at.
+
+    Attributes:
+      max_eigenvalue: of the largest eigenvalue.
+      trace: of the trace.
+      frobenius_norm: of the Frobenius norm.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.sharpest_minimum(0.1, 8).max_eigenvalue
+      20.0
+    """
+
+    max_eigenvalue: float
+    trace: float
+    frobenius_norm: float
+
+
+def sharpest_minimum(
+    learning_rate: float,
+    batch_size: int,
+    num_examples: int | None = None,
+    *,
+    num_outputs: int = 1,
+    mu: float = 1.0,
+    sampling: str = "without_replacement",
+) -> SharpestMinimum:
+    r"""The sharpest minimum at which SGD with these settings could stay.
+
+    With p as in :func:`thresholds`, :math:`1/B` for much data, SGD leaves a minimum beyond
+    any of
+
+    .. math:: \lambda_{max} = \frac{2}{\eta}, \quad
+        \operatorname{tr} H = \frac{2 c}{p \eta}, \quad
+        \|H\|_F = \frac{1}{\eta \sqrt{p \mu}}
+
+    the last where its noise is aligned by at least :math:`\mu`. For a minimum at hand,
+    :func:`thresholds` says more.
+
+    Args:
+      learning_rate: the step size, > 0.
+      batch_size: B.
+      num_examples: n; default: very many.
+      num_outputs: c, the number of outputs of the model.
+      mu: a lower bound of the alignment, > 0.
+      sampling: see :func:`thresholds`.
+
+    Returns:
+      A :class:`SharpestMinimum`.
+
+    References:
+      Wu, Wang, Su, `The Alignment Property of SGD Noise
+      <https://arxiv.org/abs/2207.02628>`_, NeurIPS 2022; Wu, Su, `The Implicit
+      Regularization of Dynamical Stability <https://arxiv.org/abs/2305.17490>`_, ICML 2023.
+
+    Example:
+      >>> from flatopt import stability
+      >>> stability.sharpest_minimum(0.1, 4)
+      SharpestMinimum(max_eigenvalue=20.0, trace=80.0, frobenius_norm=20.0)
+    """
+    check_rate(learning_rate)
+    checks.check_num_samples(num_outputs, "num_outputs")
+    if not mu > 0:
+        raise ValueError(
+            f"mu must be positive, got {mu}; 1 is that of noise in proportion to H."
+        )
+    _, p = _moments.weights(num_examples, batch_size, sampling)
+    return SharpestMinimum(
+        max_eigenvalue=2 / learning_rate,
+        trace=2 * num_outputs / (p * learning_rate) if p else math.inf,
+        frobenius_norm=1 / (learning_rate * math.sqrt(p * mu)) if p else math.inf,
+    )
+
+
+def check_rate(learning_rate):
+    checks.check_scale(learning_rate, "learning_rate")
+    if not learning_rate > 0:
+        raise ValueError(
+            f"learning_rate must be positive, got {learning_rate}; nothing moves."
+        )

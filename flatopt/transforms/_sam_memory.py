@@ -1,0 +1,163 @@
+"""Sharpness-aware minimization that keeps a direction between steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt._core import checks, loops, vectors
+from flatopt.transforms import _ascent, _link
+from flatopt.transforms._sam import Scalar
+
+
+def look_sam_gradients(
+    rho: Scalar,
+    every: int = 5,
+    alpha: float = 0.7,
+    *,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
+    start_step: int = 0,
+    mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LookSAM: SAM's direction, computed at every few steps and reused between.
+
+    At every ``every``-th step SAM's gradient is used, and its part orthogonal to the
+    clean gradient, :math:`g_v`, is kept. The other steps use
+    :math:`g + \alpha\, \|g\| / \|g_v\|\, g_v`.
+
+    Cost of a step: 1 + 1/``every`` gradients on average. Put this link first in a chain;
+    the incoming gradients are not read.
+
+    Args:
+      rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
+      every: number of steps between ascent steps, at least 1.
+      alpha: weight of the kept direction, >= 0.
+      num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
+        :func:`sam_gradients`.
+
+    Returns:
+      A transformation with state :class:`AdversarialState`.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
+
+    References:
+      Liu, Mai, Chen, Hsieh, You, `Towards Efficient and Scalable Sharpness-Aware
+      Minimization <https://arxiv.org/abs/2203.02714>`_, CVPR 2022.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(flatopt.look_sam_gradients(0.05), optax.sgd(0.1))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(
+      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.303, -0.404]
+    """
+    checks.check_scale(alpha, "alpha")
+    if not isinstance(every, jax.Array):
+        checks.check_num_samples(every, "every")
+
+    def gradients(value_and_grad, params, rho, key, memory, count):
+        del key
+        value, clean = value_and_grad(params)
+
+        def look():
+            _, moved = value_and_grad(vectors.move(params, vectors.ascent(clean, rho)))
+            return moved, vectors.normalize(vectors.orthogonal(moved, clean))[0]
+
+        def reuse():
+            _, norm = vectors.normalize(clean)
+            return vectors.add(clean, alpha * norm, memory), memory
+
+        grads, memory = loops.cond((count - start_step) % every == 0, look, reuse)
+        return value, grads, memory
+
+    return _ascent.adversarial(
+        "look_sam_gradients",
+        rho,
+        gradients,
+        _ascent.Options(
+            num_microbatches, batch_argnames, start_step, mask, axis_name, key
+        ),
+        init_memory=_link.wide_zeros,
+    )
+
+
+def friendly_sam_gradients(
+    rho: Scalar,
+    sigma: float = 1.0,
+    decay: float = 0.9,
+    *,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
+    start_step: int = 0,
+    mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Friendly SAM: an ascent step along the batch's own part of the gradient.
+
+    .. math:: \epsilon = \rho\, d / \|d\|, \qquad d = g - \sigma m
+
+    with :math:`m` the moving average of gradients before this step.
+
+    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
+    not read.
+
+    Args:
+      rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
+      sigma: share of the moving average to take away, >= 0.
+      decay: decay of the moving average, in [0, 1).
+      num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
+        :func:`sam_gradients`.
+
+    Returns:
+      A transformation with state :class:`AdversarialState`.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
+
+    References:
+      Li, Zhou, He, Cheng, Huang, `Friendly Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2403.12350>`_, CVPR 2024.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(flatopt.friendly_sam_gradients(0.05), optax.sgd(0.1))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(
+      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.303, -0.404]
+    """
+    checks.check_scale(sigma, "sigma")
+    checks.check_decay(decay)
+
+    def gradients(value_and_grad, params, rho, key, memory, count):
+        del key, count
+        value, clean = value_and_grad(params)
+        _, grads = value_and_grad(
+            vectors.move(
+                params, vectors.ascent(vectors.add(clean, -sigma, memory), rho)
+            )
+        )
+        # The first gradient starts the average, as in the authors' code.
+        _, length = vectors.normalize(memory)
+        kept = jnp.where(length == 0, 0.0, decay)
+        memory = vectors.add(vectors.scale(kept, memory), 1 - kept, clean)
+        return value, grads, memory
+
+    return _ascent.adversarial(
+        "friendly_sam_gradients",
+        rho,
+        gradients,
+        _ascent.Options(
+            num_microbatches, batch_argnames, start_step, mask, axis_name, key
+        ),
+        init_memory=_link.wide_zeros,
+    )

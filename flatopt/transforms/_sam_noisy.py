@@ -1,0 +1,141 @@
+"""Sharpness-aware minimization whose ascent step follows a gradient at noisy parameters."""
+
+from typing import Any
+
+import jax
+import optax
+
+from flatopt import kernels
+from flatopt._core import binding, checks
+from flatopt._core.vectors import ascent, move, scale
+from flatopt.transforms import _ascent
+from flatopt.transforms._ascent import adversarial
+from flatopt.transforms._sam import Scalar
+
+
+def noisy(name, rho, sigma, kernel, options):
+    """SAM whose ascent step follows the gradient at noisy parameters."""
+    checks.check_scale(sigma, "sigma")
+
+    def gradients(value_and_grad, params, rho, key, memory, count):
+        del count
+        noise = binding.bind(kernel, key, params)(key)
+        value, grads = value_and_grad(move(params, scale(sigma, noise)))
+        _, grads = value_and_grad(move(params, ascent(grads, rho)))
+        return value, grads, memory
+
+    return adversarial(name, rho, gradients, options)
+
+
+def random_sam_gradients(
+    rho: Scalar,
+    sigma: float,
+    *,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
+    start_step: int = 0,
+    mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Random SAM, NSO's variant: an ascent step along a gradient at noisy parameters.
+
+    The gradient g is taken at :math:`\theta + \sigma U`; the step
+    :math:`\rho\, g / \|g\|` starts from the clean :math:`\theta`.
+
+    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
+    not read.
+
+    Args:
+      rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
+      sigma: scale of the noise in units of the filter norm, >= 0.
+      num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
+        :func:`sam_gradients`.
+
+    Returns:
+      A transformation with state :class:`AdversarialState`.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
+
+    References:
+      Zhang, Li, Ju, `Noise Stability Optimization for Finding Flat Minima
+      <https://arxiv.org/abs/2306.08553>`_, 2024 (the baseline in the authors' code,
+      which starts from the clean parameters), after Liu, Mai, Chen, Hsieh, You, `Random
+      Sharpness-Aware Minimization <https://openreview.net/forum?id=htUvh7xPoa>`_,
+      NeurIPS 2022.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(flatopt.random_sam_gradients(0.05, 0.0), optax.sgd(0.1))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(
+      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.303, -0.404]
+    """
+    return noisy(
+        "random_sam_gradients",
+        rho,
+        sigma,
+        kernels.filterwise(),
+        _ascent.Options(
+            num_microbatches, batch_argnames, start_step, mask, axis_name, key
+        ),
+    )
+
+
+def bayesian_sam_gradients(
+    rho: Scalar,
+    sigma: float,
+    *,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
+    start_step: int = 0,
+    mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bayesian SAM as NSO's authors compare with it; follow it with ``optax.adam``.
+
+    As :func:`random_sam_gradients`, with isotropic noise :math:`N(0, \sigma^2)`.
+
+    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
+    not read.
+
+    Args:
+      rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
+      sigma: standard deviation of the noise, >= 0.
+      num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
+        :func:`sam_gradients`.
+
+    Returns:
+      A transformation with state :class:`AdversarialState`.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
+
+    References:
+      Zhang, Li, Ju, `Noise Stability Optimization for Finding Flat Minima
+      <https://arxiv.org/abs/2306.08553>`_, 2024 (the variant in the authors' code, with
+      a fixed sigma), after Möllenhoff, Khan, `SAM as an Optimal Relaxation of Bayes
+      <https://arxiv.org/abs/2210.01620>`_, ICLR 2023.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(flatopt.bayesian_sam_gradients(0.05, 0.0), optax.sgd(0.1))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(
+      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.303, -0.404]
+    """
+    return noisy(
+        "bayesian_sam_gradients",
+        rho,
+        sigma,
+        kernels.isotropic(),
+        _ascent.Options(
+            num_microbatches, batch_argnames, start_step, mask, axis_name, key
+        ),
+    )

@@ -1,0 +1,161 @@
+"""The gradient of a smoothed loss as the first link of a chain."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import smoothing
+from flatopt._core import checks, signatures
+from flatopt.transforms import _link
+
+
+class SmoothGradientsState(NamedTuple):
+    """State of :func:`smooth_gradients`: plain numeric arrays.
+
+    Attributes:
+      count: number of updates made, shape (), int32.
+      noise_key: raw data of the random key, uint32; the noise of step ``count`` comes
+        from this key folded with ``count``.
+      smoothed_value: the last estimate of the smoothed loss, shape (), float32 or
+        wider; infinite before the first update.
+
+    Example:
+      >>> import jax.numpy as jnp, flatopt
+      >>> flatopt.smooth_gradients(0.01).init(jnp.zeros(3)).count
+      Array(0, dtype=int32)
+    """
+
+    count: jax.Array
+    noise_key: jax.Array
+    smoothed_value: jax.Array
+
+
+def smooth_gradients(
+    scale: jax.typing.ArrayLike | optax.Schedule,
+    kernel: Callable[..., Any] | None = None,
+    *,
+    num_samples: int | None = None,
+    antithetic: bool = False,
+    batch_argnames: tuple[str, ...] = (),
+    weight_fn: Callable[[Any], jax.Array] | None = None,
+    mask: Any = None,
+    strategy: smoothing.Strategy = "auto",
+    axis_name: str | tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace the gradient by that of the loss averaged over perturbed parameters.
+
+    The noise follows from ``key`` alone: two optimizers made with the same ``key`` draw
+    the same noise. The incoming gradients are not read: pass zeros
+    (``optax.tree.zeros_like(params)``, free under jit), or None where no other link
+    reads them. Put this link first; clipping, momentum, accumulation come after it.
+
+    The gradient is the Monte Carlo estimate of
+    :math:`\nabla_\theta E_U[L(\theta + \text{scale}\cdot U)]`, as described at
+    :func:`smooth_value_and_grad`. Cost in gradients of the batch: 1 with
+    ``batch_argnames``, else ``num_samples``; twice that if antithetic.
+
+    ``update`` takes ``value_fn(params, **kwargs) -> scalar`` as an extra argument, and
+    forwards to it those keyword arguments that its signature names (all of them if it
+    takes ``**kwargs``).
+
+    Args:
+      scale: standard deviation of the noise in units of the kernel: a number, a scalar
+        array, or a schedule of the step count.
+      kernel: ``kernel(key, params) -> perturbation``. Default:
+        :func:`flatopt.kernels.isotropic`.
+      num_samples: number of draws a step; None: 1.
+      antithetic: evaluate each draw at +U and at -U.
+      batch_argnames: names of the extra arguments whose leading axis is split, one
+        chunk a draw.
+      weight_fn: weight of a chunk; default: chunks count equally.
+      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
+        masked out get no noise and are not differentiated; their update is zero.
+      strategy: layout of the samples, see :func:`smooth_value_and_grad`.
+      axis_name: axis of ``jax.shard_map`` to average over.
+      key: an int or a JAX random key, read by ``init``.
+
+    Returns:
+      A transformation with state :class:`SmoothGradientsState`. Under
+      ``optax.inject_hyperparams`` name ``kernel`` and ``weight_fn`` in ``static_args``.
+
+    Raises:
+      TypeError, ValueError: at the call or while tracing ``update``, in one sentence,
+        for each wrong argument: a missing ``value_fn`` or ``params``, a batch that does
+        not divide, a mask of another structure, and so on.
+
+    References:
+      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, Algorithm 1; Zhang, Li, Ju,
+      `Noise Stability Optimization for Finding Flat Minima
+      <https://arxiv.org/abs/2306.08553>`_, 2024, Algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch @ params - 1) ** 2)
+      >>> tx = optax.chain(
+      ...     flatopt.smooth_gradients(0.01, antithetic=True), optax.sgd(0.1))
+      >>> params, batch = jnp.zeros(2), jnp.eye(2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(
+      ...     optax.tree.zeros_like(params), state, params, value_fn=loss_fn, batch=batch)
+      >>> updates
+      Array([0.1, 0.1], dtype=float32)
+    """
+    if not callable(scale):
+        checks.check_scale(scale)
+    num_samples = 1 if num_samples is None else num_samples
+    checks.check_num_samples(num_samples)
+    checks.check_strategy(strategy)
+    batch_argnames = checks.check_names(batch_argnames)
+    _link.check_key(key)
+
+    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        del updates
+        _link.check_update(params, value_fn, "smooth_gradients")
+        value_of, select, merge = _link.partition(value_fn, params, mask)
+        value, grads = smoothing.smooth_value_and_grad(
+            value_of,
+            scale(state.count) if callable(scale) else scale,
+            kernel,
+            num_samples=num_samples,
+            antithetic=antithetic,
+            batch_argnames=batch_argnames,
+            weight_fn=weight_fn,
+            strategy=strategy,
+            axis_name=axis_name,
+        )(
+            _link.step_key(state, key),
+            select(params),
+            **signatures.forwarded(value_fn, extra_args),
+        )
+        updates = merge(grads, _link.zeros_like(params))
+        return updates, advance(state, value)
+
+    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
+
+
+def init_of(key):
+    """The ``init`` of a transformation with :class:`SmoothGradientsState`."""
+
+    def init_fn(params):
+        return SmoothGradientsState(
+            count=jnp.zeros((), jnp.int32),
+            noise_key=_link.key_data(key),
+            smoothed_value=jnp.full((), jnp.inf, _link.value_dtype(params)),
+        )
+
+    return init_fn
+
+
+def advance(state, value):
+    """The state after a step that measured ``value``."""
+    return SmoothGradientsState(
+        count=optax.safe_increment(state.count),
+        noise_key=state.noise_key,
+        smoothed_value=value.astype(state.smoothed_value.dtype),
+    )

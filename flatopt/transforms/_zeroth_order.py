@@ -1,0 +1,115 @@
+"""Smoothed gradients from values alone, for losses without gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import kernels, smoothing
+from flatopt._core import binding, checks, layout, random, signatures, trees, vectors
+from flatopt.transforms import _link
+from flatopt.transforms._smooth import advance, init_of
+
+
+def smooth_gradients_zeroth_order(
+    scale: jax.typing.ArrayLike | optax.Schedule,
+    sampler: kernels.Sampler | None = None,
+    *,
+    num_samples: int | None = None,
+    mask: Any = None,
+    strategy: smoothing.Strategy = "auto",
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimate the gradient of the smoothed loss from two values a draw.
+
+    .. math:: g = \frac1M \sum_{j=1}^M
+        \frac{L(\theta + \sigma U_j) - L(\theta - \sigma U_j)}{2\sigma}\, U_j
+
+    For standard normal :math:`U` its mean is exactly the gradient of
+    :math:`E_U[L(\theta + \sigma U)]`; its variance grows with the number of parameters.
+    Costs ``2 * num_samples`` forward passes and no backward pass; no activations are
+    kept. The noise follows from ``key`` alone; the incoming gradients are not read.
+
+    Args:
+      scale: standard deviation :math:`\sigma` of the noise, > 0: a number, a scalar
+        array or a schedule of the step count.
+      sampler: values of mean 0 and variance 1; None: standard normal.
+      num_samples: number of draws M a step; None: 1.
+      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
+        masked out stay as they are; their update is zero.
+      strategy: layout of the samples, see :func:`smooth_value_and_grad`.
+      key: an int or a JAX random key, read by ``init``.
+
+    Returns:
+      A transformation with state :class:`SmoothGradientsState`.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`; also if
+        ``scale`` is 0.
+
+    References:
+      Zhang, Li, Thekumparampil, Oh, Muehlebach, He, `Zeroth-Order Optimization Finds
+      Flat Minima <https://arxiv.org/abs/2506.05454>`_, NeurIPS 2025.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(
+      ...     flatopt.smooth_gradients_zeroth_order(0.1, num_samples=64), optax.sgd(0.1))
+      >>> params = jnp.array([3.0])
+      >>> updates, state = tx.update(
+      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> bool(updates[0] < 0)
+      True
+    """
+    if not callable(scale):
+        _check_positive(scale)
+    num_samples = 1 if num_samples is None else num_samples
+    checks.check_num_samples(num_samples)
+    checks.check_strategy(strategy)
+    _link.check_key(key)
+    kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
+
+    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        del updates
+        _link.check_update(params, value_fn, "smooth_gradients_zeroth_order")
+        value_of, select, merge = _link.partition(value_fn, params, mask)
+        free = checks.check_params(select(params))
+        kwargs = signatures.forwarded(value_fn, extra_args)
+        sigma = scale(state.count) if callable(scale) else scale
+        _check_positive(sigma)
+        step_key = _link.step_key(state, key)
+        draw = binding.bind(kernel, step_key, free)
+
+        def sample(index, chunk):
+            del chunk
+            noise_key = random.fold_in(step_key, index)
+            options = signatures.sample_options(value_fn, noise_key)
+            noise = jax.lax.optimization_barrier(draw(noise_key))
+
+            def value_at(factor):
+                moved = vectors.move(free, vectors.scale(factor, noise))
+                return trees.widen(
+                    checks.check_value(value_of(moved, **kwargs, **options))
+                )
+
+            plus, minus = value_at(sigma), value_at(-sigma)
+            slope = (plus - minus) / (2 * jnp.asarray(sigma).astype(plus.dtype))
+            return ((plus + minus) / 2, vectors.scale(slope, noise)), None
+
+        total, _ = layout.sum_samples(
+            sample, num_samples, {}, strategy, rematerialize=False
+        )
+        value, grads = jax.tree.map(lambda x: x / num_samples, total)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
+        return merge(grads, _link.zeros_like(params)), advance(state, value)
+
+    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
+
+
+def _check_positive(scale):
+    checks.check_scale(scale)
+    if not isinstance(scale, jax.core.Tracer) and scale == 0:
+        raise ValueError(
+            "scale must be greater than 0, got 0; differences of values need a distance."
+        )
