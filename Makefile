@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-floor lint doctest docs bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
+.PHONY: help demo test test-floor test-newest lint format hooks doctest docs dist bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
-	@echo "make test     run the tests"
-	@echo "make test-floor  run those that meet JAX's inner parts on the oldest versions allowed"
+	@echo "make test     run the tests; make test T='tests/test_kernels.py -k signs' runs some"
+	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
+	@echo "make test-newest  the same on the newest Python that is found and the newest JAX"
 	@echo "make lint     check style and formatting"
+	@echo "make format   sort imports and format"
+	@echo "make hooks    have git check the style of every commit"
 	@echo "make doctest  run every example in the docstrings"
 	@echo "make docs     build the documentation into docs/_build/html"
+	@echo "make dist     build the archives of a release into dist, and test from the sdist"
 	@echo "make bench    measure speed and memory against peers"
 	@echo "make bench-curvature  measure curvature products against peers"
 	@echo "make bench-stability  measure the tracker and the exact threshold"
@@ -19,7 +23,7 @@ help:
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
 	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (two hours);"
 	@echo "                  with CIFAR10=FOLDER that of CIFAR-10 too"
-	@echo "make clean    remove .venv and what was built"
+	@echo "make clean    remove the environments and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
 $(VENV)/.%: pyproject.toml
@@ -30,27 +34,67 @@ $(VENV)/.%: pyproject.toml
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py
 
+T ?=
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest $(or $(T),-n 2 --dist worksteal)
+
+# What meets JAX's inner parts: files test_NAME.py and folders NAME anywhere below tests.
+INNER := convolutions curvature errors export flax kernels optimizers schedules sharding \
+	tracking transforms
+find_tests = $(or $(shell find tests -name test_$(1).py -o -type d -name $(1)),\
+	$(error there are no tests named $(1)))
+INNER_TESTS = $(foreach name,$(INNER),$(call find_tests,$(name)))
 
 FLOOR := $(VENV)-floor
-FLOOR_TESTS := $(addprefix tests/test_,convolutions.py errors.py export.py flax.py \
-	kernels.py optimizers.py schedules.py tracking.py transforms.py)
 
 test-floor: floor.txt pyproject.toml
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c floor.txt
-	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q $(FLOOR_TESTS)
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q $(INNER_TESTS)
+
+NEWEST := $(VENV)-newest
+
+# The environment is made again when a newer Python has come.
+test-newest: pyproject.toml
+	@python=$$(.ci/newest-python) || { \
+		echo "make test-newest: no CPython from 3.12 to 3.14 is found: nothing is run"; exit 0; }; \
+	set -ex; \
+	test "$$($(NEWEST)/bin/python -V 2>&1)" = "$$($$python -V)" || $$python -m venv --clear $(NEWEST); \
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--upgrade --upgrade-strategy eager -e '.[dev]'; \
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal -q $(INNER_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
 
 doctest: $(VENV)/.dev
 	$(BIN)/python -m pytest --doctest-modules -q flatopt
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# With TAG=vX.Y.Z the archives must be of that version. Tests that read files run once more,
+# from the unpacked sdist and with its package.
+SDIST := build/sdist
+READING_TESTS = $(foreach name,package release examples reproduce,$(call find_tests,$(name)))
+
+dist: $(VENV)/.dev $(VENV)/.release
+	rm -rf dist $(SDIST)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	test -z "$(TAG)" || test -e "dist/flatopt-$(TAG:v%=%).tar.gz"
+	mkdir -p $(SDIST)
+	tar -xzf dist/*.tar.gz -C $(SDIST) --strip-components 1
+	cd $(SDIST) && PYTHONPATH=$(abspath $(SDIST)) $(abspath $(BIN))/python -m pytest -q $(READING_TESTS) \
+		-k 'test_package or test_release or format or notebook_is or notebook_has or number'
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
@@ -76,4 +120,6 @@ ifdef CIFAR10
 endif
 
 clean:
-	rm -rf $(VENV) $(FLOOR) docs/_build build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) docs/_build docs/jupyter_execute jupyter_execute build dist
+	rm -rf *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find benchmarks docs examples flatopt tests -name __pycache__ -prune -exec rm -rf {} +
