@@ -39,8 +39,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(or $(T),-n 2 --dist worksteal)
 
 # What meets JAX's inner parts: files test_NAME.py and folders NAME anywhere below tests.
-INNER := convolutions curvature errors export flax kernels optimizers schedules sharding \
-	tracking transforms
+INNER := curvature errors export flax jaxprs kernels optimizers schedules sharding transforms
 find_tests = $(or $(shell find tests -name test_$(1).py -o -type d -name $(1)),\
 	$(error there are no tests named $(1)))
 INNER_TESTS = $(foreach name,$(INNER),$(call find_tests,$(name)))

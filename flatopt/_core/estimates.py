@@ -1,5 +1,6 @@
 """Monte Carlo estimates: a value with its standard error."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,23 +10,48 @@ import jax.numpy as jnp
 class Estimate(NamedTuple):
     """A Monte Carlo estimate: a number, or a tree of arrays.
 
+    In text a number shows its error: ``f"{estimate}"`` is ``"2.03 ± 0.11"``, and a format
+    such as ``.1f`` applies to both parts.
+
     Attributes:
       value: the estimate.
-      standard_error: its standard error, of the same structure.
+      standard_error: its standard error, of the same structure; infinite for one draw.
       num_probes: number of independent draws behind both.
 
     Example:
       >>> from flatopt import curvature
-      >>> low, high = curvature.Estimate(10.0, 1.0, 32).interval()
+      >>> estimate = curvature.Estimate(10.0, 1.0, 32)
+      >>> low, high = estimate.interval()
       >>> round(float(low), 2), round(float(high), 2)
       (7.96, 12.04)
+      >>> f"{estimate:.1f}"
+      '10.0 ± 1.0'
     """
 
     value: Any
     standard_error: Any
     num_probes: int
 
-    def interval(self, confidence: float = 0.95):
+    @classmethod
+    def of(cls, samples: jax.typing.ArrayLike) -> "Estimate":
+        """The mean of independent samples along the first axis, with its standard error.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flatopt import curvature
+          >>> print(curvature.Estimate.of(jnp.array([1.0, 2.0, 3.0])))
+          2.00 ± 0.58
+        """
+        samples = jnp.asarray(samples)
+        count = len(samples)
+        if not count:
+            raise ValueError("samples must hold at least one value, got none.")
+        mean = jnp.mean(samples, axis=0)
+        if count == 1:
+            return cls(mean, jnp.full_like(mean, jnp.inf), count)
+        return cls(mean, jnp.std(samples, axis=0, ddof=1) / count**0.5, count)
+
+    def interval(self, confidence: float = 0.95) -> tuple[Any, Any]:
         """Student's t interval ``(low, high)`` that holds the truth so often.
 
         Example:
@@ -47,3 +73,28 @@ class Estimate(NamedTuple):
             lambda v, e: jnp.asarray(v + factor * e), self.value, self.standard_error
         )
         return low, high
+
+    def __format__(self, spec: str) -> str:
+        if jax.tree.structure(self.value) != jax.tree.structure(0) or jnp.ndim(
+            self.value
+        ):
+            if spec:
+                raise TypeError(
+                    f"a format such as {spec!r} is for an Estimate of one number, got "
+                    f"{jax.tree.map(jnp.shape, self.value)}; take one number of it first."
+                )
+            return repr(self)
+        value, error = float(self.value), float(self.standard_error)
+        spec = spec or _digits_of(error)
+        return f"{value:{spec}} ± {error:{spec}}"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+def _digits_of(error: float) -> str:
+    """A format that shows two digits of an error, and the value to the same place."""
+    if not (math.isfinite(error) and error > 0):
+        return ".4g"
+    place = 1 - math.floor(math.log10(error))
+    return f".{place}f" if 0 <= place <= 6 else ".4g"
