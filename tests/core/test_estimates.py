@@ -18,7 +18,8 @@ def test_of_is_mean_and_standard_error():
 
 def test_one_sample_has_an_infinite_error():
     estimate = Estimate.of(jnp.array([2.0]))
-    assert float(estimate.value) == 2 and np.isinf(estimate.standard_error)
+    assert float(estimate.value) == 2
+    assert np.isinf(estimate.standard_error)
     with pytest.raises(ValueError, match="at least one value, got none"):
         Estimate.of(jnp.zeros(0))
 
