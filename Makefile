@@ -10,7 +10,7 @@ help:
 	@echo "make test     run the tests; make test T='tests/test_kernels.py -k signs' runs some"
 	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
 	@echo "make test-newest  the same on the newest Python that is found and the newest JAX"
-	@echo "make lint     check style and formatting"
+	@echo "make lint     check style, formatting and types"
 	@echo "make format   sort imports and format"
 	@echo "make hooks    have git check the style of every commit"
 	@echo "make doctest  run every example in the docstrings"
@@ -66,6 +66,7 @@ test-newest: pyproject.toml
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --select I --fix .
