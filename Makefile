@@ -111,7 +111,7 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
-REPRODUCE := $(filter-out %/common %/cifar10,$(basename $(wildcard examples/reproduce/*.py)))
+REPRODUCE := $(filter-out %/cifar10,$(basename $(wildcard examples/reproduce/*.py)))
 
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done

@@ -15,11 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMANDS = sorted(
-    path
-    for path in (ROOT / "examples" / "reproduce").glob("*.py")
-    if path.stem != "common"
-)
+COMMANDS = sorted((ROOT / "examples" / "reproduce").glob("*.py"))
 RESULTS = ROOT / "docs" / "results"
 STEMS = [path.stem for path in COMMANDS]
 
@@ -100,9 +96,124 @@ def test_digits_splits_share_no_image_and_wrong_labels_follow_the_seed(monkeypat
         np.testing.assert_array_equal(splits[split][1], clean[split][1])
 
 
+def test_compare_tunes_on_one_seed_and_shares_cost_and_choice(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import Method, compare, grid, methods
+
+    def one():
+        pass
+
+    def two():
+        pass
+
+    settings = grid(rate=(1, 2), decay=(3, 4))
+    assert settings == [
+        {"rate": 1, "decay": 3},
+        {"rate": 1, "decay": 4},
+        {"rate": 2, "decay": 3},
+        {"rate": 2, "decay": 4},
+    ]
+    table = {
+        "first": Method(one, settings),
+        "other": Method(two, settings[:1], budget=2),
+        "as first": Method(one, tuned_as="first", budget=3),
+    }
+    losses = {(1, 3): np.nan, (1, 4): 2.0, (2, 3): 1.0, (2, 4): np.inf}
+    tuned, sizes = [], []
+
+    def piece(name, function, size):
+        sizes.append(size)
+        return function()
+
+    def tune(method, setting, seed, cost):
+        tuned.append(seed)
+        return losses[*setting.values()]
+
+    found = compare(
+        piece,
+        "stage",
+        table,
+        seeds=2,
+        budget=10,
+        cost=lambda method, setting: {one: 1.0, two: 2.0}[method.make],
+        tune=tune,
+        train=lambda method, setting, seed, cost: {
+            "run": (setting["rate"], seed, cost)
+        },
+    )
+    assert set(tuned) == {methods.TUNING_SEED}
+    assert [m["setting"] for m in found.values()] == [settings[i] for i in (2, 0, 2)]
+    assert [m["budget"] for m in found.values()] == [10, 20, 30]
+    assert found["first"]["tuning"][1:] == [2.0, 1.0, np.inf]
+    assert found["other"]["runs"] == [{"run": (1, 1, 2.0)}, {"run": (1, 2, 2.0)}]
+    assert found["as first"]["runs"] == [{"run": (2, 1, 1.0)}, {"run": (2, 2, 1.0)}]
+    assert sum(sizes) == 10 * methods.num_runs(table, 2)
+    assert table["first"] == Method(one)
+    assert table["first"] != Method(two)
+
+
+def test_methods_are_compared_seed_by_seed_and_then_over_cells(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import cells
+
+    def runs(accuracy, trace, loss):
+        return {
+            "test_accuracy": accuracy,
+            "trace": trace,
+            "max_eigenvalue": [1.0, np.nan],
+            "loss curve": [loss, loss],
+            "trace curve": [[8.0, 2.0], [8.0, 2.0]],
+        }
+
+    base = runs([0.5, 0.6], [2.0, 4.0], [1.0, 0.01])
+    better = runs([0.6, 0.7], [1.0, 8.0], [1.0, 0.1])
+    mixed = runs([0.5, 0.8], [2.0, 4.0], [1.0, 0.1])
+    networks = {
+        network: {"base": {"runs": {"0.0": base}}, "other": {"runs": {"0.0": own}}}
+        for network, own in {"A": better, "B": mixed}.items()
+    }
+    table = cells.runs_of(networks)
+    pairs = cells.paired(table, table.xs("base", level="method"))
+    of_a = cells.means(pairs.loc["A", "other"])
+    np.testing.assert_allclose(of_a["accuracy_gain"]["mean"], 0.1)
+    np.testing.assert_allclose(of_a["trace_ratio"]["mean"], 1.0)  # of 1/2 and 2
+    # Of logarithms: a deviation of log 4 / sqrt 2 over sqrt 2.
+    np.testing.assert_allclose(of_a["trace_ratio"]["error"], np.log(2))
+    assert np.isnan(of_a["max_eigenvalue_ratio"]["mean"])  # never dropped
+    # Both have passed a loss of 0.1, the base half-way in logarithms, at a trace of 4.
+    np.testing.assert_allclose(of_a["matched_loss"]["mean"], 0.1)
+    np.testing.assert_allclose(of_a["matched_trace_ratio"]["mean"], 2 / 4)
+    found = cells.over_cells(pairs)
+    assert list(found) == ["A", "B", "all"]
+    counts = {n: found["all"]["other"][n] for n in ("wins", "losses", "ties")}
+    assert counts == {"wins": 1, "losses": 0, "ties": 1}
+    gain = found["all"]["other"]["accuracy_gain"]  # mean over cells: 0.05 and 0.15
+    np.testing.assert_allclose([gain["mean"], gain["error"]], [0.1, 0.05])
+
+
+def test_rank_correlations_are_taken_within_groups(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import pandas as pd
+    import scipy.stats
+    from common import statistics
+
+    x, y = pd.Series([1, 2, 3, 1, 2, 3, 5.0]), pd.Series([1, 2, 3, 9, 7, 8, np.inf])
+    by = pd.DataFrame({"group": [0, 0, 0, 1, 1, 1, 2]})
+    found = statistics.correlation_within(by, x, y)
+    assert found["count"] == 2
+    np.testing.assert_allclose(found["mean"], (1 - 1 / 3) / 2)
+    rho = statistics.rank_correlation(x[3:], y[3:], scipy.stats.spearmanr)
+    np.testing.assert_allclose(rho, -0.5)  # of 1, 2, 3 and 3, 1, 2
+    drawn = statistics.resampled_correlations(pd.DataFrame({"x": x}), x, 50)
+    assert (drawn["x"].dropna() > 0.999).all()
+    low, high = statistics.interval(np.arange(1001))
+    assert (low, high) == (25, 975)
+
+
 def test_granulated_tau_compares_what_differs_in_one_hyperparameter(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
     import sharpness_study as study
+    from common import measures
 
     fixed = dict.fromkeys(study.HYPERPARAMETERS, 0)
     networks = [
@@ -113,10 +224,11 @@ def test_granulated_tau_compares_what_differs_in_one_hyperparameter(monkeypatch)
         for width in (1, 10)
         for seed, gap in enumerate((rate + width, rate + width + 2))
     ]
-    configurations = study.average(networks, study.HYPERPARAMETERS)
+    configurations, values = measures.average(networks, study.HYPERPARAMETERS)
     assert len(configurations) == 6  # those of the highest rate lack a measure
-    assert configurations[1]["gap"] == 0 + 10 + 1
-    found = study.granulated(configurations, "m")
+    assert configurations["gap"][1] == 0 + 10 + 1
+    assert configurations["gaps"][1] == [10, 12]
+    found = study.granulated(configurations, values["m"])
     assert found["learning_rate"]["mean"] == 1
     assert found["width"]["mean"] == -1
     assert found["momentum"]["count"] == 0
@@ -127,13 +239,14 @@ def test_granulated_tau_compares_what_differs_in_one_hyperparameter(monkeypatch)
 @jax.numpy_dtype_promotion("standard")
 def test_a_network_in_a_wider_program_has_the_curvature_of_its_own(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
-    import sharpness_study as study
+    import common
+    from common import measures, one_loss
 
     import flatopt
 
-    images, labels = map(jnp.asarray, study.common.split_digits(0, 20)["train"])
-    functions = study.Functions(skip=True)
-    wide = study.init(jax.random.key(0), 6, 3, norm=False)
+    images, labels = map(jnp.asarray, common.split_digits(0, 20)["train"])
+    functions = one_loss.Functions(skip=True)
+    wide = one_loss.init(jax.random.key(0), 6, 3, norm=False)
     cut = {"first": np.s_[:, :3], "output": np.s_[:3], "block": np.s_[:3, :3]}
     narrow = {
         name: {
@@ -146,7 +259,7 @@ def test_a_network_in_a_wider_program_has_the_curvature_of_its_own(monkeypatch):
     for params in (wide, narrow):
         grads = jax.grad(functions.loss_fn)(params, (images, labels))
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
-        normalized, _, units = study.normalize(params, params, 3)
+        normalized, _, units = measures.normalize(params, params, 3)
         batch = jax.tree.map(lambda u: jnp.stack([u] * 20), units), images, labels
         operator = flatopt.curvature.hessian(
             functions.normalized_loss_fn, normalized, batch

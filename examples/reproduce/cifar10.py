@@ -18,40 +18,20 @@ import functools
 import hashlib
 import pathlib
 import sys
-import time
-from collections.abc import Callable
 from typing import Literal
 
 import common
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-import tqdm
-import tyro
-from flax import nnx
-from sklearn.datasets import load_digits
+from common import Method, figures, methods, statistics
+from common.data import digits_as_photographs, of_classes
+from common.residual import MEASURES, Network, Task, gradients_of, sgd
 
 import flatopt
-from flatopt import curvature, kernels, sharpness
 
 sys.path.append(str(common.ROOT / "examples"))
 import cifar10_data
-import resnet
-
-TUNING_SEED = 100
-RISE = 0.05  # scale of the noise under which the rise of the loss is measured
-FILTERWISE = kernels.filterwise()
-FLATNESS = (
-    "trace",
-    "trace_error",
-    "max_eigenvalue",
-    "max_eigenvalue_error",
-    "rise",
-    "rise_error",
-)
-MEASURES = ("train_loss", "train_error", "test_loss", "test_error", *FLATNESS)
 
 # Errors of ResNet-18 after 200 epochs of all of CIFAR-10, five seeds, with the
 # hyper-parameters used here: LPF-SGD's authors (arXiv 2201.08025, their logs), M = 1;
@@ -150,15 +130,9 @@ FIRST, LAST = range(5), range(5, 10)
 def load(config):
     """Splits of (images, labels)."""
     if config.smoke and config.data_dir is None:
-        images, labels = load_digits(return_X_y=True)
-        images = images.reshape(-1, 8, 8, 1).repeat(4, 1).repeat(4, 2).repeat(3, 3)
-        images, labels = (16 * images).clip(0, 255).astype(np.uint8), labels
-        parts = (
-            np.split(images, [config.num_images]),
-            np.split(labels, [config.num_images]),
-        )
-        read, test = zip(*parts, strict=True)
-        test = [part[: config.num_test] for part in test]
+        whole = digits_as_photographs()
+        read = [part[: config.num_images] for part in whole]
+        test = [part[config.num_images :][: config.num_test] for part in whole]
     else:
         data = cifar10_data.load(config.data_dir, config.num_images, config.num_test)
         read, test = (
@@ -173,109 +147,7 @@ def load(config):
     }
 
 
-def of_classes(split, classes, count=None):
-    """Images of these classes, at most ``count`` of each."""
-    images, labels = split
-    places = [np.flatnonzero(labels == name)[:count] for name in classes]
-    chosen = np.sort(np.concatenate(places))
-    return images[chosen], labels[chosen]
-
-
-# Network
-
-
-MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-
-
-class Network:
-    """A residual network as functions of its parameters.
-
-    A training step computes the statistics of BatchNorm from what it sees; those to
-    evaluate with come from a pass over the training images after training.
-    """
-
-    def __init__(self, config):
-        self.config = config
-        key = jax.random.key(0)
-        self.graphdef, _, self.statistics = self.split(self.make(key, config.dtype))
-        view = nnx.view(self.make(key, "float32"), use_running_average=True)
-        self.evaluation_graphdef = self.split(view)[0]
-
-    @functools.partial(nnx.jit, static_argnums=(0, 2))
-    def make(self, key, dtype):
-        width, blocks = self.config.width, self.config.blocks
-        model = resnet.ResNet(width, blocks, jnp.dtype(dtype), nnx.Rngs(key))
-        # A forward pass leaves the statistics of its batch.
-        model.set_attributes(nnx.BatchNorm, momentum=0.0)
-        return model
-
-    @staticmethod
-    def split(model):
-        return nnx.split(model, nnx.Param, ...)
-
-    def start(self, seed):
-        return self.split(self.make(jax.random.key(seed), "float32"))[1]
-
-    def loss_fn(self, params, batch):
-        images, targets = batch
-        model = nnx.merge(self.graphdef, params, self.statistics, copy=True)
-        return loss_of(model, images, targets)
-
-    def evaluation_loss_fn(self, params, batch):
-        """The loss with the statistics that each row of the batch repeats."""
-        images, targets, rows = batch
-        statistics = jax.tree.map(lambda row: row[0], rows)
-        model = nnx.merge(self.evaluation_graphdef, params, statistics, copy=True)
-        return loss_of(model, images, targets)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def statistics_of(self, params, images):
-        model = nnx.merge(self.graphdef, params, self.statistics, copy=True)
-        model(normalize(images))
-        return self.split(model)[2]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def evaluate(self, params, statistics, images, labels):
-        model = nnx.merge(self.evaluation_graphdef, params, statistics, copy=True)
-        logits = model(normalize(images))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.stack([losses.sum(), jnp.sum(logits.argmax(axis=1) != labels)])
-
-    def mean_statistics(self, params, images, size=250):
-        """Statistics of BatchNorm: the mean of those of batches."""
-        starts = range(0, max(1, len(images) - size + 1), size)
-        found = [self.statistics_of(params, images[s : s + size]) for s in starts]
-        return jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
-
-    def loss_and_error(self, params, statistics, split, size=250):
-        images, labels = split
-        total = sum(
-            self.evaluate(
-                params, statistics, images[s : s + size], labels[s : s + size]
-            )
-            for s in range(0, len(labels), size)
-        )
-        return np.asarray(total) / len(labels)
-
-
-def one_hot(labels, smoothing=0.0):
-    return (1 - smoothing) * np.eye(10, dtype=np.float32)[labels] + smoothing / 10
-
-
-def normalize(images):
-    return (images / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
-
-
-def loss_of(model, images, targets):
-    return optax.softmax_cross_entropy(model(normalize(images)), targets).mean()
-
-
 # Methods: SGD with momentum behind another first link
-
-
-def sgd(setting, rate, num_steps, weight_decay, key):
-    del setting, num_steps, key
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, 0.9))
 
 
 def sam(setting, rate, num_steps, **options):
@@ -305,23 +177,10 @@ def lpf_in_chunks(setting, rate, num_steps, **options):
     return flatopt.lpf_sgd(rate, gamma, PAPER["chunks"], **options)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Method:
-    """An optimizer, the settings to choose from, or whose to take, and its budget."""
-
-    make: Callable
-    settings: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    tuned_as: str = ""
-    budget: int = 1
-
-
 def grid(rates, **scales):
-    """Every learning rate with every scale."""
-    decay = PAPER["weight_decay"]
-    settings = [{"weight_decay": decay, "learning_rate": rate} for rate in rates]
-    for name, values in scales.items():
-        settings = [s | {name: value} for s in settings for value in values]
-    return settings
+    """Every learning rate with every scale, at the papers' weight decay."""
+    decay = {"weight_decay": PAPER["weight_decay"]}
+    return [decay | found for found in common.grid(learning_rate=rates, **scales)]
 
 
 COMPARISON_RATES = (0.1, 0.2, 0.4)
@@ -352,162 +211,6 @@ FINETUNING = {
 PRETRAINING = {"learning_rate": 0.1, "weight_decay": PAPER["weight_decay"]}
 
 
-# Training
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What to train on, and how long."""
-
-    network: Network
-    splits: dict
-    start: Callable
-    batch_size: int
-    epochs: int
-
-    @property
-    def budget(self):
-        """Gradients of single images."""
-        return self.epochs * len(self.splits["train"][1])
-
-    def num_steps(self, share):
-        return int(share * self.budget / self.batch_size)
-
-
-def make_optimizer(make, setting, num_steps, key):
-    shape = optax.cosine_decay_schedule(1.0, num_steps)
-    return make(
-        setting,
-        lambda count: setting["learning_rate"] * shape(count),
-        num_steps,
-        weight_decay=setting["weight_decay"],
-        key=key,
-    )
-
-
-def step(make, tx, value_fn, carry, batch):
-    params, state = carry
-    if make is sgd:
-        grads, extra = jax.grad(value_fn)(params, batch), {}
-    else:
-        grads = optax.tree.zeros_like(params)  # not read
-        extra = {"value_fn": value_fn, "batch": batch}
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def advance(make, network, num_steps, carry, setting, batch):
-    tx = make_optimizer(make, setting, num_steps, 0)
-    return step(make, tx, network.loss_fn, carry, batch)
-
-
-def gradients_a_step(make, setting, network):
-    """Gradients of a batch a step, as flatopt counts those of single images."""
-    tx = make_optimizer(make, setting, 100, 0)
-    params = network.start(0)
-    size = PAPER["chunks"]
-    batch = jnp.zeros((size, 32, 32, 3)), jnp.zeros((size, 10))
-    return common.gradients_a_step(
-        functools.partial(step, make, tx),
-        network.loss_fn,
-        (params, tx.init(params)),
-        batch,
-    )
-
-
-def batches(task, num_steps, seed, smoothing):
-    """Batches of (images, targets), epoch after epoch in random order."""
-    images, labels = task.splits["train"]
-    targets = one_hot(labels, smoothing)
-    whole = len(labels) // task.batch_size * task.batch_size
-    num_epochs = -(-num_steps * task.batch_size // whole)
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(labels))[:whole] for _ in range(num_epochs)]
-    places = np.concatenate(orders).reshape(-1, task.batch_size)[:num_steps]
-    return ((images[chosen], targets[chosen]) for chosen in places)
-
-
-def train(task, make, setting, seed, num_steps):
-    """The parameters after training once."""
-    carry = start_of(task, make, setting, seed, num_steps)
-    scales = scales_of(setting)
-    for batch in batches(task, num_steps, seed, setting.get("smoothing", 0.0)):
-        carry = advance(make, task.network, num_steps, carry, scales, batch)
-    return jax.block_until_ready(carry[0])
-
-
-def start_of(task, make, setting, seed, num_steps):
-    params = task.start(seed)
-    tx = make_optimizer(make, setting, num_steps, jax.random.key(seed))
-    return params, tx.init(params)
-
-
-def scales_of(setting):
-    return {n: jnp.float32(value) for n, value in setting.items() if n != "smoothing"}
-
-
-def seconds_over_sgd(task, methods, num_steps, rounds=8):
-    """Of a step, the median over rounds in which each method has its turn."""
-    steps = {}
-    for name, method in methods.items():
-        setting, count = method.settings[0], num_steps[name]
-        carry = start_of(task, method.make, setting, TUNING_SEED, count)
-        batch = next(batches(task, 1, TUNING_SEED, 0.0))
-        arguments = (method.make, task.network, count, carry, scales_of(setting), batch)
-        steps[name] = functools.partial(advance, *arguments)
-        jax.block_until_ready(steps[name]())  # compiles
-    seconds = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {n: np.median(np.divide(s, seconds["SGD"])) for n, s in seconds.items()}
-
-
-def measure(task, config, params):
-    """Losses and errors, and how flat the training loss is."""
-    network, (images, labels) = task.network, task.splits["train"]
-    statistics = network.mean_statistics(params, images)
-    found = {}
-    for name in ("train", "test"):
-        loss, error = network.loss_and_error(params, statistics, task.splits[name])
-        found |= {f"{name}_loss": loss, f"{name}_error": error}
-    if not np.isfinite(found["train_loss"]):
-        return found | dict.fromkeys(FLATNESS, np.nan)
-    count = min(config.curvature_images, len(labels))
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), statistics)
-    batch = images[:count], one_hot(labels[:count]), rows
-    operator = curvature.hessian(network.evaluation_loss_fn, params, batch)
-    key = jax.random.key(0)
-    trace = curvature.trace(operator, key, config.num_probes, num_deflated=4)
-    top = curvature.eigenpairs(operator, key, rtol=0.02)
-    rise = sharpness.low_pass(
-        network.evaluation_loss_fn,
-        params,
-        key,
-        sigma=RISE,
-        num_samples=config.num_probes,
-        kernel=FILTERWISE,
-        data=batch,
-    )
-    values = (
-        trace.value,
-        trace.standard_error,
-        top.values[0],
-        top.residuals[0],
-        rise.value,
-        rise.standard_error,
-    )
-    return found | dict(zip(FLATNESS, values, strict=True))
-
-
-def error_of(task, params, name):
-    statistics = task.network.mean_statistics(params, task.splits["train"][0])
-    return task.network.loss_and_error(params, statistics, task.splits[name])[1]
-
-
 class Tasks:
     """The paper's comparison, pre-training and fine-tuning."""
 
@@ -531,7 +234,11 @@ class Tasks:
 
     def _pretrained(self, seed):
         num_steps = self.pretraining.num_steps(1)
-        return train(self.pretraining, sgd, PRETRAINING, seed, num_steps)
+        return self.pretraining.train(sgd, PRETRAINING, seed, num_steps)
+
+    def error_before(self, seed):
+        """The error of pre-training on its own five classes."""
+        return self.pretraining.error(self.pretrained(seed), "test")
 
     def with_new_head(self, seed):
         """Parameters of pre-training, trained again if lost, but for the last layer."""
@@ -549,26 +256,19 @@ def compute(config, piece):
         raise SystemExit(str(error)) from error
     tasks = Tasks(config, data)
     comparison, finetuning = (
-        {n: m for n, m in methods.items() if n in config.methods or not config.methods}
-        for methods in (COMPARISON, FINETUNING)
+        {n: m for n, m in table.items() if n in config.methods or not config.methods}
+        for table in (COMPARISON, FINETUNING)
     )
-    total = sum(
-        task.budget * method.budget * (len(method.settings) + config.seeds)
-        for task, methods in (
-            (tasks.comparison, comparison),
-            (tasks.finetuning, finetuning),
-        )
-        for method in methods.values()
-    )
-    with tqdm.tqdm(total=total, unit="gradient", unit_scale=True) as progress:
-        stage = functools.partial(run_stage, config, piece, progress)
+    total = tasks.comparison.budget * methods.num_runs(comparison, config.seeds)
+    total += tasks.finetuning.budget * methods.num_runs(finetuning, config.seeds)
+    with common.shown(piece, total, "gradient") as piece:
+        stage = functools.partial(run_stage, config, piece)
         comparison = stage("comparison", tasks.comparison, comparison)
         pretraining = [
             piece(
                 f"pre-training, seed {seed}",
-                lambda seed=seed: error_of(
-                    tasks.pretraining, tasks.pretrained(seed), "test"
-                ),
+                functools.partial(tasks.error_before, seed),
+                size=0,
             )
             for seed in range(1, 1 + config.seeds)
         ]
@@ -591,89 +291,58 @@ def compute(config, piece):
     }
 
 
-def run_stage(config, piece, progress, stage, task, methods):
+def run_stage(config, piece, stage, task, methods):
     """Choose a setting for every method on validation images, then train all seeds."""
 
-    def run(name, setting, seed, look):
-        method = methods[name]
-        progress.set_description(f"{stage}, {name}")
+    def steps(method, cost):
+        return task.num_steps(method.budget / cost)
 
-        def compute():
-            params = train(task, method.make, setting, seed, num_steps[name])
-            return {"steps": num_steps[name]} | look(params)
+    def train(method, setting, seed, cost):
+        return task.train(method.make, setting, seed, steps(method, cost))
 
-        found = piece(f"{stage}, {name}, {setting}, seed {seed}", compute)
-        progress.update(task.budget * method.budget)
-        return found
+    def measured(method, setting, seed, cost):
+        params = train(method, setting, seed, cost)
+        found = task.measure(params, config.curvature_images, config.num_probes)
+        return {"steps": steps(method, cost)} | found
 
-    def validate(params):
-        return {"error": error_of(task, params, "validation")}
-
-    found, num_steps = {}, {}
-    for name, method in methods.items():
-        settings = method.settings or [found[method.tuned_as]["setting"]]
-        cost = piece(
-            f"cost of {method.make.__name__}",
-            functools.partial(gradients_a_step, method.make, settings[0], task.network),
-        )
-        num_steps[name] = task.num_steps(method.budget / cost)
-        tuned = [
-            run(name, setting, TUNING_SEED, validate)["error"]
-            for setting in method.settings
-        ]
-        best = settings[int(np.argmin(tuned))] if tuned else settings[0]
-        found[name] = {
-            "gradients_a_step": cost,
-            "budget": task.budget * method.budget,
-            "tuning": tuned,
-            "settings": method.settings,
-            "setting": best,
-            "runs": [
-                run(name, best, seed, functools.partial(measure, task, config))
-                for seed in range(1, 1 + config.seeds)
-            ],
-        }
-    seconds = piece(
-        f"{stage}, seconds",
-        functools.partial(
-            seconds_over_sgd,
-            task,
-            {n: m for n, m in methods.items() if not m.tuned_as},
-            num_steps,
-        ),
+    found = common.compare(
+        piece,
+        stage,
+        methods,
+        config.seeds,
+        task.budget,
+        lambda method, setting: gradients_of(method.make, setting, task.network),
+        lambda *run: task.error(train(*run), "validation"),
+        measured,
     )
+    timed = {name: method for name, method in methods.items() if not method.tuned_as}
+    counts = {n: steps(m, found[n]["gradients_a_step"]) for n, m in timed.items()}
+    measure = functools.partial(task.seconds_over_sgd, timed, counts)
+    seconds = piece(f"{stage}, seconds", measure, size=0)
     return {"methods": found, "seconds_over_sgd": seconds} | summarize(found)
 
 
 def summarize(found):
     """Means and errors over seeds, and against SGD seed by seed."""
-    columns = {
-        name: {key: np.array([run[key] for run in method["runs"]]) for key in MEASURES}
-        for name, method in found.items()
-    }
+    runs = statistics.runs_of(found)
     return {
-        "summary": {
-            name: {key: common.mean_and_error(column[key]) for key in MEASURES}
-            | {"diverged": int(np.sum(~np.isfinite(column["train_loss"])))}
-            for name, column in columns.items()
-        },
+        "summary": statistics.summaries(runs, MEASURES, finite="train_loss"),
         "against": {
             base: {
-                name: against(column, columns[base]) for name, column in columns.items()
+                name: against(*tables)
+                for name, tables in statistics.pairs(runs, base).items()
             }
-            for base in columns
+            for base in found
             if base.startswith("SGD")
         },
     }
 
 
-def against(column, base):
-    ratios = {
-        f"{key}_ratio": common.mean_and_error(column[key] / base[key])
-        for key in ("trace", "max_eigenvalue", "rise")
-    }
-    difference = column["test_error"] - base["test_error"]
-    return {"error_difference": common.mean_and_error(difference)} | ratios
+def against(own, base):
+    columns = {"error_difference": own["test_error"] - base["test_error"]}
+    for key in ("trace", "max_eigenvalue", "rise"):
+        columns[f"{key}_ratio"] = own[key] / base[key]
+    return statistics.columns_of(columns)
 
 
 def draw(report):
@@ -688,9 +357,8 @@ def draw(report):
             errors = [100 * run["test_error"] for run in runs]
             axis.plot(errors, [row] * len(errors), "o", color="C0", alpha=0.4)
             axis.plot(np.mean(errors), row, "|", color="black", markersize=14)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        figures.set_rows(axis, names, fontsize=8)
         axis.set(xlabel="test error (%)", title=title)
-        axis.invert_yaxis()
     for key, label, shift in (
         ("trace", "trace", -0.15),
         ("max_eigenvalue", "largest eigenvalue", 0.15),
@@ -698,31 +366,21 @@ def draw(report):
         ratios = [
             results[at]["against"]["SGD"][name][f"{key}_ratio"] for at, name in rows
         ]
-        axes[2].errorbar(
-            [ratio["mean"] for ratio in ratios],
-            np.arange(len(rows)) + shift,
-            xerr=[ratio["error"] for ratio in ratios],
-            fmt="o",
-            markersize=4,
-            label=label,
-        )
+        places = np.arange(len(rows)) + shift
+        figures.means(axes[2], places, ratios, fmt="o", markersize=4, label=label)
     labels = [f"{name} ({stages[stage]})" for stage, name in rows]
-    axes[2].set_yticks(range(len(rows)), labels, fontsize=7)
+    figures.set_rows(axes[2], labels, fontsize=7)
     axes[2].axvline(1, color="black", linestyle=":")
     axes[2].set(xlabel="over SGD's", title="Hessian of the training loss")
     axes[2].legend(fontsize=8)
-    axes[2].invert_yaxis()
     return figure
 
 
-def main(config):
-    report = common.run("cifar10", common.prepare(config, SMOKE), compute, draw)
-    common.print_summaries(
-        report["results"],
-        ("comparison", "finetuning"),
-        ("test_error", "train_loss", "trace", "max_eigenvalue"),
-    )
+def lines(report):
+    columns = "test_error", "train_loss", "trace", "max_eigenvalue"
+    stages = "comparison", "finetuning"
+    return statistics.summary_lines(report["results"], stages, columns)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    common.main(__file__, __doc__, Config, SMOKE, compute, draw, lines)

@@ -10,17 +10,17 @@ the sharpness there with 2 / eta and the thresholds of Mulayoff and Michaeli (20
 
 import dataclasses
 import functools
+import itertools
 
-import alignment
 import common
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-import tqdm
-import tyro
-from alignment import digits, init_mlp, mlp, square_loss
+import pandas as pd
+from common import figures, square_loss, statistics
+from common.data import regression_digits
+from common.square_loss import NOISES
 
 from flatopt import stability
 
@@ -41,7 +41,7 @@ PAPER = {
 }
 
 CURVE_EVERY = 4  # steps between the points of a curve in the JSON file
-NOISES = ("SGD", "gradient descent", "isotropic noise")
+COLORS = dict(zip(NOISES, ("C0", "C2", "C1"), strict=True))
 
 
 @dataclasses.dataclass
@@ -106,163 +106,72 @@ SMOKE = dict(
 )
 
 
-def network(params, inputs):
-    """The network of the escapes: smooth, so that the linear model holds for long."""
-    hidden = jnp.tanh(inputs @ params["hidden"] + params["bias"])
-    return hidden @ params["output"]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def fit(num_steps, momentum, params, rate, inputs, targets):
-    """Gradient descent with momentum to a minimum."""
-
-    def body(carry, _):
-        params, trace = carry
-        grads = jax.grad(square_loss, argnums=1)(network, params, inputs, targets)
-        trace = jax.tree.map(lambda t, g: momentum * t + g, trace, grads)
-        return (jax.tree.map(lambda p, t: p - rate * t, params, trace), trace), None
-
-    start = params, optax.tree.zeros_like(params)
-    return jax.lax.scan(body, start, None, length=num_steps)[0][0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def leave(noise, num_steps, num_runs, snapshot, params, key, rate, start_scale, data):
-    """Losses of runs from displaced parameters, shape (num_runs, num_steps + 1).
-
-    Also the residuals at step ``snapshot``. SGD draws one example a step.
-
-    Isotropic noise has at each step the trace of the noise of SGD's batch at the same
-    point, spread evenly over all parameters.
-    """
-    inputs, targets = data
-
-    def step_gradient(params, key):
-        if noise == "SGD":
-            chosen = alignment.draw_batch(key, len(inputs), 1, False)
-            return jax.grad(square_loss, argnums=1)(
-                network, params, inputs[chosen], targets[chosen]
-            )
-        if noise == "gradient descent":
-            return jax.grad(square_loss, argnums=1)(network, params, inputs, targets)
-        grads, spread = gradient_and_spread(params, inputs, targets)
-        size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return displace(grads, key, jnp.sqrt(spread / size))
-
-    def run(key):
-        start_key, key = jax.random.split(key)
-
-        def body(carry, moment):
-            params, kept = carry
-            step, key = moment
-            residuals = network(params, inputs) - targets
-            kept = jnp.where(step == snapshot, residuals, kept)
-            grads = step_gradient(params, key)
-            params = jax.tree.map(lambda x, g: x - rate * g, params, grads)
-            return (params, kept), jnp.sum(residuals**2) / (2 * len(inputs))
-
-        start = displace(params, start_key, start_scale), jnp.zeros_like(targets)
-        moments = jnp.arange(num_steps + 1), jax.random.split(key, num_steps + 1)
-        (_, kept), losses = jax.lax.scan(body, start, moments)
-        return losses, kept
-
-    return jax.lax.map(run, jax.random.split(key, num_runs), batch_size=16)
-
-
-def gradient_and_spread(params, inputs, targets):
-    """The gradient, and the trace of the covariance of the examples' gradients."""
-
-    def of_one(x, y):
-        return jax.grad(square_loss, argnums=1)(network, params, x[None], y[None])
-
-    each = jax.vmap(of_one)(inputs, targets)
-    mean = jax.tree.map(lambda x: x.mean(axis=0), each)
-    pairs = zip(jax.tree.leaves(each), jax.tree.leaves(mean), strict=True)
-    return mean, sum(jnp.sum((x - m) ** 2) for x, m in pairs) / len(inputs)
-
-
-def displace(params, key, scale):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(
-        [
-            leaf + scale * jax.random.normal(k, leaf.shape)
-            for leaf, k in zip(leaves, keys, strict=True)
-        ]
-    )
-
-
 def escapes(config, num_outputs, seed):
     """Growth of the loss from one minimum, at each learning rate."""
-    data = digits(seed, config.num_escape_images, num_outputs)
-    params = init_mlp(jax.random.key(seed), config.hidden, num_outputs)
-    start = stability.linearize(network, params, *data)
-    params = fit(
+    model_fn = square_loss.smooth_mlp
+    data = regression_digits(seed, config.num_escape_images, num_outputs)
+    params = square_loss.init_mlp(jax.random.key(seed), config.hidden, num_outputs)
+    start = stability.linearize(model_fn, params, *data)
+    params = square_loss.fit(
         config.fit_steps, config.momentum, params, 0.1 / start.eigenvalues[0], *data
     )
-    lin = stability.linearize(network, params, *data)
+    lin = stability.linearize(model_fn, params, *data)
     limits = stability.thresholds(lin, 1)
-    trace, norm = jnp.sum(lin.eigenvalues), jnp.linalg.norm(lin.eigenvalues)
-    mu = alignment.near_alignment(network, params, *data)
-    key = jax.random.key(1000 + seed)
-    rows = []
-    for way in config.ways:
-        rate = limits.mean_square ** (1 - way) * limits.gradient_descent**way
-        exact = stability.expected_losses(lin, rate, 1, config.escape_steps)
-        exact = config.start_loss * np.asarray(exact)
-        row = {
-            "way": way,
-            "over_exact": rate / limits.mean_square,
-            "learning_rate": rate,
-            "over_gradient_descent": rate / limits.gradient_descent,
-            "exact": stability.growth_rate(lin, rate, 1),
-            "wu": rate**2 * mu * norm**2,
-            "wu_smallest": (rate / limits.frobenius) ** 2,
-            "expected": curve(exact[None], exact),
-            "noises": {},
-        }
-        snapshot = row["expected"]["window"][1]
-        for noise in NOISES:
-            losses, residuals = leave(
-                noise,
-                config.escape_steps,
-                config.num_runs if noise == "SGD" else config.num_quiet_runs,
-                snapshot,
-                params,
-                key,
-                rate,
-                (2 * config.start_loss / trace) ** 0.5,
-                data,
-            )
-            row["noises"][noise] = curve(np.asarray(losses), exact)
-            if noise == "SGD":
-                row["mu_along"] = mean_alignment(lin, residuals)
-                row["wu_along"] = rate**2 * row["mu_along"] * norm**2
-        losses = stability.simulate(
-            lin, key, rate, 1, config.escape_steps, num_runs=config.num_runs
-        )
-        row["noises"]["linearized SGD"] = curve(
-            config.start_loss * np.asarray(losses), exact
-        )
-        rows.append(row)
+    mu = square_loss.near_alignment(model_fn, params, *data)
+    growths = functools.partial(growths_at, config, params, data, lin, limits, mu)
     return {
         "seed": seed,
         "loss": float(lin.loss),
         "mu": mu,
-        "frobenius_norm": norm,
+        "frobenius_norm": jnp.linalg.norm(lin.eigenvalues),
         "gradient_descent": limits.gradient_descent,
         "mean_square": limits.mean_square,
-        "rows": rows,
+        "rows": [growths(jax.random.key(1000 + seed), way) for way in config.ways],
     }
 
 
-def mean_alignment(lin, residuals):
-    """The alignment at the points of some runs, each weighing as its loss."""
-    found, weights = [], []
-    for errors in residuals[:128]:
-        weights.append(float(jnp.sum(errors**2)))
-        found.append(float(stability.alignment(lin._replace(residuals=errors)).mu))
-    return np.average(found, weights=weights)
+def growths_at(config, params, data, lin, limits, mu, key, way):
+    """Growth of the loss from a minimum at one learning rate, run and predicted."""
+    rate = limits.mean_square ** (1 - way) * limits.gradient_descent**way
+    norm = jnp.linalg.norm(lin.eigenvalues)
+    scale = (2 * config.start_loss / jnp.sum(lin.eigenvalues)) ** 0.5
+    exact = stability.expected_losses(lin, rate, 1, config.escape_steps)
+    exact = config.start_loss * np.asarray(exact)
+    expected = curve(exact[None], exact)
+    noises = {}
+    for noise in NOISES:
+        num_runs = config.num_runs if noise == "SGD" else config.num_quiet_runs
+        losses, residuals = square_loss.leave(
+            noise,
+            config.escape_steps,
+            num_runs,
+            expected["window"][1],
+            params,
+            key,
+            rate,
+            scale,
+            data,
+        )
+        noises[noise] = curve(np.asarray(losses), exact)
+        if noise == "SGD":
+            mu_along = square_loss.mean_alignment(lin, residuals)
+    losses = stability.simulate(
+        lin, key, rate, 1, config.escape_steps, num_runs=config.num_runs
+    )
+    noises["linearized SGD"] = curve(config.start_loss * np.asarray(losses), exact)
+    return {
+        "way": way,
+        "over_exact": rate / limits.mean_square,
+        "learning_rate": rate,
+        "over_gradient_descent": rate / limits.gradient_descent,
+        "exact": stability.growth_rate(lin, rate, 1),
+        "wu": rate**2 * mu * norm**2,
+        "wu_smallest": (rate / limits.frobenius) ** 2,
+        "expected": expected,
+        "noises": noises,
+        "mu_along": mu_along,
+        "wu_along": rate**2 * mu_along * norm**2,
+    }
 
 
 def curve(losses, exact):
@@ -289,57 +198,55 @@ def curve(losses, exact):
     }
 
 
-def summarize_escapes(config, minima):
+def summarize_escapes(minima):
     """Means over minima at each learning rate; rates as logarithms, which add up."""
-    found = {"mu": common.mean_and_error([m["mu"] for m in minima])}
-    share = [m["mean_square"] / m["gradient_descent"] for m in minima]
-    found["exact_over_gradient_descent"] = common.mean_and_error(share)
-    found["largest_loss"] = max(m["loss"] for m in minima)
-    for index, way in enumerate(config.ways):
-        rows = [m["rows"][index] for m in minima]
-        average = lambda values: common.mean_and_error(list(values))  # noqa: E731
-        entry = {
-            "exact": average(r["exact"] for r in rows),
-            "exact_in_window": average(r["expected"]["growth"] for r in rows),
-            "wu": average(r["wu"] for r in rows),
-            "wu_along": average(r["wu_along"] for r in rows),
-            "mu_along": average(r["mu_along"] for r in rows),
-            "wu_smallest": average(r["wu_smallest"] for r in rows),
-            "over_exact": average(r["over_exact"] for r in rows),
-            "over_gradient_descent": average(r["over_gradient_descent"] for r in rows),
-        }
-        for noise in (*NOISES, "linearized SGD"):
-            mine = [r["noises"][noise] for r in rows]
-            entry[noise] = {
-                "growth": average(x["growth"] for x in mine),
-                "left": sum(x["left"] for x in mine),
-                "diverged": sum(x["diverged"] for x in mine),
-                "runs": sum(x["runs"] for x in mine),
-            }
-        sgd = np.log([r["noises"]["SGD"]["growth"] for r in rows])
-        bases = {
-            "exact": [r["expected"]["growth"] for r in rows],
-            "linearized": [r["noises"]["linearized SGD"]["growth"] for r in rows],
-        }
-        for name, base in bases.items():
-            entry[f"log_growth_over_{name}"] = average(sgd / np.log(base))
-        entry["wu_along_over_sgd"] = average(
-            r["wu_along"] / r["noises"]["SGD"]["growth"] for r in rows
-        )
-        entry["wu_along_at_most_sgd"] = sum(
-            r["wu_along"] <= r["noises"]["SGD"]["growth"] for r in rows
-        )
-        entry["wu_along_above_one"] = sum(r["wu_along"] > 1 for r in rows)
-        found[f"{way:g}"] = entry
-    return found
+    table = pd.DataFrame(minima)
+    share = table["mean_square"] / table["gradient_descent"]
+    rows = pd.json_normalize(minima, "rows")
+    return {
+        "mu": common.mean_and_error(table["mu"]),
+        "exact_over_gradient_descent": common.mean_and_error(share),
+        "largest_loss": table["loss"].max(),
+        **{
+            f"{way:g}": summarize_way(own)
+            for way, own in rows.groupby("way", sort=False)
+        },
+    }
+
+
+def summarize_way(rows):
+    """The growth a step at one learning rate, and what the theories say of it."""
+    expected, sgd = rows["expected.growth"], rows["noises.SGD.growth"]
+    linearized, wu = rows["noises.linearized SGD.growth"], rows["wu_along"]
+    names = "wu", "wu_along", "mu_along", "wu_smallest", "over_exact"
+    columns = {"exact": rows["exact"], "exact_in_window": expected}
+    columns |= {name: rows[name] for name in (*names, "over_gradient_descent")}
+    ratios = {
+        "log_growth_over_exact": np.log(sgd) / np.log(expected),
+        "log_growth_over_linearized": np.log(sgd) / np.log(linearized),
+        "wu_along_over_sgd": wu / sgd,
+    }
+    return {
+        **statistics.columns_of(columns),
+        **{noise: count_runs(rows, noise) for noise in (*NOISES, "linearized SGD")},
+        **statistics.columns_of(ratios),
+        "wu_along_at_most_sgd": int((wu <= sgd).sum()),
+        "wu_along_above_one": int((wu > 1).sum()),
+    }
+
+
+def count_runs(rows, noise):
+    column = {n: rows[f"noises.{noise}.{n}"] for n in ("left", "diverged", "runs")}
+    growth = common.mean_and_error(rows[f"noises.{noise}.growth"])
+    return {"growth": growth} | {name: int(c.sum()) for name, c in column.items()}
 
 
 def measure_edge(config, row, params):
     """Sharpness of what a run found, as the theories read it: 2 / the largest stable rate."""
     if row["outcome"] != "minimum":
         return row
-    inputs, targets = digits(row["seed"], config.num_images, 10)
-    lin = stability.linearize(mlp, params, inputs, targets)
+    inputs, targets = regression_digits(row["seed"], config.num_images, 10)
+    lin = stability.linearize(square_loss.mlp, params, inputs, targets)
     limits = stability.thresholds(lin, row["batch_size"])
     return row | {name: 2 / getattr(limits, name) for name in SHARPNESS}
 
@@ -353,60 +260,48 @@ SHARPNESS = {
 
 def summarize_edge(rows):
     """Sharpness over 2 / eta, by batch size, and by learning rate too."""
-    outcomes = [row["outcome"] for row in rows]
-    found = {
-        "runs": len(rows),
-        "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
-        "by_batch_size": {},
+    table = pd.DataFrame(rows)
+    minima = table[table["outcome"] == "minimum"]
+    shares = minima.reindex(columns=[*SHARPNESS])
+    shares = shares.mul(minima["learning_rate"] / 2, axis=0)
+    return {
+        **statistics.outcomes(table),
+        "by_batch_size": {
+            size: {
+                f"{rate:g}": statistics.columns_of(shares.loc[group.index])
+                for rate, group in own.groupby("learning_rate")
+            }
+            for size in sorted(table["batch_size"].unique())
+            for own in [minima[minima["batch_size"] == size]]
+        },
+        **{
+            name: {"largest": share.max(), "above": int((share > 1).sum())}
+            for name, share in shares.items()
+            if len(share)
+        },
     }
-    minima = [row for row in rows if row["outcome"] == "minimum"]
-    for name in SHARPNESS if minima else ():
-        shares = np.array([r[name] * r["learning_rate"] / 2 for r in minima])
-        found[name] = {"largest": shares.max(), "above": int((shares > 1).sum())}
-    for size in sorted({row["batch_size"] for row in rows}):
-        found["by_batch_size"][size] = {}
-        for rate in sorted({row["learning_rate"] for row in rows}):
-            mine = [
-                r
-                for r in minima
-                if (r["batch_size"], r["learning_rate"]) == (size, rate)
-            ]
-            if mine:
-                found["by_batch_size"][size][f"{rate:g}"] = {
-                    name: common.mean_and_error([r[name] * rate / 2 for r in mine])
-                    for name in SHARPNESS
-                }
-    return found
+
+
+def edge(config, batch_size):
+    setting = dataclasses.replace(
+        config, num_seeds=config.num_edge_seeds, hidden=config.edge_hidden
+    )
+    runs = square_loss.sharp_starts(setting, 10, batch_size, replace=False)
+    return [measure_edge(config, row, params) for row, params in runs]
 
 
 def compute(config, piece):
-    pairs = [
-        (c, seed) for c in config.escape_outputs for seed in range(config.num_seeds)
-    ]
-    bar = tqdm.tqdm(total=len(pairs) + len(config.batch_sizes))
-    minima = {c: [] for c in config.escape_outputs}
-    for c, seed in pairs:
-        bar.set_description(f"escape, {c} outputs")
-        run = functools.partial(escapes, config, c, seed)
-        minima[c].append(piece(f"escape {c} {seed}", run))
-        bar.update()
-
-    def edge(batch_size):
-        setting = dataclasses.replace(
-            config, num_seeds=config.num_edge_seeds, hidden=config.edge_hidden
-        )
-        found = alignment.sharp_starts(setting, 10, batch_size, False)
-        return [measure_edge(config, *run) for run in found]
-
-    rows = []
-    for batch_size in config.batch_sizes:
-        bar.set_description(f"edge, B = {batch_size}")
-        rows += piece(f"edge {batch_size}", functools.partial(edge, batch_size))
-        bar.update()
-    bar.close()
+    minima, rows = {c: [] for c in config.escape_outputs}, []
+    pairs = [*itertools.product(config.escape_outputs, range(config.num_seeds))]
+    with common.shown(piece, len(pairs) + len(config.batch_sizes)) as piece:
+        for c, seed in pairs:
+            run = functools.partial(escapes, config, c, seed)
+            minima[c].append(piece(f"escape {c} {seed}", run))
+        for size in config.batch_sizes:
+            rows += piece(f"edge {size}", functools.partial(edge, config, size))
     return {
         "paper": PAPER,
-        "escape": {c: summarize_escapes(config, found) for c, found in minima.items()},
+        "escape": {c: summarize_escapes(found) for c, found in minima.items()},
         "escape_runs": minima,
         "edge": summarize_edge(rows),
         "edge_runs": rows,
@@ -433,7 +328,7 @@ def draw_escape(axis, minima, index, num_outputs):
     rows = [m["rows"][index] for m in minima]
     steps = CURVE_EVERY * np.arange(len(rows[0]["expected"]["mean"]))
     for row in rows:
-        for color, noise in zip(("C0", "C2", "C1"), NOISES, strict=True):
+        for noise, color in COLORS.items():
             label = f"{noise}, mean" if row is rows[0] else None
             axis.semilogy(
                 steps, row["noises"][noise]["mean"], color=color, lw=0.9, label=label
@@ -455,7 +350,7 @@ def draw_growth(axis, minima):
     for mark, (c, found) in zip("o^", minima.items(), strict=False):
         rows = [row for minimum in found for row in minimum["rows"]]
         exact = [row["expected"]["growth"] for row in rows]
-        for color, noise in zip(("C0", "C2", "C1"), NOISES, strict=True):
+        for noise, color in COLORS.items():
             grown = [row["noises"][noise]["growth"] for row in rows]
             axis.plot(
                 exact, grown, mark, color=color, ms=4, label=f"{noise}, {c} outputs"
@@ -471,37 +366,32 @@ def draw_growth(axis, minima):
 
 
 def draw_edge(axis, rows, name, label):
-    minima = [row for row in rows if row["outcome"] == "minimum"]
-    for index, size in enumerate(sorted({row["batch_size"] for row in minima})):
-        mine = [row for row in minima if row["batch_size"] == size]
-        values = ([row[key] for row in mine] for key in ("learning_rate", name))
-        axis.loglog(*values, ".", color=f"C{index}", label=f"B = {size}")
-    rates = np.array(sorted({row["learning_rate"] for row in rows}))
+    rows = pd.DataFrame(rows)
+    minima = rows[rows["outcome"] == "minimum"]
+    figures.by_batch_size(axis, minima, "learning_rate", name)
+    rates = np.sort(rows["learning_rate"].unique())
     axis.plot(rates, 2 / rates, color="0.5", label=r"$2 / \eta$")
     axis.set(xlabel=r"learning rate $\eta$", ylabel=label)
-    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axis.xaxis.set_minor_locator(plt.NullLocator())
-    lost = len(rows) - len(minima)
-    axis.legend(fontsize=8, title=f"{lost} of {len(rows)} runs lost", title_fontsize=8)
+    figures.set_ticks(axis, rates)
+    figures.legend_of_lost(axis, rows)
 
 
-def main(config: Config) -> None:
-    config = common.prepare(config, SMOKE)
-    results = common.run("escape", config, compute, draw)["results"]
+def lines(report):
+    results = report["results"]
     for c, found in results["escape"].items():
-        for way in config.ways:
+        for way in report["settings"]["ways"]:
             entry = found[f"{way:g}"]
             grown = ", ".join(
                 f"{noise} {entry[noise]['growth']['mean']:.3f}" for noise in NOISES
             )
-            print(
+            yield (
                 f"{c} outputs, {entry['over_exact']['mean']:.2f} of the exact threshold: "
                 f"growth a step {grown}; exact {entry['exact_in_window']['mean']:.3f}, "
                 f"Wu {entry['wu_along']['mean']:.3f}"
             )
     for name in [name for name in SHARPNESS if name in results["edge"]]:
-        print(f"largest {name} over 2 / eta: {results['edge'][name]['largest']:.3f}")
+        yield f"largest {name} over 2 / eta: {results['edge'][name]['largest']:.3f}"
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    common.main(__file__, __doc__, Config, SMOKE, compute, draw, lines)

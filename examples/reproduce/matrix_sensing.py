@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tqdm
-import tyro
+from common import figures, methods, statistics
 
 import flatopt
 
@@ -58,7 +57,7 @@ class Config(common.Config):
 SMOKE = {"seeds": 2, "epochs": 50, "dimension": 10, "rank": 1, "points": 25}
 
 
-def methods(config):
+def links_of(config):
     """What comes before gradient descent in the chain of each method."""
     link = functools.partial(flatopt.smooth_gradients, strategy="vmap")
     return {
@@ -140,19 +139,6 @@ def normalized_error(factor, measurements, targets):
     return 4 * loss_fn(factor, measurements, targets) / jnp.mean(targets**2)
 
 
-def take_step(tx, value_fn, carry, measurements, targets):
-    factor, state = carry
-    updates, state = tx.update(
-        None,
-        state,
-        factor,
-        value_fn=value_fn,
-        measurements=measurements,
-        targets=targets,
-    )
-    return optax.apply_updates(factor, updates), state
-
-
 class Sensing:
     """Measurements, and the problems of all seeds side by side."""
 
@@ -169,7 +155,7 @@ class Sensing:
     def chain(self, link, key):
         return optax.chain(link(key), optax.sgd(self.config.learning_rate))
 
-    def train(self, link, progress):
+    def train(self, link):
         """Curves of one method, the seeds of one point in a row, and final traces."""
         config = self.config
         length = config.epochs // config.points
@@ -180,7 +166,8 @@ class Sensing:
             tx = self.chain(link, key)
 
             def step(carry, _):
-                return take_step(tx, loss_fn, carry, measurements, targets), None
+                batch = {"measurements": measurements, "targets": targets}
+                return common.step(tx, loss_fn, carry, **batch), None
 
             return jax.lax.scan(step, carry, None, length=length)[0]
 
@@ -193,7 +180,6 @@ class Sensing:
         for _ in range(config.points):
             carry = advance(carry, self.keys, self.targets, self.measurements)
             curves.append(self.look(carry[0]))
-            progress.update(length)
         final = precise_trace(carry[0], self.measurements, self.targets)
         return {
             **{name: np.stack([c[name] for c in curves]) for name in curves[0]},
@@ -215,31 +201,24 @@ class Sensing:
         tx, factor = self.chain(link, 0), self.start[0]
 
         def step(value_fn, carry, measurements, targets):
-            return take_step(tx, value_fn, carry, measurements, targets)
+            batch = {"measurements": measurements, "targets": targets}
+            return common.step(tx, value_fn, carry, **batch)
 
-        return common.gradients_a_step(
-            step,
-            loss_fn,
-            (factor, tx.init(factor)),
-            self.measurements,
-            self.targets[0],
-        )
+        carry = factor, tx.init(factor)
+        data = self.measurements, self.targets[0]
+        return methods.gradients_a_step(step, loss_fn, carry, *data)
 
 
 def compute(config, piece):
     sensing = Sensing(config)
-    links = methods(config)
-    truth = piece("truth", sensing.true_traces)
+    links = links_of(config)
     found, costs = {}, {}
-    with tqdm.tqdm(total=len(links) * config.epochs, unit="epoch") as progress:
+    with common.shown(piece, len(links), "method") as piece:
+        truth = piece("truth", sensing.true_traces, size=0)
         for name, link in links.items():
-            progress.set_description(name)
-            found[name] = piece(name, functools.partial(sensing.train, link, progress))
-            costs[name] = piece(
-                f"cost of {name}", functools.partial(sensing.gradients_a_step, link)
-            )
-            progress.n = len(found) * config.epochs
-            progress.refresh()
+            count = functools.partial(sensing.gradients_a_step, link)
+            costs[name] = piece(f"cost of {name}", count, size=0)
+            found[name] = piece(name, functools.partial(sensing.train, link))
     marks = np.linspace(0, config.epochs, config.points + 1).astype(int)
     return {
         "paper": PAPER,
@@ -260,18 +239,15 @@ def floor(curves, name="distance_squared"):
 
 def summary(curves, truth, config):
     distance = np.asarray(curves["distance_squared"])
-    share = np.asarray(curves["final_trace"]) / np.asarray(truth["value"])
-    return {
-        "distance_squared": common.mean_and_error(floor(curves)),
-        "distance_squared_at_a_fifth": common.mean_and_error(
-            distance[config.points // 5]
-        ),
-        "training_error": common.mean_and_error(floor(curves, "training_error")),
-        "validation_error": common.mean_and_error(floor(curves, "validation_error")),
-        "trace": common.mean_and_error(curves["final_trace"]),
-        "trace_over_truth": common.mean_and_error(share),
-        "diverged": curves["diverged"],
+    columns = {
+        "distance_squared": floor(curves),
+        "distance_squared_at_a_fifth": distance[config.points // 5],
+        "training_error": floor(curves, "training_error"),
+        "validation_error": floor(curves, "validation_error"),
+        "trace": curves["final_trace"],
+        "trace_over_truth": np.divide(curves["final_trace"], truth["value"]),
     }
+    return statistics.columns_of(columns) | {"diverged": curves["diverged"]}
 
 
 def ratios(found, costs, config):
@@ -281,29 +257,17 @@ def ratios(found, costs, config):
     share = costs["WP-GD"] / costs["NSO"]
     fifth, late = config.points // 25, config.points // 5
     epochs = (late - fifth) * config.epochs // config.points
+    average = common.mean_and_error
+    decay = 4 * config.learning_rate * (config.dimension + 1)
     return {
-        "WP-GD over NSO": common.mean_and_error(floors["WP-GD"] / floors["NSO"]),
-        "two draws over NSO": common.mean_and_error(
-            floors["WP-GD, two draws"] / floors["NSO"]
-        ),
+        "WP-GD over NSO": average(floors["WP-GD"] / floors["NSO"]),
+        "two draws over NSO": average(floors["WP-GD, two draws"] / floors["NSO"]),
         "two draws, predicted": np.mean(floors["WP-GD"] + floors["NSO"]) / 2,
-        "NSO, small noise over GD": common.mean_and_error(
-            floors["NSO, small noise"] / floors["GD"]
-        ),
-        "NSO with the gradients of WP-GD": common.mean_and_error(
-            nso[int(config.points * share)]
-        ),
-        "NSO, decay an epoch": common.mean_and_error(
-            np.log(nso[fifth] / nso[late]) / epochs
-        ),
-        "decay an epoch, predicted": 4
-        * config.learning_rate
-        * config.sigma**2
-        * (config.dimension + 1),
-        "decay an epoch, predicted for small noise": 4
-        * config.learning_rate
-        * config.small_sigma**2
-        * (config.dimension + 1),
+        "NSO, small noise over GD": average(floors["NSO, small noise"] / floors["GD"]),
+        "NSO with the gradients of WP-GD": average(nso[int(config.points * share)]),
+        "NSO, decay an epoch": average(np.log(nso[fifth] / nso[late]) / epochs),
+        "decay an epoch, predicted": decay * config.sigma**2,
+        "decay an epoch, predicted for small noise": decay * config.small_sigma**2,
     }
 
 
@@ -311,14 +275,15 @@ def draw(report):
     results = report["results"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     truth = np.asarray(results["trace_of_truth"]["value"])
+    style = {"edgecolor": "face"}
     for name, curves in results["curves"].items():
         epochs = np.asarray(results["epochs"])
         distance = np.asarray(curves["distance_squared"])
         share = np.asarray(curves["trace"]) / truth
         gradients = epochs * results["gradients_a_step"][name]
-        band(axes[0], epochs, distance, name)
-        band(axes[1], gradients, distance, name)
-        band(axes[2], epochs, share, name)
+        figures.band(axes[0], epochs, distance.T, name, **style)
+        figures.band(axes[1], gradients, distance.T, name, **style)
+        figures.band(axes[2], epochs, share.T, name, **style)
     for axis in axes[:2]:
         axis.set(yscale="log", ylabel="squared distance to the truth, normalized")
     axes[2].axhline(1, color="black", linestyle=":")
@@ -331,23 +296,14 @@ def draw(report):
     return figure
 
 
-def band(axis, x, values, label):
-    """The mean over seeds, and the range of them."""
-    (line,) = axis.plot(x, values.mean(axis=1), label=label)
-    axis.fill_between(
-        x, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.25
-    )
-
-
-def main(config):
-    report = common.run("matrix_sensing", common.prepare(config, SMOKE), compute, draw)
+def lines(report):
     for name, row in report["results"]["summary"].items():
         distance, share = row["distance_squared"], row["trace_over_truth"]
-        print(
+        yield (
             f"{name:18} distance squared {distance['mean']:.3g} ± {distance['error']:.1g}, "
             f"trace over the truth's {share['mean']:.3f} ± {share['error']:.1g}"
         )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    common.main(__file__, __doc__, Config, SMOKE, compute, draw, lines)

@@ -1,21 +1,24 @@
-"""What the commands of this folder share: results as JSON, runs that resume, figures."""
+"""Running a study: its command line, pieces that survive a kill, the JSON file, the figure."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import matplotlib as mpl
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
+import pandas as pd
+import tqdm
+import tyro
 
 import flatopt
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
 
@@ -32,6 +35,32 @@ class Config:
     """Only draw the figure again from the JSON file."""
     smoke: bool = False
     """A tiny version that shows that everything runs; writes to results/smoke."""
+
+
+def main(
+    file: str,
+    doc: str,
+    config_class: type[Config],
+    smoke: dict[str, Any],
+    compute: Callable,
+    draw: Callable,
+    lines: Callable[[dict], Iterable[str]],
+) -> None:
+    """Run a study with the settings of the command line, and print its results.
+
+    Args:
+      file: the study's ``__file__``; its stem names what it writes.
+      doc: the study's ``__doc__``.
+      config_class: its settings.
+      smoke: those of the tiny version.
+      compute: as in `run`.
+      draw: as in `run`.
+      lines: ``lines(report)``, the lines to print.
+    """
+    config = prepare(tyro.cli(config_class, description=doc), smoke)
+    report = run(pathlib.Path(file).stem, config, compute, draw)
+    for line in lines(report):
+        print(line)
 
 
 def prepare(config: Config, smoke: dict[str, Any]) -> Config:
@@ -86,19 +115,6 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
     return report
 
 
-def print_summaries(
-    results: dict, stages: tuple[str, ...], columns: tuple[str, ...]
-) -> None:
-    """Means and errors of some columns, a line for each method of each stage."""
-    for stage in stages:
-        for name, row in results[stage]["summary"].items():
-            cells = (
-                f"{column} {row[column]['mean']:.4g} ± {row[column]['error']:.2g}"
-                for column in columns
-            )
-            print(f"{stage}, {name:24}", *cells, sep="   ")
-
-
 def settings(config: Config) -> dict[str, Any]:
     """The settings that decide the results; places of files do not."""
     found = dataclasses.asdict(config)
@@ -142,67 +158,37 @@ class Pieces:
         return self.found[name]
 
 
+@contextlib.contextmanager
+def shown(
+    piece: Callable, total: int | None = None, unit: str = "piece"
+) -> Iterator[Callable]:
+    """The same ``piece`` with a bar: ``piece(name, function, size=1)`` of ``total`` units."""
+    with tqdm.tqdm(total=total, unit=unit, unit_scale=(total or 0) > 10_000) as bar:
+
+        def run(name, function, size=1):
+            bar.set_description(name)
+            found = piece(name, function)
+            bar.update(size)
+            return found
+
+        yield run
+
+
 def plain(tree: Any) -> Any:
-    """Numbers, lists and dicts, as JSON gives them back; floats to seven digits."""
+    """Numbers, lists and dicts, as JSON gives them back; floats to seven digits.
+
+    A table becomes a list for each column.
+    """
     if isinstance(tree, dict):
         return {str(name): plain(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [plain(value) for value in tree]
-    if isinstance(tree, np.ndarray | jax.Array | np.generic):
+    if isinstance(tree, pd.DataFrame):
+        return {name: plain(column) for name, column in tree.items()}
+    if isinstance(tree, np.ndarray | jax.Array | np.generic | pd.Series):
         return plain(np.asarray(tree).tolist())
     if isinstance(tree, float):
         return float(f"{tree:.7g}")
     if isinstance(tree, pathlib.Path):
         return str(tree)
     return tree
-
-
-def split_digits(
-    seed: int, num_train: int, label_noise: float = 0.0
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Real handwritten digits: images (n, 64) in [0, 1] and labels (n,) of each split.
-
-    Validation (400) and test (800) are always the same images. The seed draws the training
-    images from the other 597, and which of their labels are replaced by random ones.
-    """
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(images))
-    test, validation, rest = np.split(order, [800, 1200])
-    rng = np.random.default_rng(seed)
-    train = rng.permutation(rest)[:num_train]
-    train_labels = labels[train]
-    wrong = rng.random(len(train)) < label_noise
-    train_labels[wrong] = rng.integers(0, 10, wrong.sum())
-    return {
-        "train": (images[train], train_labels),
-        "validation": (images[validation], labels[validation]),
-        "test": (images[test], labels[test]),
-    }
-
-
-def gradients_a_step(
-    step: Callable, loss_fn: Callable, carry: Any, *batch: Any, num_steps: int = 2
-) -> float:
-    """Gradients of a batch a step takes, as flatopt counts those of single examples.
-
-    Args:
-      step: ``step(value_fn, carry, *batch) -> carry``, a training step on that loss.
-      loss_fn: the loss.
-      carry: parameters and state at the start.
-      *batch: arrays of equal leading axis.
-      num_steps: over which to take the mean.
-    """
-    counter = flatopt.GradientCounter(loss_fn)
-    run = jax.jit(lambda carry, batch: step(counter, carry, *batch))
-    for _ in range(num_steps):
-        carry = run(carry, batch)
-    return counter.count / num_steps / len(jax.tree.leaves(batch)[0])
-
-
-def mean_and_error(values: Any) -> dict[str, float]:
-    """Mean, standard error over the first axis, and the number of values."""
-    values = np.asarray(values, float)
-    count = len(values)
-    error = values.std(axis=0, ddof=1) / count**0.5 if count > 1 else np.nan
-    return {"mean": values.mean(axis=0), "error": error, "count": count}
