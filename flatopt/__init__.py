@@ -16,6 +16,7 @@ from flatopt.smoothing import smooth, smooth_value_and_grad
 from flatopt.transforms import (
     AdversarialState,
     AntiPGDState,
+    EntropySGDState,
     GradientCounter,
     SkipNonfiniteState,
     SmoothGradientsState,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdversarialState",
     "AntiPGDState",
+    "EntropySGDState",
     "GradientCounter",
     "SkipNonfiniteState",
     "SmoothGradientsState",

@@ -15,7 +15,7 @@ MOST_UNROLLED = 16
 MOST_UNROLLED_VALUES = 1_000_000
 
 
-def split_batch(kwargs, names, num_samples):
+def split_batch(kwargs, names, num_samples, count_name="num_samples"):
     """Split the named arguments into ``num_samples`` strided chunks.
 
     Returns ``(chunks, whole)``: the named arguments with array leaves of shape
@@ -51,7 +51,7 @@ def split_batch(kwargs, names, num_samples):
     for size in sizes:
         if size % num_samples:
             raise ValueError(
-                f"a batch of {size} examples does not divide into num_samples="
+                f"a batch of {size} examples does not divide into {count_name}="
                 f"{num_samples} chunks; choose a batch size that is a multiple of it."
             )
 

@@ -1,7 +1,6 @@
 """Transformations of gradients: the links that an optax chain is made of."""
 
 from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
-from flatopt.transforms._ascent import AdversarialState
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
@@ -13,13 +12,19 @@ from flatopt.transforms._sam_adaptive import (
 from flatopt.transforms._sam_memory import friendly_sam_gradients, look_sam_gradients
 from flatopt.transforms._sam_noisy import bayesian_sam_gradients, random_sam_gradients
 from flatopt.transforms._skip import SkipNonfiniteState, skip_nonfinite
-from flatopt.transforms._smooth import SmoothGradientsState, smooth_gradients
+from flatopt.transforms._smooth import smooth_gradients
+from flatopt.transforms._states import (
+    AdversarialState,
+    EntropySGDState,
+    SmoothGradientsState,
+)
 from flatopt.transforms._track import TrackStabilityState, track_stability
 from flatopt.transforms._zeroth_order import smooth_gradients_zeroth_order
 
 __all__ = [
     "AdversarialState",
     "AntiPGDState",
+    "EntropySGDState",
     "GradientCounter",
     "SkipNonfiniteState",
     "SmoothGradientsState",

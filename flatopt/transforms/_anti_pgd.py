@@ -14,6 +14,9 @@ from flatopt.transforms import _link
 class AntiPGDState(NamedTuple):
     """State of :func:`anti_pgd`: plain numeric arrays; the noise itself is not stored.
 
+    After a step that :func:`skip_nonfinite` skips nothing advances: the noise that the
+    parameters hold is still that of the last step made.
+
     Attributes:
       count: number of updates made, shape (), int32.
       noise_key: raw data of the random key, uint32.

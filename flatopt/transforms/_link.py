@@ -1,13 +1,132 @@
-"""What the links of a chain share: keys in states, value_fn, masks."""
+"""The links of a chain that make a gradient: a method is its ``estimate`` alone."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, random, trees
+from flatopt._core import checks, layout, random, sharding, signatures, trees
+from flatopt.transforms import _states
+
+
+class Step(NamedTuple):
+    """What the estimate of one step is made of.
+
+    Attributes:
+      value_fn: the loss of the free parameters, with the signature of the user's.
+      params: the parameters to differentiate; None in place of those masked out.
+      arguments: keyword arguments of the loss that are not split.
+      chunks: those that are split, as ``layout.split_batch`` returns them.
+      key: the random key of this step, on this device.
+      count: the number of steps before this one.
+      memory: what the method keeps between steps, of the free parameters.
+    """
+
+    value_fn: Any
+    params: Any
+    arguments: dict[str, Any]
+    chunks: dict[str, Any]
+    key: jax.Array
+    count: jax.Array
+    memory: Any
+
+    def value(self, params, key, chunk):
+        """The loss at parameters, with the key of one sample and one chunk."""
+        options = signatures.sample_options(self.value_fn, key)
+        value = self.value_fn(params, **self.arguments, **chunk, **options)
+        return checks.check_value(value)
+
+
+def link(
+    name,
+    state_type,
+    estimate,
+    *,
+    mask,
+    key,
+    num_chunks=1,
+    batch_argnames=(),
+    count_name="num_samples",
+    axis_name=None,
+    init_memory=None,
+):
+    """The transformation whose gradient is ``estimate(step)``.
+
+    ``estimate`` takes a :class:`Step` and returns the loss, the gradient with respect to
+    ``step.params`` and the new memory, on one device: they are averaged over
+    ``axis_name``, cast and put into place here. A state of ``state_type`` has count, key
+    and loss as its first fields; with ``init_memory`` it has ``memory`` too.
+    """
+    check_key(key)
+    names = checks.check_names(batch_argnames)
+
+    def init_fn(params):
+        state = state_type(
+            jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
+        )
+        state = state._replace(is_finite=_states.initial_flag())
+        return (
+            state if init_memory is None else state._replace(memory=init_memory(params))
+        )
+
+    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        del updates
+        check_update(params, value_fn, name)
+        checks.check_batch_argnames(names, value_fn)
+        value_of, select, merge = partition(value_fn, params, mask)
+        free = checks.check_params(select(params))
+        memory = () if init_memory is None else select(state.memory)
+        chunks, whole = layout.split_batch(
+            signatures.forwarded(value_fn, extra_args), names, num_chunks, count_name
+        )
+        own_key = step_key(state, key)
+        if axis_name is not None:
+            own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
+            free, memory = sharding.tree_varying((free, memory), axis_name)
+        result = estimate(
+            Step(value_of, free, whole, chunks, own_key, state.count, memory)
+        )
+        if axis_name is not None:
+            result = jax.lax.pmean(result, axis_name)
+        value, grads, memory = result
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
+        loss_name = state_type._fields[2]
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            is_finite=_states.flag(state, value, grads),
+            **{loss_name: value.astype(getattr(state, loss_name).dtype)},
+        )
+        if init_memory is not None:
+            new_state = new_state._replace(memory=merge(memory, state.memory))
+        return merge(grads, zeros_like(params)), new_state
+
+    return optax.GradientTransformationExtraArgs(
+        init_fn, makes_gradient(update_fn, name)
+    )
+
+
+def makes_gradient(update_fn, name):
+    """Mark an ``update`` that does not read what comes in, with the link's name."""
+    update_fn.makes_gradient = name
+    return update_fn
+
+
+def at_step(number, count, name):
+    """A number, or a schedule's at this step."""
+    number = number(count) if callable(number) else number
+    checks.check_scale(number, name)
+    return number
+
+
+def unknown(params, value):
+    """An infinity or a NaN for a state, as wide as the parameters.
+
+    JAX's checks for such numbers look at what is computed: this one is not.
+    """
+    return jnp.array(np.full((), value, value_dtype(params)))
 
 
 def _is_typed(key):

@@ -15,6 +15,9 @@ from flatopt.transforms import _link
 class TrackStabilityState(NamedTuple):
     r"""State of :func:`track_stability`: plain numeric arrays.
 
+    After a step that :func:`skip_nonfinite` skips all of it advances: it watches, and a
+    measurement that is not finite is not kept.
+
     Attributes:
       count: number of updates made, shape (), int32.
       noise_key: raw data of the random key, uint32.
