@@ -7,18 +7,22 @@ from flatopt._core import trees
 
 
 def normalize(tree):
-    """The tree over its norm, and the norm; zero at zero.
+    """The tree over its norm, and the norm; zero at zero, and so are its derivatives.
 
-    Scaled by the largest entry first, so that squares of tiny ones do not underflow.
+    Scaled by the largest entry first, so that squares of tiny ones do not underflow; the
+    results do not depend on that scale, and so are differentiated without it.
     """
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in largest] else jnp.float32
     top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
-    divisor = jnp.where(top == 0, 1.0, top)
-    scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
-    length = jnp.sqrt(dot(scaled, scaled))
-    unit = jnp.where(length == 0, 1.0, length)
-    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * divisor
+    # Numbers below the least normal one may be flushed to zero in a division.
+    top = jax.lax.stop_gradient(jnp.where(top < jnp.finfo(dtype).tiny, 0.0, top))
+    divisor = jnp.where(top == 0, jnp.finfo(dtype).max, top)
+    scaled = jax.tree.map(lambda x: (x.astype(dtype) / divisor).astype(x.dtype), tree)
+    square = dot(scaled, scaled)
+    unit = jnp.sqrt(jnp.where(square == 0, 1.0, square))
+    length = jnp.where(square == 0, 0.0, unit)
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * top
 
 
 def dot(tree, other):
