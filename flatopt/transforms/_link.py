@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, layout, random, sharding, signatures, trees
+from flatopt._core import checks, layout, loops, random, sharding, signatures, trees
 from flatopt.transforms import _states
 
 
@@ -124,9 +124,11 @@ def at_step(number, count, name):
 def unknown(params, value):
     """An infinity or a NaN for a state, as wide as the parameters.
 
-    JAX's checks for such numbers look at what is computed: this one is not.
+    Outside of a trace it is put on the device as it is: what is computed, if by a copy
+    alone, fails under ``jax_debug_infs`` and ``jax_debug_nans``.
     """
-    return jnp.array(np.full((), value, value_dtype(params)))
+    number = np.full((), value, value_dtype(params))
+    return jnp.array(number) if loops.is_staged() else jax.device_put(number)
 
 
 def _is_typed(key):
@@ -137,13 +139,31 @@ def check_key(key):
     whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
     arrays = isinstance(key, jax.Array | np.ndarray) and (
         (_is_typed(key) and key.shape == ())
-        or (jnp.issubdtype(key.dtype, jnp.integer) and key.shape in ((), (2,)))
+        or (
+            jnp.issubdtype(key.dtype, jnp.integer)
+            and key.shape in ((), _raw_shape(key))
+        )
     )
     if not (whole or arrays):
+        got = repr(key)
+        if isinstance(key, jax.Array | np.ndarray):
+            got = f"an array of shape {key.shape} and dtype {key.dtype}"
         raise TypeError(
-            f"key must be an int or a single JAX random key, got {key!r}; write key=0 or "
+            f"key must be an int or a single JAX random key, got {got}; write key=0 or "
             "key=jax.random.key(0)."
         )
+    if whole and not -(2**63) <= key < 2**64:
+        raise ValueError(
+            f"key must be an int of at most 64 bits, got {key}; write key=0 or "
+            "key=jax.random.key(0)."
+        )
+
+
+def _raw_shape(key):
+    """The shape of the raw key of JAX's default generator, for an array that may be one."""
+    if key.ndim != 1:
+        return ()
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def key_data(key):
@@ -198,12 +218,27 @@ def check_update(params, value_fn, name, advice=" and pass it mask= instead"):
 def partition(value_fn, params, mask):
     """The parameters to differentiate, by a mask.
 
-    Returns ``value_fn`` of the free leaves alone; ``select(tree)``, which puts None in
-    place of the others, so that paths stay; and ``merge(tree, others)``, which fills
-    these places from a whole tree.
+    Returns ``value_fn`` of the free leaves alone, and what :func:`selection` returns.
+    """
+    select, merge = selection(params, mask)
+    if mask is None:
+        return value_fn, select, merge
+
+    @functools.wraps(value_fn)
+    def value_of(free, **kwargs):
+        return value_fn(merge(free, params), **kwargs)
+
+    return value_of, select, merge
+
+
+def selection(params, mask):
+    """``select(tree)`` and ``merge(tree, others)`` of the leaves where a mask is True.
+
+    The one puts None in place of the others, so that paths stay; the other fills these
+    places from a whole tree.
     """
     if mask is None:
-        return value_fn, lambda tree: tree, lambda tree, others: tree
+        return lambda tree: tree, lambda tree, others: tree
     flags = trees.mask_flags(mask, params)
     treedef = jax.tree.structure(params)
 
@@ -222,11 +257,7 @@ def partition(value_fn, params, mask):
         )
         return treedef.unflatten([x if flag else y for x, y, flag in pairs])
 
-    @functools.wraps(value_fn)
-    def value_of(free, **kwargs):
-        return value_fn(merge(free, params), **kwargs)
-
-    return value_of, select, merge
+    return select, merge
 
 
 def zeros_like(params):
@@ -236,11 +267,13 @@ def zeros_like(params):
     )
 
 
-def memory_dtype(leaf):
-    """The dtype of what a state keeps for a leaf; placeholders have none."""
-    dtype = getattr(leaf, "dtype", jnp.float32)
-    return trees.wide(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
 def wide_zeros(params):
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=memory_dtype(p)), params)
+    """Zeros for a state to keep, in float32 or wider; small where there are no numbers."""
+
+    def zeros(leaf):
+        dtype = getattr(leaf, "dtype", jnp.float32)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros_like(leaf, dtype=trees.wide(dtype))
+        return jnp.zeros(getattr(leaf, "shape", ()), jnp.bool)
+
+    return jax.tree.map(zeros, params)
