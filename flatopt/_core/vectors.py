@@ -25,6 +25,24 @@ def normalize(tree):
     return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * top
 
 
+def rounding_unit(dtype):
+    """Relative error to expect of a gradient in a dtype.
+
+    Gradients are rounded to the dtype of the parameters, and sums inside of them to
+    float32 or wider, where errors of up to two units were seen: four are allowed.
+    """
+    return max(jnp.finfo(dtype).eps, 4 * jnp.finfo(trees.wide(dtype)).eps)
+
+
+def largest(tree):
+    """The largest magnitude in a tree, float32 or wider; zero for none."""
+    parts = [
+        trees.widen(jnp.max(jnp.abs(x), initial=0.0)) for x in jax.tree.leaves(tree)
+    ]
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
+    return jnp.max(jnp.stack([jnp.zeros((), dtype), *[x.astype(dtype) for x in parts]]))
+
+
 def dot(tree, other):
     parts = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), tree, other))
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
