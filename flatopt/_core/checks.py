@@ -13,11 +13,16 @@ from flatopt._core.trees import path_name
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 
 
+_WHAT_SCALES = {
+    "scale": "give the standard deviation of the noise in units of the kernel.",
+    "rho": "give the length of the ascent step.",
+    "learning_rate": "give the learning rate of the optimizer.",
+}
+
+
 def check_scale(scale, name="scale"):
     """Reject what is not a finite number >= 0; traced values pass unseen."""
-    advice = "give one number of at least 0."
-    if name in ("scale", "sigma"):
-        advice = "give the standard deviation of the noise in units of the kernel."
+    advice = _WHAT_SCALES.get(name, "give one number of at least 0.")
     if isinstance(scale, bool | np.bool_) or not isinstance(
         scale, numbers.Real | np.ndarray | jax.Array
     ):
@@ -32,8 +37,12 @@ def check_scale(scale, name="scale"):
         )
     if jnp.ndim(scale) != 0:
         raise ValueError(
-            f"{name} must be a scalar, got shape {jnp.shape(scale)}; give one number and "
-            "let the kernel shape the noise."
+            f"{name} must be a scalar, got shape {jnp.shape(scale)}; "
+            + (
+                "give one number and let the kernel shape the noise."
+                if name == "scale"
+                else "give one number."
+            )
         )
     if isinstance(scale, jax.core.Tracer):
         return
@@ -66,21 +75,38 @@ def check_start_step(start_step):
         )
 
 
-def check_num_samples(num_samples, name="num_samples"):
-    if isinstance(num_samples, jax.Array):
+def check_count(value, name="num_samples", advice=None):
+    """Reject what is not an int of at least 1."""
+    if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array; it fixes shapes, so under "
             f"optax.inject_hyperparams write static_args=({name!r},)."
         )
-    if (
-        isinstance(num_samples, bool)
-        or not isinstance(num_samples, numbers.Integral)
-        or num_samples < 1
-    ):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        advice = advice or _WHAT_COUNTS.get(name, "give a whole number")
         raise ValueError(
-            f"{name} must be an int of at least 1, got {num_samples!r}; it counts the "
-            "draws of noise a step."
+            f"{name} must be an int of at least 1, got {value!r}; {advice}."
         )
+
+
+_WHAT_COUNTS = {
+    "num_samples": "it counts the draws of noise a step",
+    "num_perturbations": "it counts the pairs of draws a step",
+    "num_microbatches": "it counts the chunks of a batch, each with its ascent step",
+    "num_steps": "it counts the steps of a loop",
+    "num_runs": "it counts the runs",
+    "num_probes": "it counts the random probes",
+    "num_matvecs": "it counts the products with the matrix",
+    "num_draws": "it counts the random starts",
+    "num_deflated": "it counts the directions that are treated exactly",
+    "num_outputs": "it counts the outputs of an example",
+    "every": "it counts the steps from one measurement to the next",
+    "batch_size": "it counts the examples of a batch",
+    "chunk_size": "it counts the examples that are treated at once",
+    "k": "it counts the eigenvalues",
+}
+
+check_num_samples = check_count  # the name by which the other rooms know it
 
 
 def check_strategy(strategy):

@@ -1,8 +1,10 @@
 """Transformations of gradients: the links that an optax chain is made of."""
 
 from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
+from flatopt.transforms._chain import chain
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.transforms._read import loss, metrics
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
 from flatopt.transforms._sam_adaptive import (
     asam_gradients,
@@ -32,12 +34,15 @@ __all__ = [
     "anti_pgd",
     "asam_gradients",
     "bayesian_sam_gradients",
+    "chain",
     "entropy_sgd_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
     "friendly_sam_gradients",
     "gsam_gradients",
     "look_sam_gradients",
+    "loss",
+    "metrics",
     "random_sam_gradients",
     "sam_gradients",
     "skip_nonfinite",

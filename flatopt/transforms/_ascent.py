@@ -27,7 +27,7 @@ def adversarial(name, rho, gradients, options, init_memory=None):
     if not callable(rho):
         checks.check_scale(rho, "rho")
     parts = 1 if options.num_microbatches is None else options.num_microbatches
-    checks.check_num_samples(parts, "num_microbatches")
+    checks.check_count(parts, "num_microbatches")
     checks.check_start_step(options.start_step)
     if parts > 1 and not checks.check_names(options.batch_argnames):
         raise ValueError(

@@ -79,7 +79,7 @@ def entropy_sgd_gradients(
     """
     if not callable(gamma):
         checks.check_scale(gamma, "gamma")
-    checks.check_num_samples(num_steps, "num_steps")
+    checks.check_count(num_steps, "num_steps", "it counts the steps of the inner walk")
     checks.check_scale(inner_learning_rate, "inner_learning_rate")
     checks.check_scale(noise_scale, "noise_scale")
     checks.check_decay(decay)

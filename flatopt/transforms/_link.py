@@ -64,6 +64,7 @@ def link(
     names = checks.check_names(batch_argnames)
 
     def init_fn(params):
+        _check_mask(mask, params)
         state = state_type(
             jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
         )
@@ -86,9 +87,9 @@ def link(
         if axis_name is not None:
             own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
             free, memory = sharding.tree_varying((free, memory), axis_name)
-        result = estimate(
-            Step(value_of, free, whole, chunks, own_key, state.count, memory)
-        )
+        step = Step(value_of, free, whole, chunks, own_key, state.count, memory)
+        with signatures.naming_what_lacks(value_fn, {**whole, **chunks}, extra_args):
+            result = estimate(step)
         if axis_name is not None:
             result = jax.lax.pmean(result, axis_name)
         value, grads, memory = result
@@ -106,6 +107,12 @@ def link(
     return optax.GradientTransformationExtraArgs(
         init_fn, makes_gradient(update_fn, name)
     )
+
+
+def _check_mask(mask, params):
+    """Refuse a wrong mask at ``init`` already, before a wrapper of optax meets it."""
+    if mask is not None and jax.tree.leaves(params):
+        trees.mask_flags(mask, params)
 
 
 def makes_gradient(update_fn, name):

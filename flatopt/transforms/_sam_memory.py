@@ -63,7 +63,9 @@ def look_sam_gradients(
     """
     checks.check_scale(alpha, "alpha")
     if not isinstance(every, jax.Array):
-        checks.check_num_samples(every, "every")
+        checks.check_count(
+            every, "every", "it counts the steps from one ascent step to the next"
+        )
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key

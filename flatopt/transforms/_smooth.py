@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from flatopt import smoothing
+from flatopt import kernels, smoothing
 from flatopt._core import checks
 from flatopt.transforms import _link
 from flatopt.transforms._states import SmoothGradientsState
@@ -87,8 +87,10 @@ def smooth_gradients(
     """
     if not callable(scale):
         checks.check_scale(scale)
+    kernel = kernels.isotropic() if kernel is None else kernel
+    checks.check_kernel(kernel)
     num_samples = 1 if num_samples is None else num_samples
-    checks.check_num_samples(num_samples)
+    checks.check_count(num_samples)
     checks.check_strategy(strategy)
     batch_argnames = checks.check_names(batch_argnames)
 

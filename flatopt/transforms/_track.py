@@ -130,8 +130,8 @@ def track_stability(
     """
     if not callable(learning_rate):
         checks.check_scale(learning_rate, "learning_rate")
-    checks.check_num_samples(batch_size, "batch_size")
-    checks.check_num_samples(every, "every")
+    checks.check_count(batch_size, "batch_size")
+    checks.check_count(every, "every")
     checks.check_decay(decay)
     _link.check_key(key)
 
@@ -151,7 +151,10 @@ def track_stability(
         step_key = _link.step_key(state, key)
 
         def measure():
-            product = _hessian_product(value_of, free, arguments, step_key, axis_name)
+            with signatures.naming_what_lacks(value_fn, arguments, extra_args):
+                product = _hessian_product(
+                    value_of, free, arguments, step_key, axis_name
+                )
             signs = binding.bind(kernels.isotropic(kernels.signs), step_key, free)
             before = state._replace(direction=select(state.direction))
             after = _measure(
@@ -168,6 +171,7 @@ def track_stability(
         state = loops.cond(state.count % every == 0, measure, lambda: state)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
+    update_fn.keeps_updates = True
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

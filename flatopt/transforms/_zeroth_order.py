@@ -65,7 +65,7 @@ def smooth_gradients_zeroth_order(
     if not callable(scale):
         _check_positive(scale)
     num_samples = 1 if num_samples is None else num_samples
-    checks.check_num_samples(num_samples)
+    checks.check_count(num_samples)
     checks.check_strategy(strategy)
     kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
 
