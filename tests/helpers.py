@@ -1,11 +1,15 @@
 """Small problems with known answers, shared by the tests."""
 
 import contextlib
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import flatopt
 
 STRATEGIES = ["vmap", "scan", "unroll", 3, "auto"]
 
@@ -92,3 +96,175 @@ def softmax_gradient(params, inputs, labels):
     p /= p.sum(axis=1, keepdims=True)
     error = (p - np.eye(3)[labels]) / len(labels)
     return {"bias": error.sum(axis=0), "kernel": inputs.T @ error}
+
+
+# The register of transformations
+
+TINY = 1e-3  # noise and ascent steps that leave a minimum where it is
+
+
+class Row(NamedTuple):
+    """One public transformation, as the shared tests use it.
+
+    Attributes:
+      arguments: arguments under which one step shows what the method does.
+      tiny: those that differ where a run is to end at the minimum.
+      quick: those that differ where every step is to show its number, and be cheap.
+      quiet: those that differ where devices are not to draw noise of their own.
+      gradients: gradients of the batch in the first three steps; None for products of the
+        Hessian, which cannot be counted.
+      rate: learning rate of the SGD after it.
+      is_optimizer: whether it is a whole optimizer, not a link.
+      is_last: whether it stands last in a chain.
+      needs_value_fn: whether its update needs the loss.
+      branches: more arguments, under each of which the loss is in a loop or a branch.
+      is_resumed: whether it has a kind of state, or reads one as no other does.
+    """
+
+    arguments: dict[str, Any]
+    tiny: dict[str, Any] = {}
+    quick: dict[str, Any] = {}
+    quiet: dict[str, Any] = {}
+    gradients: int | None = 6
+    rate: float = 2e-3
+    is_optimizer: bool = False
+    is_last: bool = False
+    needs_value_fn: bool = True
+    branches: tuple[dict[str, Any], ...] = ()
+    is_resumed: bool = False
+
+
+def _sam(tiny=None, **options):
+    arguments = {"rho": 0.1, **options.pop("arguments", {})}
+    return Row(arguments, tiny={"rho": TINY, **(tiny or {})}, **options)
+
+
+def _recipe(tiny, gradients, **options):
+    rate = 0.05 if options.pop("adam", False) else TINY * 2
+    arguments = {"learning_rate": 0.1, **options.pop("arguments", {})}
+    tiny = {"learning_rate": rate, **tiny}
+    return Row(arguments, tiny, gradients=gradients, is_optimizer=True, **options)
+
+
+TRANSFORMATIONS = {
+    "anti_pgd": Row(
+        {"scale": 0.1},
+        {"scale": lambda count: jnp.where(count < 700, TINY, 0.0)},
+        gradients=0,
+        is_last=True,
+        needs_value_fn=False,
+    ),
+    "asam_gradients": _sam(),
+    "asam_sgd": _recipe({"rho": TINY}, 6),
+    "bayesian_sam_gradients": _sam(
+        {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}
+    ),
+    "entropy_sgd_gradients": Row(
+        {"gamma": 0.3, "num_steps": 4, "inner_learning_rate": 0.1},
+        {"gamma": 1e-4, "inner_learning_rate": 5e-4},
+        quiet={"noise_scale": 0.0},
+        gradients=12,
+        rate=1.0,
+        branches=({},),
+    ),
+    "filterwise_asam_gradients": _sam(),
+    "fisher_sam_gradients": _sam(),
+    "friendly_sam_gradients": _sam({"sigma": 0.5}, is_resumed=True),
+    "gsam_gradients": _sam({"alpha": 0.1}, arguments={"alpha": 0.4}),
+    "look_sam_gradients": _sam(
+        {"every": 3, "alpha": TINY},
+        quick={"every": 1},
+        gradients=4,  # every fifth step takes two
+        branches=({},),
+        is_resumed=True,
+    ),
+    "lpf_adamw": _recipe(
+        {"gamma": TINY, "num_samples": 2}, 3, adam=True, quick={"num_samples": 1}
+    ),
+    "lpf_sgd": _recipe(
+        {"gamma": TINY, "num_samples": 2},
+        3,
+        arguments={"gamma": 0.1},
+        quick={"num_samples": 1},
+        is_resumed=True,
+    ),
+    "nso_adamw": _recipe({"sigma": TINY}, 6, adam=True),
+    "nso_sgd": _recipe({"sigma": TINY}, 6),
+    "random_sam_gradients": _sam(
+        {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}
+    ),
+    "sam_gradients": _sam(branches=({"start_step": 3},)),
+    "sam_sgd": _recipe({"rho": TINY}, 6, arguments={"rho": 0.1}, is_resumed=True),
+    "skip_nonfinite": Row(
+        {"inner": flatopt.nso_sgd(0.1)},
+        {"inner": flatopt.nso_sgd(2e-3, TINY)},
+        is_optimizer=True,
+        is_resumed=True,
+    ),
+    "smooth_gradients": Row(
+        {"scale": 0.1},
+        {"scale": TINY},
+        gradients=3,
+        branches=(
+            {"num_samples": 4, "batch_argnames": ("batch",), "strategy": "scan"},
+            {"num_samples": 4, "strategy": 2},
+        ),
+    ),
+    "smooth_gradients_zeroth_order": Row(
+        {"scale": 0.1, "num_samples": 4},
+        {"scale": TINY, "num_samples": 16},
+        quick={"num_samples": 1},
+        gradients=0,
+        rate=5e-4,
+    ),
+    "track_stability": Row(
+        {"learning_rate": 0.1, "batch_size": 64, "every": 2},
+        {"learning_rate": 2e-3, "batch_size": 8, "every": 50},
+        quick={"every": 1},
+        gradients=None,
+        is_resumed=True,
+    ),
+    "usam_gradients": _sam({"rho": TINY / 10}),
+}
+"""Every public transformation: a test fails for one that is missing here."""
+
+
+def arguments_of(name, *columns, **more):
+    """Arguments of a transformation, with those of other columns of its row on top."""
+    row = TRANSFORMATIONS[name]
+    changes = {k: v for column in columns for k, v in getattr(row, column).items()}
+    return {**row.arguments, **changes, **more}
+
+
+def transformation(name, *columns, **more):
+    """A transformation made from its row."""
+    return getattr(flatopt, name)(**arguments_of(name, *columns, **more))
+
+
+def optimizer(name, *columns, rate=None, momentum=0.9, **more):
+    """A whole optimizer of a transformation, with SGD where it needs one."""
+    row, tx = TRANSFORMATIONS[name], transformation(name, *columns, **more)
+    sgd = optax.sgd(row.rate if rate is None else rate, momentum=momentum)
+    if row.is_optimizer:
+        return tx
+    return optax.chain(sgd, tx) if row.is_last else optax.chain(tx, sgd)
+
+
+def takes(name, argument):
+    """Whether a transformation has an argument of this name."""
+    return argument in inspect.signature(getattr(flatopt, name)).parameters
+
+
+def public_transformations():
+    """Names in ``flatopt.__all__`` of functions that return a transformation."""
+    kinds = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+    functions = {
+        name: getattr(flatopt, name)
+        for name in flatopt.__all__
+        if inspect.isfunction(getattr(flatopt, name))
+    }
+    return {
+        name
+        for name, function in functions.items()
+        if inspect.signature(function, eval_str=True).return_annotation in kinds
+    }

@@ -15,7 +15,15 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 from flax.training import train_state
-from helpers import assert_close, leaves_array, loss_fn, regression
+from helpers import (
+    TRANSFORMATIONS,
+    assert_close,
+    leaves_array,
+    loss_fn,
+    optimizer,
+    regression,
+    transformation,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,10 +32,6 @@ import flatopt.flax
 
 WORKER = pathlib.Path(__file__).parent / "checkpoint_worker.py"
 BEFORE, AFTER = 3, 3
-
-
-def _after(link):
-    return optax.chain(link, optax.sgd(0.1, momentum=0.9))
 
 
 def _accumulating():
@@ -39,25 +43,19 @@ def _accumulating():
 
 def _injected():
     link = optax.inject_hyperparams(flatopt.smooth_gradients)(scale=0.1)
-    return optax.chain(_after(link), flatopt.anti_pgd(0.1))
-
-
-def _watched():
-    link = flatopt.track_stability(0.1, 64, every=2)
-    return optax.chain(link, flatopt.skip_nonfinite(flatopt.lpf_sgd(0.1, 0.1)))
+    return optax.chain(link, optax.sgd(0.1, momentum=0.9), flatopt.anti_pgd(0.1))
 
 
 CHAINS = {
-    "lpf_sgd": lambda: flatopt.lpf_sgd(0.1, 0.1, 4),
-    "sam_sgd": lambda: flatopt.sam_sgd(0.1, 0.1),
-    "friendly_sam": lambda: _after(flatopt.friendly_sam_gradients(0.1)),
-    "look_sam": lambda: _after(flatopt.look_sam_gradients(0.1, every=5)),
-    "track_stability": _watched,
+    name: functools.partial(optimizer, name, rate=0.1)
+    for name, row in TRANSFORMATIONS.items()
+    if row.is_resumed
+} | {
     "inject_hyperparams": _injected,
     "accumulation": _accumulating,
-    "bfloat16": lambda: _after(flatopt.friendly_sam_gradients(0.1)),
+    "bfloat16": lambda: optimizer("friendly_sam_gradients", rate=0.1),
 }
-"""Every kind of state; look_sam resumes on a step that reuses its kept direction."""
+"""Every kind of state; LookSAM resumes on a step that reuses its kept direction."""
 
 
 def _problem(name):
@@ -184,7 +182,7 @@ def _model_loss(model, batch):
 
 def _new_nnx():
     model = Network(nnx.Rngs(0))
-    tx = _after(flatopt.friendly_sam_gradients(0.1))
+    tx = optimizer("friendly_sam_gradients", rate=0.1)
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
@@ -223,7 +221,7 @@ def test_an_nnx_model_and_optimizer_continue_bit_equal_from_orbax(tmp_path):
 
 def test_a_linen_train_state_continues_bit_equal_from_orbax(tmp_path, runs):
     saved, final = runs
-    name = "look_sam"
+    name = "look_sam_gradients"
 
     def create(params, state):
         return train_state.TrainState(
@@ -286,10 +284,12 @@ MESHES = {
     "two by four": ((2, 4), ("x", "y"), P("x", "y")),
 }
 LINKS = {
-    "smooth": flatopt.smooth_gradients(
-        0.1, flatopt.kernels.filterwise(), num_samples=2, batch_argnames=("batch",)
-    ),
-    "friendly_sam": flatopt.friendly_sam_gradients(0.1),
+    "smooth_gradients": {
+        "kernel": flatopt.kernels.filterwise(),
+        "num_samples": 2,
+        "batch_argnames": ("batch",),
+    },
+    "friendly_sam_gradients": {},
 }
 
 
@@ -315,7 +315,8 @@ def _mesh(name):
 @functools.cache
 def _chain(link):
     watch = flatopt.track_stability(0.1, 32, every=2)
-    return optax.chain(watch, LINKS[link], optax.sgd(0.2, 0.9))
+    link = transformation(link, **LINKS[link])
+    return optax.chain(watch, link, optax.sgd(0.2, 0.9))
 
 
 def _like(link, mesh, spec):
@@ -385,7 +386,7 @@ def test_a_run_continues_on_another_mesh(source, target, link, tmp_path):
         jax.tree.leaves(restored), jax.tree.leaves(like), strict=True
     ):
         assert leaf.sharding == expected.sharding
-    names = {"direction", "memory" if link == "friendly_sam" else "trace"}
+    names = {"direction", "memory" if link == "friendly_sam_gradients" else "trace"}
     for name in names:
         tree = optax.tree.get(restored["state"], name, filtering=_is_tree)
         assert tree["first"].sharding.spec == spec

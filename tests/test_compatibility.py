@@ -14,13 +14,18 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    TRANSFORMATIONS,
+    arguments_of,
     assert_close,
     count_compilations,
     loss_fn,
+    optimizer,
+    public_transformations,
     regression,
     softmax_gradient,
     softmax_loss,
     softmax_regression,
+    transformation,
     types,
 )
 
@@ -250,7 +255,7 @@ def test_a_kernel_taken_for_a_schedule_is_told_of_static_args():
 )
 def test_a_count_taken_for_a_hyperparameter_is_told_of_static_args(name, count):
     make = optax.inject_hyperparams(getattr(flatopt, name))
-    tx = make(**{**LINKS[name], count: 2})
+    tx = make(**arguments_of(name, **{count: 2}))
     match = rf"{count} must be a Python int, got an array.*static_args=\('{count}',\)"
     with pytest.raises(TypeError, match=match):
         tx.init(jnp.ones(2))
@@ -478,58 +483,9 @@ def test_lbfgs_after_us_does_not_settle(standard_promotion):
 
 # Optax's contract, for every public transformation
 
-TINY = 1e-3  # noise and ascent steps that leave the minimum where it is
-LINKS = {
-    "anti_pgd": {"scale": lambda count: jnp.where(count < 700, TINY, 0.0)},
-    "asam_gradients": {"rho": TINY},
-    "asam_sgd": {"learning_rate": 2e-3, "rho": TINY},
-    "bayesian_sam_gradients": {"rho": TINY, "sigma": TINY},
-    "entropy_sgd_gradients": {
-        "gamma": 1e-4,
-        "num_steps": 4,
-        "inner_learning_rate": 5e-4,
-    },
-    "filterwise_asam_gradients": {"rho": TINY},
-    "fisher_sam_gradients": {"rho": TINY},
-    "friendly_sam_gradients": {"rho": TINY, "sigma": 0.5},
-    "gsam_gradients": {"rho": TINY, "alpha": 0.1},
-    "look_sam_gradients": {"rho": TINY, "every": 3, "alpha": TINY},
-    "lpf_adamw": {"learning_rate": 0.05, "gamma": TINY, "num_samples": 2},
-    "lpf_sgd": {"learning_rate": 2e-3, "gamma": TINY, "num_samples": 2},
-    "nso_adamw": {"learning_rate": 0.05, "sigma": TINY},
-    "nso_sgd": {"learning_rate": 2e-3, "sigma": TINY},
-    "random_sam_gradients": {"rho": TINY, "sigma": TINY},
-    "sam_gradients": {"rho": TINY},
-    "sam_sgd": {"learning_rate": 2e-3, "rho": TINY},
-    "skip_nonfinite": {"inner": flatopt.nso_sgd(2e-3, TINY)},
-    "smooth_gradients": {"scale": TINY},
-    "smooth_gradients_zeroth_order": {"scale": TINY, "num_samples": 16},
-    "track_stability": {"learning_rate": 2e-3, "batch_size": 8},
-    "usam_gradients": {"rho": TINY / 10},
-}
 COUNTS = {"num_samples", "num_perturbations", "num_steps", "batch_size", "every"}
-RATES = {"entropy_sgd_gradients": 1.0, "smooth_gradients_zeroth_order": 5e-4}
-AT_EACH_STEP = {  # arguments under which one step, and a cheap one, shows its number
-    "entropy_sgd_gradients": {"inner_learning_rate": 0.1},
-    "look_sam_gradients": {"every": 1},
-    "lpf_adamw": {"num_samples": 1},
-    "lpf_sgd": {"num_samples": 1},
-    "smooth_gradients_zeroth_order": {"num_samples": 1},
-    "track_stability": {"every": 1},
-}
 STEPS = {"smooth_gradients_zeroth_order": 1500}
-NEED_VALUE_FN = [name for name in LINKS if name != "anti_pgd"]
-
-
-def _link(name, **arguments):
-    return getattr(flatopt, name)(**{**LINKS[name], **arguments})
-
-
-def _optimizer(name):
-    link, sgd = _link(name), optax.sgd(RATES.get(name, 2e-3), momentum=0.9)
-    if name.endswith(("_sgd", "_adamw", "skip_nonfinite")):
-        return link
-    return optax.chain(sgd, link) if name == "anti_pgd" else optax.chain(link, sgd)
+NEED_VALUE_FN = [name for name, row in TRANSFORMATIONS.items() if row.needs_value_fn]
 
 
 def _parameters(name):
@@ -537,14 +493,14 @@ def _parameters(name):
 
 
 def test_every_public_transformation_has_its_row():
-    public = {
-        name
-        for name in flatopt.__all__
-        if inspect.isfunction(getattr(flatopt, name))
-        and inspect.signature(getattr(flatopt, name)).return_annotation
-        is optax.GradientTransformationExtraArgs
-    }
-    assert public == set(LINKS)
+    assert public_transformations() == set(TRANSFORMATIONS)
+
+
+def test_every_public_function_says_what_it_returns():
+    for name in flatopt.__all__:
+        if inspect.isfunction(getattr(flatopt, name)):
+            signature = inspect.signature(getattr(flatopt, name))
+            assert signature.return_annotation is not inspect.Signature.empty, name
 
 
 def _targets():
@@ -564,11 +520,11 @@ def _objective(params, batch):
     return sum(jax.tree.leaves(squares)) * jnp.mean(batch)
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_it_converges_compiles_once_and_ignores_unknown_arguments(
     name, standard_promotion
 ):
-    tx = _optimizer(name)
+    tx = optimizer(name, "tiny")
     params = optax.tree.zeros_like(_targets())
     params["parabola"] = jnp.array([-1.0, 10.0, 1.0])
 
@@ -594,11 +550,11 @@ def test_it_converges_compiles_once_and_ignores_unknown_arguments(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_types_are_kept_through_cond_and_multisteps(
     name, dtype, standard_promotion, x64
 ):
-    tx, dtype = _optimizer(name), jnp.dtype(dtype)
+    tx, dtype = optimizer(name, "tiny"), jnp.dtype(dtype)
     accumulated = optax.MultiSteps(tx, 4)
     params = {
         "kernel": jax.ShapeDtypeStruct((3, 2), dtype),
@@ -626,10 +582,10 @@ def test_types_are_kept_through_cond_and_multisteps(
     assert types(found[0]) == types(params)
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_the_state_is_made_from_shapes_and_mapped_like_parameters(name):
     params, _ = regression()
-    tx = _optimizer(name)
+    tx = optimizer(name, "tiny")
     state = tx.init(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert types(tx.init(shapes)) == types(state)
@@ -641,9 +597,9 @@ def test_the_state_is_made_from_shapes_and_mapped_like_parameters(name):
         np.testing.assert_array_equal(leaf, other)
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_shardings_are_kept_on_an_explicit_mesh(name, standard_promotion):
-    tx = _optimizer(name)
+    tx = optimizer(name, "tiny")
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.make_mesh((8,), ("x",), axis_types=explicit)
     seen = []
@@ -677,7 +633,7 @@ def _scheduled():
     """Each argument of each transformation that is annotated to be a schedule."""
     return [
         (name, argument)
-        for name in LINKS
+        for name in TRANSFORMATIONS
         for argument, parameter in _parameters(name).items()
         if optax.Schedule in typing.get_args(parameter.annotation)
     ]
@@ -699,7 +655,7 @@ def test_a_schedule_and_an_injected_number_are_the_number_of_each_step(
         return tx.update(params, state, params, value_fn=_quartic, batch=batch)
 
     def make(number):
-        return _link(name, **AT_EACH_STEP.get(name, {}), **{argument: number})
+        return transformation(name, "tiny", "quick", **{argument: number})
 
     first, second = make(low), make(high)
     _, state = update(first, first.init(params))
@@ -714,7 +670,7 @@ def test_a_schedule_and_an_injected_number_are_the_number_of_each_step(
 
     injected = optax.inject_hyperparams(
         getattr(flatopt, name), static_args=COUNTS & set(_parameters(name))
-    )(**{**LINKS[name], **AT_EACH_STEP.get(name, {}), argument: low})
+    )(**arguments_of(name, "tiny", "quick", **{argument: low}))
     _, state = update(injected, injected.init(params))
     state.hyperparams[argument] = high
     updates, state = update(injected, state)
@@ -738,7 +694,9 @@ def _without_counts(result):
 def test_a_partition_around_us_is_told_what_to_write_instead(name):
     params, batch = regression(16)
     labels = {"first": "ours", "second": "theirs"}
-    tx = optax.partition({"ours": _link(name), "theirs": optax.sgd(0.1)}, labels)
+    tx = optax.partition(
+        {"ours": transformation(name), "theirs": optax.sgd(0.1)}, labels
+    )
     with pytest.raises(ValueError, match="params hold MaskedNodes.*outside") as error:
         _update(tx, params, value_fn=loss_fn, batch=batch)
     advised = "mask=" in str(error.value)

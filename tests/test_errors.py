@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import loss_fn, regression
+from helpers import TRANSFORMATIONS, loss_fn, regression, takes, transformation
+from jax.experimental import sparse
 
 import flatopt
 from flatopt import kernels, smooth, smooth_gradients, smooth_value_and_grad
@@ -146,15 +147,154 @@ def test_weight_fn_without_a_batch():
         smooth_value_and_grad(total, 0.1, weight_fn=lambda chunk: 1.0)
 
 
-def test_mask_of_another_structure():
+MASKS = {
+    "a subtree lacks": (
+        {"first": True},
+        "no entry for 'second/bias', 'second/kernel'; ",
+    ),
+    "a leaf lacks": (
+        {"first": True, "second": {"kernel": True}},
+        "no entry for 'second/bias'; ",
+    ),
+    "None": ({"first": True, "second": None}, "no entry for 'second/bias', 'second"),
+    "another name": (
+        {"first": True, "third": True},
+        "no entry for 'second/bias', 'second/kernel' and entries that params lack: "
+        "'third'; ",
+    ),
+    "deeper": (
+        {"first": {"kernel": {"x": True}}, "second": True},
+        "no entry for 'first/kernel' and entries that params lack: 'first/kernel/x'; ",
+    ),
+    "other containers": (
+        optax.MaskedState({"first": True, "second": True}),
+        "no entry for 'first/kernel', 'second/bias', 'second/kernel' and entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mask: smooth_gradients(0.1, mask=mask),
+        lambda mask: flatopt.lpf_sgd(0.1, mask=mask),
+        lambda mask: flatopt.look_sam_gradients(0.1, mask=mask),
+        lambda mask: flatopt.track_stability(0.1, 8, mask=mask),
+    ],
+)
+def test_mask_of_another_structure(make, name):
+    mask, match = MASKS[name]
     params, batch = regression()
-    for mask in ({"first": True}, {"first": True, "second": {"kernel": True}}):
-        with _raises(ValueError, "mask must be a tree prefix of params, got PyTreeDef"):
-            _update(
-                smooth_gradients(0.1, mask=mask), params, value_fn=loss_fn, batch=batch
-            )
+    with _raises(ValueError, f"mask must be a tree prefix of params, got {match}") as e:
+        _update(make(mask), params, value_fn=loss_fn, batch=batch)
+    assert "\n" not in str(e.value)
+
+
+def test_mask_of_other_values():
+    params, batch = regression()
     with _raises(TypeError, "mask must be made of Python bools, got 1; write True"):
         _update(smooth_gradients(0.1, mask=1), params, value_fn=loss_fn, batch=batch)
+
+
+def test_mask_with_many_paths_that_differ_is_still_one_line():
+    params = [jnp.ones(1)] * 30
+    with _raises(ValueError, "no entry for '0', '1', '2', '3' and 26 more; give one"):
+        smooth_gradients(0.1, mask={}).init(params)
+
+
+@pytest.mark.parametrize("name", ["lpf_sgd", "sam_gradients", "entropy_sgd_gradients"])
+def test_sparse_batch(name):
+    counts = {"sam_gradients": {"num_microbatches": 2, "batch_argnames": ("batch",)}}
+    counts["entropy_sgd_gradients"] = {"num_steps": 2, "batch_argnames": ("batch",)}
+    tx = transformation(name, **counts.get(name, {}))
+    batch = {"x": sparse.BCOO.fromdense(jnp.arange(32.0).reshape(8, 4))}
+    with _raises(TypeError, "'batch', got a sparse BCOO, whose examples cannot be spl"):
+        _update(tx, jnp.ones(4), value_fn=lambda p, batch: p.sum(), batch=batch)
+
+
+def test_sparse_batch_that_is_not_split():
+    batch = sparse.BCOO.fromdense(jnp.arange(32.0).reshape(8, 4))
+    value_and_grad = smooth_value_and_grad(lambda p, b: (b @ p).sum(), 0.0)
+    _, grads = value_and_grad(KEY, jnp.ones(4), batch)
+    np.testing.assert_allclose(grads, np.arange(32.0).reshape(8, 4).sum(axis=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "advice"),
+    [
+        (
+            "smooth_gradients",
+            "num_samples",
+            "pad it with examples of weight 0 for weig",
+        ),
+        ("sam_gradients", "num_microbatches", r"\(drop_last\) or pad it\."),
+        ("entropy_sgd_gradients", "num_steps", r"\(drop_last\) or pad it\."),
+    ],
+)
+def test_last_batch_of_an_epoch(name, count, advice):
+    tx = transformation(name, batch_argnames=("batch",), **{count: 4})
+    match = f"a batch of 5 examples does not divide into {count}=4 chunks; .*{advice}"
+    with _raises(ValueError, match):
+        _update(
+            tx,
+            jnp.ones(2),
+            value_fn=lambda p, batch: (batch @ p).mean(),
+            batch=jnp.ones((5, 2)),
+        )
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, r in TRANSFORMATIONS.items() if not r.is_last]
+)
+def test_argument_of_the_loss_that_lacks(name):
+    tx = transformation(name)
+    if takes(name, "batch_argnames"):
+        tx = transformation(name, batch_argnames=())
+    match = "value_fn needs the argument 'batch', got arguments named 'batches'; pass"
+    with _raises(TypeError, match):
+        _update(tx, jnp.ones(2), value_fn=lambda p, batch: p.sum(), batches=1)
+
+
+def test_type_error_of_the_loss_itself_is_left_alone():
+    with _raises(TypeError, "unsupported operand"):
+        _update(
+            flatopt.sam_gradients(0.1),
+            jnp.ones(2),
+            value_fn=lambda p, batch: p.sum() + "x",
+            batch=1,
+        )
+
+
+COUNTS = [
+    ("look_sam_gradients", "every", "counts the steps from one ascent step"),
+    ("track_stability", "every", "counts the steps from one measurement"),
+    ("track_stability", "batch_size", "counts the examples of a batch"),
+    ("entropy_sgd_gradients", "num_steps", "counts the steps of the inner walk"),
+    ("sam_gradients", "num_microbatches", "counts the chunks of a batch"),
+    ("smooth_gradients", "num_samples", "counts the draws of noise"),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "advice"), COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "2", None])
+def test_counts(name, count, advice, value):
+    if value is None and takes(name, count) and count.startswith("num_"):
+        return  # a default
+    with _raises(
+        ValueError, f"{count} must be an int of at least 1, got .*; it {advice}"
+    ):
+        transformation(name, **{count: value})
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_advice_on_rates_and_radii_does_not_speak_of_noise(name):
+    for rate in ("rho", "learning_rate"):
+        if takes(name, rate) and not TRANSFORMATIONS[name].is_optimizer:
+            for wrong in (-1.0, jnp.ones(2), "x"):
+                with _raises((ValueError, TypeError), f"{rate} must be") as error:
+                    transformation(name, **{rate: wrong})
+                assert "noise" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +358,97 @@ def test_masked_nodes_from_a_wrapper_around_us():
         )
 
 
+@pytest.mark.parametrize("name", [n for n in TRANSFORMATIONS if takes(n, "key")])
 @pytest.mark.parametrize(
-    "key", [0.5, True, "seed", jax.random.split(jax.random.key(0)), np.ones(2)]
+    "key",
+    [
+        0.5,
+        jnp.nan,
+        True,
+        "seed",
+        None,
+        jax.random.split(jax.random.key(0)),
+        np.ones(2),
+        jnp.arange(3),
+        jnp.arange(4),
+        jnp.ones((2, 2), jnp.uint32),
+    ],
 )
-def test_key(key):
+def test_key(name, key):
+    with _raises(TypeError, "key must be an int or a single JAX random key, got") as e:
+        transformation(name, key=key)
+    assert "\n" not in str(e.value)
+
+
+def test_key_of_too_many_bits():
     with _raises(
-        TypeError, "(?s)key must be an int or a single JAX random key, got .*; write"
+        ValueError, "key must be an int of at most 64 bits, got 1180591620717"
     ):
-        smooth_gradients(0.1, key=key)
+        smooth_gradients(0.1, key=2**70)
+
+
+def test_raw_keys_of_the_default_generator_and_of_no_other():
+    with jax.default_prng_impl("rbg"):
+        key = jax.random.PRNGKey(3)
+        assert key.shape == (4,)
+        for name in ("smooth_gradients", "random_sam_gradients", "track_stability"):
+            raw, typed = (
+                _update(transformation(name, key=k), jnp.ones(2), value_fn=total)
+                for k in (key, jax.random.wrap_key_data(key))
+            )
+            for one, other in zip(*map(jax.tree.leaves, (raw, typed)), strict=True):
+                np.testing.assert_array_equal(one, other)
+        with _raises(TypeError, r"got an array of shape \(2,\) and dtype int32; write"):
+            smooth_gradients(0.1, key=jnp.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "got"),
+    [
+        (kernels.filterwise, "filterwise, which takes other arguments"),
+        (kernels.one_layer, "one_layer, which takes other arguments"),
+        (kernels.signs, "the sampler signs; write kernels.isotropic"),
+        (jax.random.normal, "the sampler normal"),
+        (0.1, "0.1; write kernels"),
+    ],
+)
+def test_kernel_that_is_none_is_refused_where_a_link_is_made(kernel, got):
+    match = rf"kernel must be a function \(key, params\) -> perturbation, got {got}"
+    with _raises(TypeError, match):
+        smooth_gradients(0.1, kernel)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sampler: flatopt.anti_pgd(0.1, sampler),
+        lambda sampler: flatopt.smooth_gradients_zeroth_order(0.1, sampler),
+    ],
+)
+def test_sampler_that_is_none_is_refused_where_a_link_is_made(make):
+    for wrong in (kernels.isotropic(), 0.1):
+        with _raises(TypeError, r"sampler must be a function \(key, shape, dtype\)"):
+            make(wrong)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_leaves_of_size_zero_change_nothing(name, standard_promotion):
+    def value_fn(params, batch):
+        squares = [jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)]
+        return jnp.mean(batch) * sum(squares)
+
+    def updates_of(params):
+        tx = transformation(name)
+        grads = optax.tree.ones_like(params)
+        options = {"value_fn": value_fn, "batch": jnp.ones(8)}
+        updates, state = tx.update(grads, tx.init(params), params, **options)
+        return updates, tx.update(grads, state, params, **options)[0]
+
+    params = {"w": jnp.array([3.0, 4.0])}
+    found = updates_of({**params, "empty": jnp.zeros((0, 3))})
+    for one, other in zip(found, updates_of(params), strict=True):
+        np.testing.assert_allclose(one["w"], other["w"], rtol=1e-6)
+        assert one["empty"].shape == (0, 3)
 
 
 @pytest.mark.parametrize("scale", [jnp.array(True), np.array(True), jnp.array(1j)])
@@ -329,3 +552,58 @@ def test_errors_come_while_tracing_and_leave_the_state_alone():
         step(state, jnp.ones((12, 2)))
     _, state = step(state, jnp.ones((16, 2)))
     assert optax.tree.get(state, "smoothed_value") != jnp.inf
+
+
+# A thing that makes a kernel, or a sampler, in place of a kernel; a wrong key
+
+TAKE_A_KERNEL = [
+    lambda kernel: smooth(total, 0.1, kernel),
+    lambda kernel: smooth_value_and_grad(total, 0.1, kernel),
+    kernels.shared_magnitude,
+    kernels.one_layer,
+    lambda kernel: kernels.masked(kernel, True),
+    lambda kernel: _update(smooth_gradients(0.1, kernel), jnp.ones(2), value_fn=total),
+]
+
+
+@pytest.mark.parametrize("take", TAKE_A_KERNEL)
+@pytest.mark.parametrize(
+    ("kernel", "got"),
+    [
+        (
+            kernels.filterwise,
+            "got filterwise, which takes other arguments; if it makes",
+        ),
+        (kernels.masked, "got masked, which takes other arguments; if it makes"),
+        (kernels.Kernel, "got Kernel, which takes other arguments; if it makes"),
+        (kernels.signs, r"got the sampler signs; write kernels.isotropic\(signs\)"),
+        (jax.random.normal, "got the sampler normal; write kernels.isotropic"),
+        (0.1, "got 0.1; write kernels.isotropic"),
+    ],
+)
+def test_what_is_no_kernel(take, kernel, got):
+    with _raises(TypeError, rf"kernel must be a function \(key, params\) -> .*, {got}"):
+        take(kernel)
+
+
+@pytest.mark.parametrize("sampler", [0.1, kernels.isotropic()])
+def test_what_is_no_sampler(sampler):
+    for make in (kernels.isotropic, kernels.filterwise, kernels.elementwise):
+        with _raises(TypeError, r"sampler must be a function \(key, shape, dtype\) ->"):
+            make(sampler)
+
+
+@pytest.mark.parametrize(
+    ("key", "got"),
+    [
+        (0, "got 0"),
+        (jnp.ones(2), r"got float32 of shape \(2,\)"),
+        (jax.random.split(KEY), r"got key<fry> of shape \(2,\)"),
+        ({"w": jnp.ones(2)}, "got dict"),
+        (None, "got NoneType"),
+    ],
+)
+def test_random_key(key, got):
+    for f in (smooth, smooth_value_and_grad):
+        with _raises(TypeError, f"key must be one JAX random key, {got}; write"):
+            f(total, 0.1)(key, jnp.ones(2))

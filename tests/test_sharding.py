@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import process_worker
 import pytest
-from helpers import STRATEGIES, assert_close, loss_fn, regression
+from helpers import (
+    STRATEGIES,
+    TRANSFORMATIONS,
+    assert_close,
+    loss_fn,
+    regression,
+    takes,
+    transformation,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -324,14 +332,12 @@ def test_groups_of_devices_draw_while_each_group_shards_its_parameters():
     assert_close(result, _mean(parts), rtol=2e-5, atol=2e-6)
 
 
-LINKS = {
-    "sam": (flatopt.sam_gradients, (0.3,)),
-    "random_sam": (flatopt.random_sam_gradients, (0.3, 0.0)),
-    "gsam": (flatopt.gsam_gradients, (0.3, 0.4)),
-    "friendly_sam": (flatopt.friendly_sam_gradients, (0.3,)),
-    "look_sam": (flatopt.look_sam_gradients, (0.3,)),
-    "entropy_sgd": (flatopt.entropy_sgd_gradients, (0.3, 4, 0.1, 0.0)),
-}
+MAPPED = [
+    name
+    for name in TRANSFORMATIONS
+    if takes(name, "axis_name") and name != "smooth_gradients"
+]
+"""Links that average over devices; smooth_gradients has a test of its own."""
 
 
 def _mapped_steps(tx, params, batch, num_steps, check_vma, batch_spec):
@@ -353,15 +359,21 @@ def _mapped_steps(tx, params, batch, num_steps, check_vma, batch_spec):
     return jax.jit(mapped)(params, batch)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [
+        (name, check_vma)
+        for name in MAPPED
+        for check_vma in (True, False)
+        if check_vma or TRANSFORMATIONS[name].is_resumed
+    ],
+)
 def test_shard_map_averages_the_steps_of_the_devices(name, check_vma):
     params, batch = regression()
-    make, arguments = LINKS[name]
-    tx = make(*arguments, axis_name="data")
+    tx = transformation(name, "quiet", axis_name="data")
     result, value = _mapped_steps(tx, params, batch, 2, check_vma, P("data"))
 
-    local = make(*arguments)
+    local = transformation(name, "quiet")
     device_step = jax.jit(
         lambda state, part: local.update(
             None, state, params, value_fn=loss_fn, batch=part
@@ -376,19 +388,23 @@ def test_shard_map_averages_the_steps_of_the_devices(name, check_vma):
             parts.append(device_step(state, part))
         updates, memory, clean_value = jax.tree.map(
             lambda *x: sum(x) / NUM_DEVICES,
-            *[(updates, s.memory, s.clean_value) for updates, s in parts],
+            *[(u, getattr(s, "memory", ()), s.clean_value) for u, s in parts],
         )
-        state = parts[0][1]._replace(memory=memory)
+        state = parts[0][1]
+        if hasattr(state, "memory"):
+            state = state._replace(memory=memory)
     assert_close(result, updates, rtol=2e-5, atol=2e-6)
     assert_close(value, clean_value, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["random_sam", "entropy_sgd"])
+@pytest.mark.parametrize(
+    "name", [name for name in MAPPED if TRANSFORMATIONS[name].quiet]
+)
 def test_devices_draw_their_own_noise(name):
     params, batch = regression()
-    make = LINKS[name][0]
-    arguments = (0.3, 0.2) if name == "random_sam" else (0.3, 4, 0.1, 0.5)
-    tx, local = make(*arguments, axis_name="data"), make(*arguments)
+    (noise,) = TRANSFORMATIONS[name].quiet
+    tx = transformation(name, axis_name="data", **{noise: 0.5})
+    local = transformation(name, **{noise: 0.5})
     result, _ = _mapped_steps(tx, params, batch, 1, True, P())
     alone, _ = local.update(
         None, local.init(params), params, value_fn=loss_fn, batch=batch

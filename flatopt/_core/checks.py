@@ -7,17 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core.signatures import names_keyword, takes_any_keyword
+from flatopt._core.signatures import names_keyword, parameters_of, takes_any_keyword
 from flatopt._core.trees import path_name
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 
 
+_WHAT_SCALES = {
+    "scale": "give the standard deviation of the noise in units of the kernel.",
+    "rho": "give the length of the ascent step.",
+    "learning_rate": "give the learning rate of the optimizer.",
+}
+
+
 def check_scale(scale, name="scale"):
     """Reject what is not a finite number >= 0; traced values pass unseen."""
-    advice = "give one number of at least 0."
-    if name in ("scale", "sigma"):
-        advice = "give the standard deviation of the noise in units of the kernel."
+    advice = _WHAT_SCALES.get(name, "give one number of at least 0.")
     if isinstance(scale, bool | np.bool_) or not isinstance(
         scale, numbers.Real | np.ndarray | jax.Array
     ):
@@ -32,8 +37,12 @@ def check_scale(scale, name="scale"):
         )
     if jnp.ndim(scale) != 0:
         raise ValueError(
-            f"{name} must be a scalar, got shape {jnp.shape(scale)}; give one number and "
-            "let the kernel shape the noise."
+            f"{name} must be a scalar, got shape {jnp.shape(scale)}; "
+            + (
+                "give one number and let the kernel shape the noise."
+                if name == "scale"
+                else "give one number."
+            )
         )
     if isinstance(scale, jax.core.Tracer):
         return
@@ -66,21 +75,38 @@ def check_start_step(start_step):
         )
 
 
-def check_num_samples(num_samples, name="num_samples"):
-    if isinstance(num_samples, jax.Array):
+def check_count(value, name="num_samples", advice=None):
+    """Reject what is not an int of at least 1."""
+    if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array; it fixes shapes, so under "
             f"optax.inject_hyperparams write static_args=({name!r},)."
         )
-    if (
-        isinstance(num_samples, bool)
-        or not isinstance(num_samples, numbers.Integral)
-        or num_samples < 1
-    ):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        advice = advice or _WHAT_COUNTS.get(name, "give a whole number")
         raise ValueError(
-            f"{name} must be an int of at least 1, got {num_samples!r}; it counts the "
-            "draws of noise a step."
+            f"{name} must be an int of at least 1, got {value!r}; {advice}."
         )
+
+
+_WHAT_COUNTS = {
+    "num_samples": "it counts the draws of noise a step",
+    "num_perturbations": "it counts the pairs of draws a step",
+    "num_microbatches": "it counts the chunks of a batch, each with its ascent step",
+    "num_steps": "it counts the steps of a loop",
+    "num_runs": "it counts the runs",
+    "num_probes": "it counts the random probes",
+    "num_matvecs": "it counts the products with the matrix",
+    "num_draws": "it counts the random starts",
+    "num_deflated": "it counts the directions that are treated exactly",
+    "num_outputs": "it counts the outputs of an example",
+    "every": "it counts the steps from one measurement to the next",
+    "batch_size": "it counts the examples of a batch",
+    "chunk_size": "it counts the examples that are treated at once",
+    "k": "it counts the eigenvalues",
+}
+
+check_num_samples = check_count  # the name by which the other rooms know it
 
 
 def check_strategy(strategy):
@@ -176,3 +202,64 @@ def check_weight(weight):
             "as in chunk['mask'].sum()."
         )
     return jnp.asarray(weight)
+
+
+def check_random_key(key):
+    """Reject what is not one JAX random key, typed or raw."""
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == np.uint32 and key.ndim == 1):
+            return
+        got = f"{key.dtype} of shape {key.shape}"
+    else:
+        got = repr(key) if isinstance(key, numbers.Number) else type(key).__name__
+    raise TypeError(
+        f"key must be one JAX random key, got {got}; write jax.random.key(0), and give "
+        "the key before params."
+    )
+
+
+def check_kernel(kernel, name="kernel"):
+    """Reject a sampler, or a function that makes a kernel, in place of a kernel."""
+    label = getattr(kernel, "__name__", None) or f"a {type(kernel).__name__}"
+    if not isinstance(kernel, type) and hasattr(kernel, "bind"):
+        return
+    if not callable(kernel):
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got {kernel!r}; "
+            "write kernels.isotropic() or kernels.filterwise()."
+        )
+    parameters = parameters_of(kernel)
+    if parameters is None:
+        return
+    if "shape" in parameters:
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got the sampler "
+            f"{label}; write kernels.isotropic({label})."
+        )
+    positional = [
+        p
+        for p in parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    takes_two = len(positional) >= 2 or any(
+        p.kind is p.VAR_POSITIONAL for p in positional
+    )
+    ours = getattr(kernel, "__module__", None) == "flatopt.kernels"
+    if ours or not takes_two:
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got {label}, which "
+            "takes other arguments; if it makes a kernel, call it, as in "
+            "kernels.filterwise()."
+        )
+
+
+def check_sampler(sampler):
+    """Reject what is not of the form of ``jax.random.normal``."""
+    if callable(sampler) and not hasattr(sampler, "bind"):
+        return
+    raise TypeError(
+        "sampler must be a function (key, shape, dtype) -> array, got "
+        f"{sampler!r}; write kernels.normal or kernels.signs, and set the size of the "
+        "noise by the scale."
+    )

@@ -1,6 +1,7 @@
 """Layout of Monte Carlo samples in time and memory: loops, batches, chunks."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ MOST_UNROLLED = 16
 MOST_UNROLLED_VALUES = 1_000_000
 
 
-def split_batch(kwargs, names, num_samples):
+def split_batch(kwargs, names, num_samples, count_name="num_samples"):
     """Split the named arguments into ``num_samples`` strided chunks.
 
     Returns ``(chunks, whole)``: the named arguments with array leaves of shape
@@ -30,6 +31,7 @@ def split_batch(kwargs, names, num_samples):
             "the arguments that hold the batch (a closure over the batch cannot be split)."
         )
     chunks = {name: kwargs[name] for name in names}
+    _check_dense(chunks)
     whole = {name: value for name, value in kwargs.items() if name not in names}
     sizes = {
         leaf.shape[0]: name
@@ -51,8 +53,14 @@ def split_batch(kwargs, names, num_samples):
     for size in sizes:
         if size % num_samples:
             raise ValueError(
-                f"a batch of {size} examples does not divide into num_samples="
-                f"{num_samples} chunks; choose a batch size that is a multiple of it."
+                f"a batch of {size} examples does not divide into {count_name}="
+                f"{num_samples} chunks; choose a batch size that is a multiple of it, and "
+                "drop the last batch of an epoch (drop_last) or pad it"
+                + (
+                    " with examples of weight 0 for weight_fn."
+                    if count_name == "num_samples"
+                    else "."
+                )
             )
 
     def reshape(leaf):
@@ -68,6 +76,19 @@ def split_batch(kwargs, names, num_samples):
         return jax.lax.reshape(leaf, shape, out_sharding=sharding.update(spec=spec))
 
     return jax.tree.map(reshape, chunks), whole
+
+
+def _check_dense(chunks):
+    # Where the module was not imported there are no sparse arrays.
+    sparse = getattr(sys.modules.get("jax.experimental.sparse"), "JAXSparse", ())
+    for name, chunk in chunks.items():
+        for leaf in jax.tree.leaves(chunk, is_leaf=lambda x: isinstance(x, sparse)):
+            if isinstance(leaf, sparse):
+                raise TypeError(
+                    f"batch_argnames names {name!r}, got a sparse {type(leaf).__name__}, "
+                    "whose examples cannot be split; give a dense array "
+                    f"({name}.todense()), or leave it out of batch_argnames."
+                )
 
 
 def _is_split(leaf):

@@ -10,6 +10,16 @@ def varying_axes(aval):
     return tuple(sorted(kind.varying)) if kind is not None else ()
 
 
+def manual_axes():
+    """Axes of the ``jax.shard_map`` that we are in."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def tracks_varying(axes):
+    """Whether types say which values differ between devices: ``check_vma``."""
+    return bool(varying_axes(jax.typeof(jax.lax.axis_index(axes[0]))))
+
+
 def make_varying(leaf, axes):
     """The same values, typed as different between the devices of these axes."""
     missing = tuple(a for a in axes if a not in varying_axes(jax.typeof(leaf)))

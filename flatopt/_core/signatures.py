@@ -1,5 +1,6 @@
 """What the signature of a function says, and the arguments that it takes."""
 
+import contextlib
 import inspect
 
 import jax
@@ -50,3 +51,27 @@ def forwarded(value_fn, extra_args):
         if takes_any_keyword(value_fn)
         or (name != first and names_keyword(value_fn, name))
     }
+
+
+@contextlib.contextmanager
+def naming_what_lacks(value_fn, arguments, extra_args):
+    """Where a call of ``value_fn`` fails for want of an argument, say which.
+
+    Not before it fails: a signature may be that of another function.
+    """
+    try:
+        yield
+    except TypeError as error:
+        for parameter in list((parameters_of(value_fn) or {}).values())[1:]:
+            if (
+                parameter.kind
+                in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+                and parameter.default is parameter.empty
+                and parameter.name not in {*arguments, "sample_key"}
+            ):
+                names = ", ".join(sorted(map(repr, extra_args))) or "none"
+                raise TypeError(
+                    f"value_fn needs the argument {parameter.name!r}, got arguments named "
+                    f"{names}; pass {parameter.name}= to update."
+                ) from error
+        raise

@@ -36,8 +36,8 @@ def mask_flags(mask, params):
         )
     except ValueError as error:
         raise ValueError(
-            f"mask must be a tree prefix of params, got {jax.tree.structure(given)} for "
-            f"params {jax.tree.structure(params)}; give one bool for each leaf or subtree."
+            f"mask must be a tree prefix of params, got {_difference(given, params)}; give "
+            "one bool for each leaf or subtree."
         ) from error
     for flag in flags:
         if not isinstance(flag, bool | np.bool_):
@@ -46,6 +46,35 @@ def mask_flags(mask, params):
                 "leaf takes part and False where it does not."
             )
     return [bool(flag) for flag in flags]
+
+
+def _difference(mask, params):
+    """In words, the paths in which a mask is no prefix of the parameters."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    entries = [path for path, _ in jax.tree_util.tree_leaves_with_path(mask)]
+
+    def covers(entry, path):
+        return path[: len(entry)] == entry
+
+    lacking = [p for p in paths if not any(covers(e, p) for e in entries)]
+    unknown = [e for e in entries if not any(covers(e, p) for p in paths)]
+    words = []
+    if lacking:
+        words.append(f"no entry for {_list_paths(lacking)}")
+    if unknown:
+        words.append(f"entries that params lack: {_list_paths(unknown)}")
+    if not words:
+        words.append(
+            f"a {type(mask).__name__} for a {type(params).__name__} of the same paths, or "
+            "other containers inside"
+        )
+    return " and ".join(words)
+
+
+def _list_paths(paths, most=4):
+    names = [repr(path_name(path)) for path in paths[:most]]
+    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(names) + rest
 
 
 def wide(dtype):

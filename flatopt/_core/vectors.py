@@ -7,18 +7,40 @@ from flatopt._core import trees
 
 
 def normalize(tree):
-    """The tree over its norm, and the norm; zero at zero.
+    """The tree over its norm, and the norm; zero at zero, and so are its derivatives.
 
-    Scaled by the largest entry first, so that squares of tiny ones do not underflow.
+    Scaled by the largest entry first, so that squares of tiny ones do not underflow; the
+    results do not depend on that scale, and so are differentiated without it.
     """
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in largest] else jnp.float32
     top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
-    divisor = jnp.where(top == 0, 1.0, top)
-    scaled = jax.tree.map(lambda x: x / divisor.astype(x.dtype), tree)
-    length = jnp.sqrt(dot(scaled, scaled))
-    unit = jnp.where(length == 0, 1.0, length)
-    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * divisor
+    # Numbers below the least normal one may be flushed to zero in a division.
+    top = jax.lax.stop_gradient(jnp.where(top < jnp.finfo(dtype).tiny, 0.0, top))
+    divisor = jnp.where(top == 0, jnp.finfo(dtype).max, top)
+    scaled = jax.tree.map(lambda x: (x.astype(dtype) / divisor).astype(x.dtype), tree)
+    square = dot(scaled, scaled)
+    unit = jnp.sqrt(jnp.where(square == 0, 1.0, square))
+    length = jnp.where(square == 0, 0.0, unit)
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * top
+
+
+def rounding_unit(dtype):
+    """Relative error to expect of a gradient in a dtype.
+
+    Gradients are rounded to the dtype of the parameters, and sums inside of them to
+    float32 or wider, where errors of up to two units were seen: four are allowed.
+    """
+    return max(jnp.finfo(dtype).eps, 4 * jnp.finfo(trees.wide(dtype)).eps)
+
+
+def largest(tree):
+    """The largest magnitude in a tree, float32 or wider; zero for none."""
+    parts = [
+        trees.widen(jnp.max(jnp.abs(x), initial=0.0)) for x in jax.tree.leaves(tree)
+    ]
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
+    return jnp.max(jnp.stack([jnp.zeros((), dtype), *[x.astype(dtype) for x in parts]]))
 
 
 def dot(tree, other):

@@ -14,6 +14,9 @@ from flatopt.transforms import _link
 class AntiPGDState(NamedTuple):
     """State of :func:`anti_pgd`: plain numeric arrays; the noise itself is not stored.
 
+    After a step that :func:`skip_nonfinite` skips nothing advances: the noise that the
+    parameters hold is still that of the last step made.
+
     Attributes:
       count: number of updates made, shape (), int32.
       noise_key: raw data of the random key, uint32.
@@ -81,7 +84,6 @@ def anti_pgd(
         checks.check_scale(scale)
     _link.check_key(key)
     kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
-    kernel = kernel if mask is None else kernels.masked(kernel, mask)
 
     def init_fn(params):
         del params
@@ -89,16 +91,14 @@ def anti_pgd(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "anti_pgd needs params, got None; call tx.update(updates, state, params)."
-            )
+        _check_update(updates, params)
+        select, merge = _link.selection(params, mask)
+        free = checks.check_params(select(params))
         stored = _link.stored_key(state, key)
-        draw = binding.bind(kernel, stored, params)
+        draw = binding.bind(kernel, stored, free)
 
         def noise(count):
-            factor = scale(count) if callable(scale) else scale
-            checks.check_scale(factor)
+            factor = _link.at_step(scale, count, "scale")
             factor = jnp.where(count == 0, 0.0, factor)
             return factor, draw(random.fold_in(stored, count))
 
@@ -109,8 +109,20 @@ def anti_pgd(
             step = new_scale.astype(new.dtype) * new - old_scale.astype(old.dtype) * old
             return (trees.widen(update) + step).astype(update.dtype)
 
-        return jax.tree.map(add, updates, old, new), AntiPGDState(
-            count, state.noise_key
-        )
+        noisy = jax.tree.map(add, select(updates), old, new)
+        return merge(noisy, updates), AntiPGDState(count, state.noise_key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_update(updates, params):
+    if params is None:
+        raise ValueError(
+            "anti_pgd needs params, got None; call tx.update(updates, state, params)."
+        )
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ValueError(
+            "anti_pgd adds noise to updates of the structure of params, got "
+            f"{jax.tree.structure(updates)}; put it after the optimizer, last in the "
+            "chain."
+        )

@@ -7,18 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import kernels
-from flatopt._core import (
-    binding,
-    checks,
-    layout,
-    random,
-    sharding,
-    signatures,
-    trees,
-    vectors,
-)
+from flatopt._core import binding, checks, layout, random, sharding, trees, vectors
 from flatopt.transforms import _link
-from flatopt.transforms._ascent import AdversarialState
+from flatopt.transforms._states import EntropySGDState
 
 
 def entropy_sgd_gradients(
@@ -66,7 +57,7 @@ def entropy_sgd_gradients(
       key: an int or a JAX random key, read by ``init``.
 
     Returns:
-      A transformation with state :class:`AdversarialState`; its ``clean_value`` is the
+      A transformation with state :class:`EntropySGDState`; its ``clean_value`` is the
       loss at the parameters, on the first chunk.
 
     Raises:
@@ -88,47 +79,28 @@ def entropy_sgd_gradients(
     """
     if not callable(gamma):
         checks.check_scale(gamma, "gamma")
-    checks.check_num_samples(num_steps, "num_steps")
+    checks.check_count(num_steps, "num_steps", "it counts the steps of the inner walk")
     checks.check_scale(inner_learning_rate, "inner_learning_rate")
     checks.check_scale(noise_scale, "noise_scale")
     checks.check_decay(decay)
-    names = checks.check_names(batch_argnames)
-    _link.check_key(key)
 
-    def init_fn(params):
-        return AdversarialState(
-            count=jnp.zeros((), jnp.int32),
-            noise_key=_link.key_data(key),
-            clean_value=jnp.full((), jnp.inf, _link.value_dtype(params)),
-            memory=(),
-        )
-
-    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        del updates
-        _link.check_update(params, value_fn, "entropy_sgd_gradients")
-        checks.check_batch_argnames(names, value_fn)
-        value_of, select, merge = _link.partition(value_fn, params, mask)
-        free = checks.check_params(select(params))
-        chunks, whole = layout.split_batch(
-            signatures.forwarded(value_fn, extra_args), names, num_steps
-        )
-        scope = gamma(state.count) if callable(gamma) else gamma
-        checks.check_scale(scope, "gamma")
-        step_key = _link.step_key(state, key)
+    def estimate(step):
+        scope = _link.at_step(gamma, step.count, "gamma")
+        draw = binding.bind(kernels.isotropic(), step.key, step.params)
+        center = jax.tree.map(trees.widen, step.params)
+        first_value = jnp.zeros((), _link.value_dtype(step.params))
         if axis_name is not None:
-            step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))
-            free = sharding.tree_varying(free, axis_name)
-        draw = binding.bind(kernels.isotropic(), step_key, free)
-        center = jax.tree.map(trees.widen, free)
+            first_value = sharding.tree_varying(first_value, axis_name)
 
         def inner_step(walk, index, chunk):
             point, mean, first_value = walk
-            noise_key = random.fold_in(step_key, index)
-            options = signatures.sample_options(value_fn, noise_key)
+            noise_key = random.fold_in(step.key, index)
 
             def value_at(params):
-                params = jax.tree.map(lambda x, p: x.astype(p.dtype), params, free)
-                return checks.check_value(value_of(params, **whole, **chunk, **options))
+                params = jax.tree.map(
+                    lambda x, p: x.astype(p.dtype), params, step.params
+                )
+                return step.value(params, noise_key, chunk)
 
             value, grads = jax.value_and_grad(value_at)(point)
             pull = jax.tree.map(jnp.subtract, point, center)
@@ -139,21 +111,22 @@ def entropy_sgd_gradients(
                 point, jnp.sqrt(inner_learning_rate) * noise_scale, noise
             )
             mean = vectors.add(vectors.scale(decay, mean), 1 - decay, point)
-            first_value = jnp.where(index == 0, value.astype(value_dtype), first_value)
-            return point, mean, first_value
+            value = value.astype(first_value.dtype)
+            return point, mean, jnp.where(index == 0, value, first_value)
 
-        value_dtype = state.clean_value.dtype
-        start = (center, center, jnp.zeros((), value_dtype))
-        if axis_name is not None:
-            start = sharding.tree_varying(start, axis_name)
-        _, mean, value = layout.walk(inner_step, start, num_steps, chunks)
-        grads = jax.tree.map(jnp.subtract, center, mean)
-        if axis_name is not None:
-            value, grads = jax.lax.pmean((value, grads), axis_name)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
-        new_state = state._replace(
-            count=optax.safe_increment(state.count), clean_value=value
+        _, mean, value = layout.walk(
+            inner_step, (center, center, first_value), num_steps, step.chunks
         )
-        return merge(grads, _link.zeros_like(params)), new_state
+        return value, jax.tree.map(jnp.subtract, center, mean), ()
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _link.link(
+        "entropy_sgd_gradients",
+        EntropySGDState,
+        estimate,
+        mask=mask,
+        key=key,
+        num_chunks=num_steps,
+        batch_argnames=batch_argnames,
+        count_name="num_steps",
+        axis_name=axis_name,
+    )

@@ -1,13 +1,141 @@
-"""What the links of a chain share: keys in states, value_fn, masks."""
+"""The links of a chain that make a gradient: a method is its ``estimate`` alone."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, random, trees
+from flatopt._core import checks, layout, loops, random, sharding, signatures, trees
+from flatopt.transforms import _states
+
+
+class Step(NamedTuple):
+    """What the estimate of one step is made of.
+
+    Attributes:
+      value_fn: the loss of the free parameters, with the signature of the user's.
+      params: the parameters to differentiate; None in place of those masked out.
+      arguments: keyword arguments of the loss that are not split.
+      chunks: those that are split, as ``layout.split_batch`` returns them.
+      key: the random key of this step, on this device.
+      count: the number of steps before this one.
+      memory: what the method keeps between steps, of the free parameters.
+    """
+
+    value_fn: Any
+    params: Any
+    arguments: dict[str, Any]
+    chunks: dict[str, Any]
+    key: jax.Array
+    count: jax.Array
+    memory: Any
+
+    def value(self, params, key, chunk):
+        """The loss at parameters, with the key of one sample and one chunk."""
+        options = signatures.sample_options(self.value_fn, key)
+        value = self.value_fn(params, **self.arguments, **chunk, **options)
+        return checks.check_value(value)
+
+
+def link(
+    name,
+    state_type,
+    estimate,
+    *,
+    mask,
+    key,
+    num_chunks=1,
+    batch_argnames=(),
+    count_name="num_samples",
+    axis_name=None,
+    init_memory=None,
+):
+    """The transformation whose gradient is ``estimate(step)``.
+
+    ``estimate`` takes a :class:`Step` and returns the loss, the gradient with respect to
+    ``step.params`` and the new memory, on one device: they are averaged over
+    ``axis_name``, cast and put into place here. A state of ``state_type`` has count, key
+    and loss as its first fields; with ``init_memory`` it has ``memory`` too.
+    """
+    check_key(key)
+    names = checks.check_names(batch_argnames)
+
+    def init_fn(params):
+        _check_mask(mask, params)
+        state = state_type(
+            jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
+        )
+        state = state._replace(is_finite=_states.initial_flag())
+        return (
+            state if init_memory is None else state._replace(memory=init_memory(params))
+        )
+
+    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        del updates
+        check_update(params, value_fn, name)
+        checks.check_batch_argnames(names, value_fn)
+        value_of, select, merge = partition(value_fn, params, mask)
+        free = checks.check_params(select(params))
+        memory = () if init_memory is None else select(state.memory)
+        chunks, whole = layout.split_batch(
+            signatures.forwarded(value_fn, extra_args), names, num_chunks, count_name
+        )
+        own_key = step_key(state, key)
+        if axis_name is not None:
+            own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
+            free, memory = sharding.tree_varying((free, memory), axis_name)
+        step = Step(value_of, free, whole, chunks, own_key, state.count, memory)
+        with signatures.naming_what_lacks(value_fn, {**whole, **chunks}, extra_args):
+            result = estimate(step)
+        if axis_name is not None:
+            result = jax.lax.pmean(result, axis_name)
+        value, grads, memory = result
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
+        loss_name = state_type._fields[2]
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            is_finite=_states.flag(state, value, grads),
+            **{loss_name: value.astype(getattr(state, loss_name).dtype)},
+        )
+        if init_memory is not None:
+            new_state = new_state._replace(memory=merge(memory, state.memory))
+        return merge(grads, zeros_like(params)), new_state
+
+    return optax.GradientTransformationExtraArgs(
+        init_fn, makes_gradient(update_fn, name)
+    )
+
+
+def _check_mask(mask, params):
+    """Refuse a wrong mask at ``init`` already, before a wrapper of optax meets it."""
+    if mask is not None and jax.tree.leaves(params):
+        trees.mask_flags(mask, params)
+
+
+def makes_gradient(update_fn, name):
+    """Mark an ``update`` that does not read what comes in, with the link's name."""
+    update_fn.makes_gradient = name
+    return update_fn
+
+
+def at_step(number, count, name):
+    """A number, or a schedule's at this step."""
+    number = number(count) if callable(number) else number
+    checks.check_scale(number, name)
+    return number
+
+
+def unknown(params, value):
+    """An infinity or a NaN for a state, as wide as the parameters.
+
+    Outside of a trace it is put on the device as it is: what is computed, if by a copy
+    alone, fails under ``jax_debug_infs`` and ``jax_debug_nans``.
+    """
+    number = np.full((), value, value_dtype(params))
+    return jnp.array(number) if loops.is_staged() else jax.device_put(number)
 
 
 def _is_typed(key):
@@ -18,13 +146,31 @@ def check_key(key):
     whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
     arrays = isinstance(key, jax.Array | np.ndarray) and (
         (_is_typed(key) and key.shape == ())
-        or (jnp.issubdtype(key.dtype, jnp.integer) and key.shape in ((), (2,)))
+        or (
+            jnp.issubdtype(key.dtype, jnp.integer)
+            and key.shape in ((), _raw_shape(key))
+        )
     )
     if not (whole or arrays):
+        got = repr(key)
+        if isinstance(key, jax.Array | np.ndarray):
+            got = f"an array of shape {key.shape} and dtype {key.dtype}"
         raise TypeError(
-            f"key must be an int or a single JAX random key, got {key!r}; write key=0 or "
+            f"key must be an int or a single JAX random key, got {got}; write key=0 or "
             "key=jax.random.key(0)."
         )
+    if whole and not -(2**63) <= key < 2**64:
+        raise ValueError(
+            f"key must be an int of at most 64 bits, got {key}; write key=0 or "
+            "key=jax.random.key(0)."
+        )
+
+
+def _raw_shape(key):
+    """The shape of the raw key of JAX's default generator, for an array that may be one."""
+    if key.ndim != 1:
+        return ()
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def key_data(key):
@@ -79,12 +225,27 @@ def check_update(params, value_fn, name, advice=" and pass it mask= instead"):
 def partition(value_fn, params, mask):
     """The parameters to differentiate, by a mask.
 
-    Returns ``value_fn`` of the free leaves alone; ``select(tree)``, which puts None in
-    place of the others, so that paths stay; and ``merge(tree, others)``, which fills
-    these places from a whole tree.
+    Returns ``value_fn`` of the free leaves alone, and what :func:`selection` returns.
+    """
+    select, merge = selection(params, mask)
+    if mask is None:
+        return value_fn, select, merge
+
+    @functools.wraps(value_fn)
+    def value_of(free, **kwargs):
+        return value_fn(merge(free, params), **kwargs)
+
+    return value_of, select, merge
+
+
+def selection(params, mask):
+    """``select(tree)`` and ``merge(tree, others)`` of the leaves where a mask is True.
+
+    The one puts None in place of the others, so that paths stay; the other fills these
+    places from a whole tree.
     """
     if mask is None:
-        return value_fn, lambda tree: tree, lambda tree, others: tree
+        return lambda tree: tree, lambda tree, others: tree
     flags = trees.mask_flags(mask, params)
     treedef = jax.tree.structure(params)
 
@@ -103,11 +264,7 @@ def partition(value_fn, params, mask):
         )
         return treedef.unflatten([x if flag else y for x, y, flag in pairs])
 
-    @functools.wraps(value_fn)
-    def value_of(free, **kwargs):
-        return value_fn(merge(free, params), **kwargs)
-
-    return value_of, select, merge
+    return select, merge
 
 
 def zeros_like(params):
@@ -117,11 +274,13 @@ def zeros_like(params):
     )
 
 
-def memory_dtype(leaf):
-    """The dtype of what a state keeps for a leaf; placeholders have none."""
-    dtype = getattr(leaf, "dtype", jnp.float32)
-    return trees.wide(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
 def wide_zeros(params):
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=memory_dtype(p)), params)
+    """Zeros for a state to keep, in float32 or wider; small where there are no numbers."""
+
+    def zeros(leaf):
+        dtype = getattr(leaf, "dtype", jnp.float32)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros_like(leaf, dtype=trees.wide(dtype))
+        return jnp.zeros(getattr(leaf, "shape", ()), jnp.bool)
+
+    return jax.tree.map(zeros, params)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, loops, vectors
+from flatopt._core import checks, loops, trees, vectors
 from flatopt.transforms import _ascent, _link
 from flatopt.transforms._sam import Scalar
 
@@ -27,7 +27,10 @@ def look_sam_gradients(
 
     At every ``every``-th step SAM's gradient is used, and its part orthogonal to the
     clean gradient, :math:`g_v`, is kept. The other steps use
-    :math:`g + \alpha\, \|g\| / \|g_v\|\, g_v`.
+    :math:`g + \alpha\, \|g\| / \|g_v\|\, g_v`. Where :math:`g_v` is no longer than the
+    rounding errors of the two gradients (four units of float32, or one unit of a narrower
+    dtype of the parameters), or half of the ascent step is lost in the rounding of the
+    parameters, there is no direction: the other steps use :math:`g`.
 
     Cost of a step: 1 + 1/``every`` gradients on average. Put this link first in a chain;
     the incoming gradients are not read.
@@ -60,15 +63,25 @@ def look_sam_gradients(
     """
     checks.check_scale(alpha, "alpha")
     if not isinstance(every, jax.Array):
-        checks.check_num_samples(every, "every")
+        checks.check_count(
+            every, "every", "it counts the steps from one ascent step to the next"
+        )
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key
         value, clean = value_and_grad(params)
 
         def look():
-            _, moved = value_and_grad(vectors.move(params, vectors.ascent(clean, rho)))
-            return moved, vectors.normalize(vectors.orthogonal(moved, clean))[0]
+            step = vectors.ascent(clean, rho)
+            point = vectors.move(params, step)
+            _, moved = value_and_grad(point)
+            # Twice: what the first time leaves along the gradient is rounding.
+            part = vectors.orthogonal(vectors.orthogonal(moved, clean), clean)
+            direction, length = vectors.normalize(part)
+            is_signal = _has_moved(params, point, step) & (
+                length > _rounding(moved, params)
+            )
+            return moved, vectors.scale(jnp.where(is_signal, 1.0, 0.0), direction)
 
         def reuse():
             _, norm = vectors.normalize(clean)
@@ -104,7 +117,8 @@ def friendly_sam_gradients(
 
     .. math:: \epsilon = \rho\, d / \|d\|, \qquad d = g - \sigma m
 
-    with :math:`m` the moving average of gradients before this step.
+    with :math:`m` the moving average of gradients before this step. Where no entry of
+    :math:`d` is larger than the rounding errors of the two there is no ascent step.
 
     Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
     not read.
@@ -141,11 +155,16 @@ def friendly_sam_gradients(
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
         value, clean = value_and_grad(params)
-        _, grads = value_and_grad(
-            vectors.move(
-                params, vectors.ascent(vectors.add(clean, -sigma, memory), rho)
-            )
+        own = vectors.add(clean, -sigma, memory)
+        errors = jax.tree.map(
+            lambda g, m, p: vectors.rounding_unit(p.dtype) * (jnp.abs(g) + jnp.abs(m)),
+            clean,
+            vectors.scale(sigma, memory),
+            params,
         )
+        is_noise = vectors.largest(own) <= vectors.largest(errors)
+        step = vectors.ascent(own, jnp.where(is_noise, 0.0, rho))
+        _, grads = value_and_grad(vectors.move(params, step))
         # The first gradient starts the average, as in the authors' code.
         _, length = vectors.normalize(memory)
         kept = jnp.where(length == 0, 0.0, decay)
@@ -161,3 +180,23 @@ def friendly_sam_gradients(
         ),
         init_memory=_link.wide_zeros,
     )
+
+
+def _has_moved(params, point, step):
+    """Whether the parameters took at least half of a step, as rounded as they are."""
+    lost = jax.tree.map(
+        lambda p, q, s: trees.widen(q) - trees.widen(p) - s.astype(trees.wide(p.dtype)),
+        params,
+        point,
+        step,
+    )
+    _, length = vectors.normalize(step)
+    return (length > 0) & (vectors.normalize(lost)[1] < length / 2)
+
+
+def _rounding(grads, params):
+    """The length of the rounding errors to expect of a gradient."""
+    errors = jax.tree.map(
+        lambda g, p: vectors.rounding_unit(p.dtype) * g, grads, params
+    )
+    return vectors.normalize(errors)[1]

@@ -1,17 +1,19 @@
 """Skip steps that are not finite."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt.transforms._ascent import AdversarialState
-from flatopt.transforms._smooth import SmoothGradientsState
+from flatopt.transforms import _link, _states
 
 
 class SkipNonfiniteState(NamedTuple):
     """State of :func:`skip_nonfinite`.
+
+    Inside of another one, its number of skipped steps and what advances in it advance.
 
     Attributes:
       inner_state: the state of the wrapped transformation.
@@ -27,19 +29,36 @@ class SkipNonfiniteState(NamedTuple):
     inner_state: Any
     num_skipped: jax.Array
 
+    def after_skip(self, new):
+        """The state after a skipped step: the number, and what advances inside."""
+        return SkipNonfiniteState(
+            after_skip(self.inner_state, new.inner_state), new.num_skipped
+        )
+
+    def metrics(self):
+        """The number of steps skipped so far."""
+        return {"num_skipped": self.num_skipped}
+
 
 def skip_nonfinite(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skip a step whose updates are not finite: zero updates, state as it was.
+    """Skip a step that is not finite: zero updates, state as it was.
 
-    Only the step count and last value of flatopt's own links still advance, so that the
-    next step draws other noise. ``optax.apply_if_finite`` looks at the gradients that
-    come in, which flatopt does not read: around flatopt it guards nothing. This one
-    looks at the updates that come out.
+    A step is skipped if the loss or the gradient of a link of flatopt, the updates or the
+    new state hold an infinity or a NaN where there was none. So an optimizer that bounds
+    its updates is guarded too: after ``optax.clip`` an infinite gradient looks like any.
+
+    Of the state, links that make gradients advance their count and last loss, so that the
+    next step draws other noise; :func:`track_stability` advances whole; all else stays,
+    the state of the optimizer and of :func:`anti_pgd` among it. Each state says so.
+
+    ``optax.apply_if_finite`` looks at the gradients that come in, which flatopt does not
+    read: around flatopt it guards nothing.
 
     Args:
-      inner: the transformation to guard, such as ``flatopt.lpf_sgd(0.1)``.
+      inner: the transformation to guard, such as ``flatopt.lpf_sgd(0.1)``. Its state is
+        that of ``init`` of this transformation: links in it keep one flag more.
 
     Returns:
       A transformation with state :class:`SkipNonfiniteState`.
@@ -56,34 +75,54 @@ def skip_nonfinite(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return SkipNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32))
+        with _states.watching():
+            inner_state = inner.init(params)
+        return SkipNonfiniteState(inner_state, jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, new_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        finite = jnp.array(True)
-        for leaf in jax.tree.leaves(updates):
-            finite &= jnp.isfinite(leaf).all()
-
-        def choose(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
-        def keep(new, old):
-            if isinstance(new, AdversarialState):
-                return new._replace(memory=choose(new.memory, old.memory))
-            return new if isinstance(new, SmoothGradientsState) else choose(new, old)
-
-        inner_state = jax.tree.map(
-            keep,
-            new_state,
-            state.inner_state,
-            is_leaf=lambda x: isinstance(x, SmoothGradientsState | AdversarialState),
-        )
-        updates = jax.tree.map(
-            lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
-        )
+        finite = _are_gradients_finite(new_state) & _states.all_finite(updates)
+        skipped_state = after_skip(state.inner_state, new_state)
+        # All that advances at any rate is left out: a watching link may hold a NaN.
+        finite &= _stayed_finite(skipped_state, new_state)
+        inner_state = _where(finite, new_state, skipped_state)
+        updates = _where(finite, updates, jax.tree.map(jnp.zeros_like, updates))
         num_skipped = state.num_skipped + jnp.where(finite, 0, 1)
         return updates, SkipNonfiniteState(inner_state, num_skipped)
 
+    name = getattr(inner.update, "makes_gradient", None)
+    if name is not None:
+        update_fn = _link.makes_gradient(update_fn, name)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def after_skip(old, new):
+    """The state that a skipped step leaves: each part says what advances."""
+    return jax.tree.map(
+        lambda o, n: o.after_skip(n) if _speaks(o) else o, old, new, is_leaf=_speaks
+    )
+
+
+def _speaks(state):
+    return hasattr(state, "after_skip")
+
+
+def _are_gradients_finite(state):
+    parts = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "is_finite"))
+    flags = [x.is_finite for x in parts if hasattr(x, "is_finite")]
+    return functools.reduce(jnp.logical_and, flags, jnp.array(True))
+
+
+def _stayed_finite(old, new):
+    """Whether no floating number of a state has ceased to be finite."""
+    finite = jnp.array(True)
+    for o, n in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if jnp.issubdtype(getattr(n, "dtype", None), jnp.inexact):
+            finite &= (jnp.isfinite(n) | ~jnp.isfinite(o)).all()
+    return finite
+
+
+def _where(condition, tree, other):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)

@@ -1,36 +1,15 @@
 """The gradient of a smoothed loss as the first link of a chain."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from flatopt import smoothing
-from flatopt._core import checks, signatures
+from flatopt import kernels, smoothing
+from flatopt._core import checks
 from flatopt.transforms import _link
-
-
-class SmoothGradientsState(NamedTuple):
-    """State of :func:`smooth_gradients`: plain numeric arrays.
-
-    Attributes:
-      count: number of updates made, shape (), int32.
-      noise_key: raw data of the random key, uint32; the noise of step ``count`` comes
-        from this key folded with ``count``.
-      smoothed_value: the last estimate of the smoothed loss, shape (), float32 or
-        wider; infinite before the first update.
-
-    Example:
-      >>> import jax.numpy as jnp, flatopt
-      >>> flatopt.smooth_gradients(0.01).init(jnp.zeros(3)).count
-      Array(0, dtype=int32)
-    """
-
-    count: jax.Array
-    noise_key: jax.Array
-    smoothed_value: jax.Array
+from flatopt.transforms._states import SmoothGradientsState
 
 
 def smooth_gradients(
@@ -108,19 +87,18 @@ def smooth_gradients(
     """
     if not callable(scale):
         checks.check_scale(scale)
+    kernel = kernels.isotropic() if kernel is None else kernel
+    checks.check_kernel(kernel)
     num_samples = 1 if num_samples is None else num_samples
-    checks.check_num_samples(num_samples)
+    checks.check_count(num_samples)
     checks.check_strategy(strategy)
     batch_argnames = checks.check_names(batch_argnames)
-    _link.check_key(key)
 
-    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        del updates
-        _link.check_update(params, value_fn, "smooth_gradients")
-        value_of, select, merge = _link.partition(value_fn, params, mask)
-        value, grads = smoothing.smooth_value_and_grad(
-            value_of,
-            scale(state.count) if callable(scale) else scale,
+    def estimate(step):
+        # It splits the batch and averages over devices: weights of chunks come first.
+        value_and_grad = smoothing.smooth_value_and_grad(
+            step.value_fn,
+            _link.at_step(scale, step.count, "scale"),
             kernel,
             num_samples=num_samples,
             antithetic=antithetic,
@@ -128,34 +106,9 @@ def smooth_gradients(
             weight_fn=weight_fn,
             strategy=strategy,
             axis_name=axis_name,
-        )(
-            _link.step_key(state, key),
-            select(params),
-            **signatures.forwarded(value_fn, extra_args),
         )
-        updates = merge(grads, _link.zeros_like(params))
-        return updates, advance(state, value)
+        return *value_and_grad(step.key, step.params, **step.arguments), ()
 
-    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
-
-
-def init_of(key):
-    """The ``init`` of a transformation with :class:`SmoothGradientsState`."""
-
-    def init_fn(params):
-        return SmoothGradientsState(
-            count=jnp.zeros((), jnp.int32),
-            noise_key=_link.key_data(key),
-            smoothed_value=jnp.full((), jnp.inf, _link.value_dtype(params)),
-        )
-
-    return init_fn
-
-
-def advance(state, value):
-    """The state after a step that measured ``value``."""
-    return SmoothGradientsState(
-        count=optax.safe_increment(state.count),
-        noise_key=state.noise_key,
-        smoothed_value=value.astype(state.smoothed_value.dtype),
+    return _link.link(
+        "smooth_gradients", SmoothGradientsState, estimate, mask=mask, key=key
     )

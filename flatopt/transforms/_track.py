@@ -1,19 +1,33 @@
 """A link that watches curvature and stability along training."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flatopt import kernels
-from flatopt._core import binding, blocks, checks, loops, random, signatures, vectors
+from flatopt._core import (
+    binding,
+    blocks,
+    checks,
+    loops,
+    random,
+    sharding,
+    signatures,
+    vectors,
+)
 from flatopt.curvature import _kinds, _operator
 from flatopt.transforms import _link
 
 
 class TrackStabilityState(NamedTuple):
     r"""State of :func:`track_stability`: plain numeric arrays.
+
+    After a step that :func:`skip_nonfinite` skips all of it advances: it watches, and a
+    measurement that is not finite is not kept.
 
     Attributes:
       count: number of updates made, shape (), int32.
@@ -42,6 +56,16 @@ class TrackStabilityState(NamedTuple):
     eigenvalue_margin: jax.Array
     frobenius_margin: jax.Array
 
+    def after_skip(self, new):
+        """The state after a skipped step: all of it advances."""
+        return new
+
+    def metrics(self):
+        """Curvature and margins."""
+        names = ("max_eigenvalue", "trace", "frobenius_norm")
+        margins = ("eigenvalue_margin", "frobenius_margin")
+        return {name: getattr(self, name) for name in names + margins}
+
 
 def track_stability(
     learning_rate: jax.typing.ArrayLike | optax.Schedule,
@@ -49,6 +73,8 @@ def track_stability(
     *,
     every: int = 50,
     decay: float = 0.8,
+    mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leave updates alone; keep curvature and stability margins in the state.
@@ -57,7 +83,9 @@ def track_stability(
     in turns a step of power iteration from the last direction, and a random probe of the
     trace and the Frobenius norm. Read the values with ``optax.tree.get(state,
     "max_eigenvalue")``. On a batch both are larger than on all data, by the noise between
-    batches; the Frobenius norm is noisy in high dimension: take it for its trend.
+    batches; the Frobenius norm is noisy in high dimension: take it for its trend. A batch
+    whose product is not finite is left out; a zero one sets the eigenvalue to zero until
+    the next measurement, and the averages only if that is zero too.
 
     Cost: 2.4 to 4.4 gradients at every ``every``-th update. On CPU the branch slows the
     other updates too, by up to 20 %; where that counts, keep it out of the training step,
@@ -68,6 +96,12 @@ def track_stability(
       batch_size: B, for the margins.
       every: number of updates between measurements, at least 1.
       decay: weight of the past in the moving averages, in [0, 1).
+      mask: a tree prefix of bools, or a function of ``params`` that returns one: the
+        curvature is that of the leaves where it is True. Integers and random keys among
+        the parameters are to be masked out.
+      axis_name: axis of ``jax.shard_map`` that splits the batch; the curvature is then
+        that of the whole batch. Without it, under ``jax.shard_map``, a loss that may
+        differ between devices is an error.
       key: an int or a JAX random key, read by ``init``.
 
     Returns:
@@ -96,77 +130,133 @@ def track_stability(
     """
     if not callable(learning_rate):
         checks.check_scale(learning_rate, "learning_rate")
-    checks.check_num_samples(batch_size, "batch_size")
-    checks.check_num_samples(every, "every")
+    checks.check_count(batch_size, "batch_size")
+    checks.check_count(every, "every")
     checks.check_decay(decay)
     _link.check_key(key)
 
     def init_fn(params):
-        unknown = jnp.full((), jnp.nan, _link.value_dtype(params))
         return TrackStabilityState(
-            count=jnp.zeros((), jnp.int32),
-            noise_key=_link.key_data(key),
-            direction=_link.wide_zeros(params),
-            max_eigenvalue=unknown,
-            trace=jnp.copy(unknown),
-            frobenius_norm=jnp.copy(unknown),
-            eigenvalue_margin=jnp.copy(unknown),
-            frobenius_margin=jnp.copy(unknown),
+            jnp.zeros((), jnp.int32),
+            _link.key_data(key),
+            _link.wide_zeros(params),
+            *[_link.unknown(params, np.nan) for _ in range(5)],
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        _link.check_update(params, value_fn, "track_stability", advice="")
+        _link.check_update(params, value_fn, "track_stability")
+        value_of, select, merge = _link.partition(value_fn, params, mask)
+        free = checks.check_params(select(params))
         arguments = signatures.forwarded(value_fn, extra_args)
         step_key = _link.step_key(state, key)
-        dtype = state.trace.dtype
 
         def measure():
-            free = checks.check_params(params)
-            turn = state.count // every
-            options = signatures.sample_options(value_fn, random.fold_in(step_key, 1))
-            draw = binding.bind(kernels.isotropic(kernels.signs), step_key, free)
-            signs = _operator.like_wide(draw(step_key), free)
-            is_power = turn % 2 == 0
-            is_first = turn == 0
-            vector = jax.tree.map(
-                lambda s, d: jnp.where(is_power & ~is_first, d, s),
-                signs,
-                state.direction,
+            with signatures.naming_what_lacks(value_fn, arguments, extra_args):
+                product = _hessian_product(
+                    value_of, free, arguments, step_key, axis_name
+                )
+            signs = binding.bind(kernels.isotropic(kernels.signs), step_key, free)
+            before = state._replace(direction=select(state.direction))
+            after = _measure(
+                before, signs(step_key), product, state.count // every % 2 == 0, decay
             )
-            kind = _kinds.Hessian(
-                lambda params: value_fn(params, **arguments, **options)
-            )
-            _, _, product = kind.linearize(free, None)
-            found = blocks.widen(product(_operator.like_params(vector, free)))
-            form = blocks.dot(vector, found).astype(dtype)
-            square = blocks.dot(found, found).astype(dtype)
-            direction, _ = vectors.normalize(found)
-            length = blocks.dot(vector, vector).astype(dtype)
-
-            def average(old, new):
-                kept = jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
-                return jnp.where(is_power & ~is_first, old, kept)
-
-            top = jnp.where(is_power, form / length, state.max_eigenvalue)
-            norm = jnp.sqrt(average(state.frobenius_norm**2, square))
-            rate = (
-                learning_rate(state.count) if callable(learning_rate) else learning_rate
-            )
-            rate = jnp.asarray(rate).astype(dtype)
-            return state._replace(
-                direction=jax.tree.map(
-                    lambda new, old: jnp.where(is_power, new, old),
-                    direction,
-                    state.direction,
-                ),
-                max_eigenvalue=top,
-                trace=average(state.trace, form),
-                frobenius_norm=norm,
-                eigenvalue_margin=2 / rate / top,
-                frobenius_margin=batch_size**0.5 / rate / norm,
+            rate = _link.at_step(learning_rate, state.count, "learning_rate")
+            rate = jnp.asarray(rate).astype(after.trace.dtype)
+            return after._replace(
+                direction=merge(after.direction, state.direction),
+                eigenvalue_margin=2 / rate / after.max_eigenvalue,
+                frobenius_margin=batch_size**0.5 / rate / after.frobenius_norm,
             )
 
         state = loops.cond(state.count % every == 0, measure, lambda: state)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
+    update_fn.keeps_updates = True
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _hessian_product(value_of, params, arguments, key, axis_name):
+    """``product(vector)`` with the Hessian of the loss, of all devices of the axis."""
+    sample_key = random.fold_in(key, 1)
+    if axis_name is not None:
+        sample_key = jax.random.fold_in(sample_key, jax.lax.axis_index(axis_name))
+        params = sharding.tree_varying(params, axis_name)
+    options = signatures.sample_options(value_of, sample_key)
+    kind = _kinds.Hessian(lambda params: value_of(params, **arguments, **options))
+    value, _, linear = kind.linearize(params, None)
+    if axis_name is None:
+        _check_devices(value)
+
+    def product(vector):
+        vector = _operator.like_params(vector, params)
+        if axis_name is None:
+            return blocks.widen(linear(vector))
+        vector = sharding.tree_varying(vector, axis_name)
+        return jax.lax.pmean(blocks.widen(linear(vector)), axis_name)
+
+    return product
+
+
+def _check_devices(value):
+    """Refuse the loss of one device's batch, where types or the lack of them tell."""
+    axes = sharding.manual_axes()
+    varying = sharding.varying_axes(jax.typeof(value))
+    if not axes or (not varying and sharding.tracks_varying(axes)):
+        return
+    # Without check_vma nothing says whether devices have batches of their own.
+    name = (varying or axes)[0]
+    raise ValueError(
+        "track_stability needs an axis_name inside jax.shard_map, got none and a loss "
+        f"that may differ between the devices of {name!r}; give it axis_name={name!r} "
+        "for the curvature of the whole batch."
+    )
+
+
+def _measure(state, signs, product, is_power_turn, decay):
+    """The state after one product: a step of power iteration, or a random probe.
+
+    What is not finite is not kept. A product of zero (an empty batch) sets the eigenvalue
+    to zero and leaves the averages and the direction; the next measurement goes on from
+    there. A second one in a row is the truth of a flat loss, and takes all.
+    """
+    dtype = state.trace.dtype
+    old = state.max_eigenvalue
+    has_direction = functools.reduce(
+        jnp.logical_or,
+        [jnp.any(d != 0) for d in jax.tree.leaves(state.direction)],
+        jnp.array(False),
+    )
+    is_zero_before = old == 0
+    is_power = has_direction & (is_power_turn | is_zero_before)
+    vector = jax.tree.map(
+        lambda s, d: jnp.where(is_power, d, s.astype(d.dtype)), signs, state.direction
+    )
+    found = product(vector)
+    form = vectors.dot(vector, found).astype(dtype)
+    square = vectors.dot(found, found).astype(dtype)
+    length = vectors.dot(vector, vector).astype(dtype)
+    direction, _ = vectors.normalize(found)
+
+    is_usable = jnp.isfinite(form) & jnp.isfinite(square)
+    is_zero = square == 0
+    is_flat = is_zero & is_zero_before
+    is_known = jnp.isfinite(state.frobenius_norm) & (state.frobenius_norm > 0)
+    takes_top = is_usable & (is_power | ~has_direction | is_zero)
+    takes_average = is_usable & (~is_power | is_flat) & (~is_zero | is_flat | ~is_known)
+
+    def average(old, new):
+        kept = decay * jnp.where(is_known, old, 0.0) + (1 - decay) * new
+        return jnp.where(is_known, kept, new)
+
+    def turn(new, old):
+        takes_new = is_usable & ~is_zero & (is_power | ~has_direction)
+        return jnp.where(takes_new, new, jnp.where(is_flat, jnp.zeros_like(old), old))
+
+    known_norm = jnp.where(is_known, state.frobenius_norm, 0.0)
+    norm = jnp.sqrt(average(known_norm**2, square))
+    return state._replace(
+        direction=jax.tree.map(turn, direction, state.direction),
+        max_eigenvalue=jnp.where(takes_top, form / jnp.maximum(length, 1e-30), old),
+        trace=jnp.where(takes_average, average(state.trace, form), state.trace),
+        frobenius_norm=jnp.where(takes_average, norm, state.frobenius_norm),
+    )

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import kernels, smoothing
-from flatopt._core import binding, checks, layout, random, signatures, trees, vectors
+from flatopt._core import binding, checks, layout, random, trees, vectors
 from flatopt.transforms import _link
-from flatopt.transforms._smooth import advance, init_of
+from flatopt.transforms._states import SmoothGradientsState
 
 
 def smooth_gradients_zeroth_order(
@@ -65,46 +65,39 @@ def smooth_gradients_zeroth_order(
     if not callable(scale):
         _check_positive(scale)
     num_samples = 1 if num_samples is None else num_samples
-    checks.check_num_samples(num_samples)
+    checks.check_count(num_samples)
     checks.check_strategy(strategy)
-    _link.check_key(key)
     kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
 
-    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
-        del updates
-        _link.check_update(params, value_fn, "smooth_gradients_zeroth_order")
-        value_of, select, merge = _link.partition(value_fn, params, mask)
-        free = checks.check_params(select(params))
-        kwargs = signatures.forwarded(value_fn, extra_args)
-        sigma = scale(state.count) if callable(scale) else scale
+    def estimate(step):
+        sigma = _link.at_step(scale, step.count, "scale")
         _check_positive(sigma)
-        step_key = _link.step_key(state, key)
-        draw = binding.bind(kernel, step_key, free)
+        draw = binding.bind(kernel, step.key, step.params)
 
         def sample(index, chunk):
-            del chunk
-            noise_key = random.fold_in(step_key, index)
-            options = signatures.sample_options(value_fn, noise_key)
+            noise_key = random.fold_in(step.key, index)
             noise = jax.lax.optimization_barrier(draw(noise_key))
 
             def value_at(factor):
-                moved = vectors.move(free, vectors.scale(factor, noise))
-                return trees.widen(
-                    checks.check_value(value_of(moved, **kwargs, **options))
-                )
+                moved = vectors.move(step.params, vectors.scale(factor, noise))
+                return trees.widen(step.value(moved, noise_key, chunk))
 
             plus, minus = value_at(sigma), value_at(-sigma)
             slope = (plus - minus) / (2 * jnp.asarray(sigma).astype(plus.dtype))
             return ((plus + minus) / 2, vectors.scale(slope, noise)), None
 
         total, _ = layout.sum_samples(
-            sample, num_samples, {}, strategy, rematerialize=False
+            sample, num_samples, step.chunks, strategy, rematerialize=False
         )
-        value, grads = jax.tree.map(lambda x: x / num_samples, total)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
-        return merge(grads, _link.zeros_like(params)), advance(state, value)
+        return *jax.tree.map(lambda x: x / num_samples, total), ()
 
-    return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
+    return _link.link(
+        "smooth_gradients_zeroth_order",
+        SmoothGradientsState,
+        estimate,
+        mask=mask,
+        key=key,
+    )
 
 
 def _check_positive(scale):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import assert_close
+from helpers import TRANSFORMATIONS, assert_close, transformation
 
 import flatopt
 from flatopt import kernels
@@ -102,22 +102,17 @@ def _layouts(function, *args):
     return re.findall(r"convolution\(.*dim_labels=(\S+?)[,\n]", text)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: flatopt.smooth_gradients(
-            0.1, num_samples=4, batch_argnames=("images", "labels"), strategy="scan"
-        ),
-        lambda: flatopt.smooth_gradients(0.1, num_samples=4, strategy=2),
-        lambda: flatopt.look_sam_gradients(0.1),
-        lambda: flatopt.sam_gradients(0.1, start_step=3),
-        lambda: flatopt.entropy_sgd_gradients(num_steps=4),
-    ],
-    ids=["scan", "chunks", "look_sam", "start_step", "entropy_sgd"],
-)
-def test_loops_and_branches_keep_the_fast_layout(make):
+BRANCHES = [
+    (name, more) for name, row in TRANSFORMATIONS.items() for more in row.branches
+]
+
+
+@pytest.mark.parametrize(("name", "more"), BRANCHES)
+def test_loops_and_branches_keep_the_fast_layout(name, more):
+    if "batch_argnames" in more:
+        more = {**more, "batch_argnames": ("images", "labels")}
     params, batch, value_fn = _network()
-    tx = make()
+    tx = transformation(name, **more)
 
     def update(state, params, batch):
         return tx.update(None, state, params, value_fn=value_fn, **batch)[0]

@@ -6,26 +6,33 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import STRATEGIES, loss_fn, regression
+from helpers import STRATEGIES, TRANSFORMATIONS, loss_fn, regression, transformation
 
 import flatopt
 
 SIZE = 64
 STEPS = 3
 COSTS = {  # gradients of the whole batch in three steps
-    "lpf": (flatopt.lpf_sgd(0.1), 3),
-    "nso": (flatopt.nso_sgd(0.1, num_perturbations=2), 12),
-    "sam": (flatopt.sam_sgd(0.1), 6),
-    "late sam": (flatopt.sam_gradients(0.1, start_step=2), 4),
-    "look_sam": (flatopt.look_sam_gradients(0.1, every=2), 5),
-    "entropy": (flatopt.entropy_sgd_gradients(0.1, 4), 12),
-    "zeroth order": (flatopt.smooth_gradients_zeroth_order(0.1), 0),
+    **{
+        name: ({}, row.gradients)
+        for name, row in TRANSFORMATIONS.items()
+        if row.gradients is not None
+    },
+    "two pairs": ({"num_perturbations": 2}, 12),
+    "late SAM": ({"start_step": 2}, 4),
+    "LookSAM at every second step": ({"every": 2}, 5),
+}
+NAMES = {
+    "two pairs": "nso_sgd",
+    "late SAM": "sam_gradients",
+    "LookSAM at every second step": "look_sam_gradients",
 }
 
 
-@pytest.mark.parametrize("name", COSTS)
-def test_the_cost_of_each_method(name, standard_promotion):
-    tx, cost = COSTS[name]
+@pytest.mark.parametrize("case", COSTS)
+def test_the_cost_of_each_method(case, standard_promotion):
+    more, cost = COSTS[case]
+    tx = transformation(NAMES.get(case, case), **more)
     params, batch = regression(SIZE)
     counted = flatopt.GradientCounter(loss_fn)
 

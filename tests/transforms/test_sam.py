@@ -550,3 +550,117 @@ def test_missing_value_fn_names_the_method(name):
     params = jnp.ones(2)
     with pytest.raises(ValueError, match=f"{name}_gradients needs value_fn, which was"):
         tx.update(None, tx.init(params), params)
+
+
+# Directions that are rounding noise
+
+X = jax.random.normal(jax.random.key(21), (64, 20))
+TARGETS = X @ jax.random.normal(jax.random.key(22), (20,))
+LABELS = jax.random.randint(jax.random.key(23), (64,), 0, 4)
+
+
+def _squares(params):
+    x, y = X.astype(params.dtype), TARGETS.astype(params.dtype)
+    return jnp.mean((x @ params - y) ** 2)
+
+
+def _classes(params):
+    logits = X.astype(params.dtype) @ params.reshape(20, 4)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+
+NOISY = {"squares": (_squares, (20,)), "classes": (_classes, (80,))}
+RHOS = [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]
+
+
+def _direction(value_fn, params, rho):
+    """SAM's direction orthogonal to the gradient, in float64."""
+    grad = jax.grad(value_fn)
+    g = grad(params)
+    part = grad(params + rho * g / jnp.linalg.norm(g))
+    part = part - (part @ g) / (g @ g) * g
+    return np.asarray(part / jnp.linalg.norm(part))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("problem", NOISY)
+def test_look_sam_keeps_a_true_direction_or_none(problem, dtype, x64):
+    value_fn, shape = NOISY[problem]
+    params = jax.random.normal(jax.random.key(24), shape, dtype)
+    look = jax.jit(
+        lambda rho: (tx := flatopt.look_sam_gradients(rho)).update(
+            None, tx.init(params), params, value_fn=value_fn
+        )[1]
+    )
+    exact = jax.jit(_direction, static_argnums=0)
+    kept = []
+    for rho in RHOS:
+        memory = np.asarray(look(jnp.float32(rho)).memory, "f8")
+        kept.append(bool(memory.any()))
+        if kept[-1]:
+            truth = exact(value_fn, params.astype(jnp.float64), jnp.float64(rho))
+            assert memory @ truth > 0.85, rho
+    assert kept == sorted(kept)  # none below some rho, and one above it
+    assert not kept[0]
+    assert kept[RHOS.index(1e-4 if dtype == "float32" else 0.1)]
+
+
+@pytest.mark.parametrize(
+    "value_fn", [lambda p: jnp.sum(p**2) / 2, lambda p: jnp.sum(p), lambda p: p[0] ** 4]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_look_sam_reuses_nothing_where_the_gradients_are_parallel(value_fn, dtype):
+    params = jax.random.normal(jax.random.key(25), (1000,), dtype)
+    tx = flatopt.look_sam_gradients(0.05, every=3)
+    update = jax.jit(lambda s: tx.update(None, s, params, value_fn=value_fn))
+    _, state = update(tx.init(params))
+    updates, _ = update(state)
+    np.testing.assert_array_equal(updates, jax.grad(value_fn)(params))
+
+
+def test_look_sam_warms_up_from_nothing():
+    params = jax.random.normal(jax.random.key(24), (20,))
+    tx = flatopt.look_sam_gradients(optax.linear_schedule(0.0, 0.05, 10), every=3)
+    state, update = tx.init(params), jax.jit(tx.update, static_argnames="value_fn")
+    for step in range(5):
+        updates, state = update(None, state, params, value_fn=_squares)
+        if step < 3:
+            np.testing.assert_allclose(updates, jax.grad(_squares)(params), rtol=1e-5)
+    assert (
+        jnp.linalg.norm(updates - jax.grad(_squares)(params)) > 1.0
+    )  # 0.7 of its norm
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_friendly_sam_makes_no_step_along_rounding_noise(dtype):
+    # The gradient is the same at every step, and so its own part is nothing.
+    slope = jax.random.normal(jax.random.key(26), (50,), dtype)
+    params = jax.random.normal(jax.random.key(27), (50,), dtype)
+    points = []
+
+    def value_fn(params, seen):
+        jax.debug.callback(lambda p: points.append(np.asarray(p, "f8")), params)
+        return jnp.sum(params * slope).astype(jnp.float32)
+
+    tx = flatopt.friendly_sam_gradients(0.5)
+    state = tx.init(params)
+    for _ in range(6):
+        points.clear()
+        _, state = jax.jit(
+            lambda s: tx.update(None, s, params, value_fn=value_fn, seen=0)
+        )(state)
+        jax.effects_barrier()
+    for point in points:
+        np.testing.assert_array_equal(point, np.asarray(params, "f8"))
+
+
+def test_derivatives_through_a_step_are_finite_where_the_gradient_is_zero():
+    for name, tx in METHODS.items():
+
+        def length(params, tx=tx):
+            updates, _ = tx.update(
+                None, tx.init(params), params, value_fn=lambda p: jnp.sum(p**2)
+            )
+            return jnp.sum(updates**2)
+
+        assert jnp.isfinite(jax.grad(length)(jnp.zeros(2))).all(), name

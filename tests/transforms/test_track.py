@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, loss_fn, regression, types
+from helpers import (
+    TRANSFORMATIONS,
+    count_compilations,
+    loss_fn,
+    regression,
+    transformation,
+    types,
+)
 
 import flatopt
 
@@ -99,6 +106,149 @@ def test_types_never_change(dtype, x64):
         lambda s: tx.update(params, s, params, value_fn=loss_fn, batch=batch)[1], state
     )
     assert types(new) == types(state)
+
+
+@pytest.mark.parametrize("when", range(4))
+@pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
+def test_a_batch_without_curvature_leaves_no_trace(bad, when):
+    # All eigenvalues are 2: every measurement of a good batch is exact.
+    tx = flatopt.track_stability(0.1, 8, every=1)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for index in range(6):
+        factor = bad if index == when else 1.0
+        _, state = tx.update(
+            params, state, params, value_fn=lambda p, f=factor: f * jnp.sum(p**2)
+        )
+        if index > when:  # already at the next measurement
+            np.testing.assert_allclose(state.max_eigenvalue, 2, rtol=1e-6)
+            np.testing.assert_allclose(state.eigenvalue_margin, 10, rtol=1e-6)
+    np.testing.assert_allclose(state.trace, 6, rtol=1e-6)
+    np.testing.assert_allclose(state.frobenius_norm, 12**0.5, rtol=1e-6)
+
+
+def test_a_loss_that_becomes_flat_is_seen_to_be_flat():
+    tx = flatopt.track_stability(0.1, 8, every=1, decay=0.5)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for factor in [1.0] * 4 + [0.0] * 40:
+        _, state = tx.update(
+            params, state, params, value_fn=lambda p, f=factor: f * jnp.sum(p**2)
+        )
+    assert state.max_eigenvalue == 0
+    assert state.trace < 1e-4
+    assert state.eigenvalue_margin == jnp.inf
+    for _ in range(3):
+        _, state = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2))
+    np.testing.assert_allclose(state.max_eigenvalue, 2, rtol=1e-6)
+
+
+def test_masked_leaves_are_no_part_of_the_curvature():
+    params = {"w": jnp.ones(3), "n": jnp.arange(2), "k": jax.random.key(0), "v": 1.0}
+    mask = {"w": True, "n": False, "k": False, "v": False}
+
+    def value_fn(params):
+        return jnp.sum(jnp.array([1.0, 2.0, 5.0]) * params["w"] ** 2) * params["v"]
+
+    tx = flatopt.track_stability(0.1, 8, every=1, mask=mask)
+    state = tx.init(params)
+    for _ in range(40):
+        updates, state = tx.update(params, state, params, value_fn=value_fn)
+    assert updates is params
+    np.testing.assert_allclose(state.max_eigenvalue, 10, rtol=1e-3)
+    np.testing.assert_allclose(state.trace, 16, rtol=1e-5)  # signs on a diagonal
+    with pytest.raises(TypeError, match="floating point, got int32 at 'n'; .* mask="):
+        flatopt.track_stability(0.1, 8).update(
+            None,
+            state._replace(count=state.count * 0),
+            params | {"k": 1.0},
+            value_fn=value_fn,
+        )
+
+
+def test_no_parameters_have_no_curvature():
+    tx = flatopt.track_stability(0.1, 8)
+    updates, state = tx.update(
+        {}, tx.init({}), {}, value_fn=lambda p: jnp.ones(()) * len(p)
+    )
+    assert updates == {}
+    assert state.trace == 0
+
+
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_it_starts_and_steps_under_the_checks_of_jax(name, flag, standard_promotion):
+    tx, params = transformation(name), jnp.ones(3)
+    jax.config.update(flag, True)
+    try:
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(
+                params,
+                state,
+                params,
+                value_fn=lambda p, batch: jnp.mean(batch) * jnp.sum(p**2),
+                batch=jnp.ones(8),
+            )
+    finally:
+        jax.config.update(flag, False)
+
+
+# Devices
+
+
+def _mapped(check_vma, batch_spec=jax.P("data"), **options):
+    """The state after 30 steps on four devices, and a dense Hessian of all the batch."""
+    inputs = jax.random.normal(jax.random.key(1), (16, 3))
+    params = jnp.ones(3)
+    tx = flatopt.track_stability(0.1, 16, every=1, **options)
+
+    def value_fn(params, batch):
+        return jnp.mean(jnp.cos(batch @ params - 1))
+
+    def steps(params, batch):
+        def body(state, _):
+            return tx.update(params, state, params, value_fn=value_fn, batch=batch)[
+                1
+            ], None
+
+        return jax.lax.scan(body, tx.init(params), length=30)[0]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = jax.jit(
+        jax.shard_map(
+            steps,
+            mesh=mesh,
+            in_specs=(jax.P(), batch_spec),
+            out_specs=jax.P(),
+            check_vma=check_vma,
+        )
+    )(params, inputs)
+    return state, jax.hessian(value_fn)(params, inputs)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_measure_the_curvature_of_the_whole_batch(check_vma):
+    state, hessian = _mapped(check_vma, axis_name="data", decay=0.0)
+    values = np.linalg.eigvalsh(hessian)
+    largest = values[np.abs(values).argmax()]
+    np.testing.assert_allclose(state.max_eigenvalue, largest, rtol=1e-3)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1)
+    forms = ((hessian @ signs) * signs).sum(axis=0)  # all that a probe can be
+    assert np.abs(forms - state.trace).min() < 1e-5
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_without_an_axis_name_are_refused(check_vma):
+    match = "needs an axis_name inside jax.shard_map.* give it axis_name='data'"
+    with pytest.raises(ValueError, match=match):
+        _mapped(check_vma)
+
+
+def test_devices_with_the_same_batch_need_no_axis_name():
+    state, hessian = _mapped(True, batch_spec=jax.P())
+    largest = np.abs(np.linalg.eigvalsh(hessian)).max()
+    np.testing.assert_allclose(np.abs(state.max_eigenvalue), largest, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

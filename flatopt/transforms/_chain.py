@@ -1,0 +1,53 @@
+"""A chain that knows which links have to come first."""
+
+import optax
+
+from flatopt.transforms import _link
+
+
+def chain(
+    *transformations: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Chain transformations as ``optax.chain``; refuse a link in the wrong place.
+
+    A link that makes a gradient does not read what comes in: whatever stands before it has
+    no effect, and after an optimizer it would ascend. ``optax.chain`` cannot know that.
+
+    Args:
+      *transformations: as for ``optax.chain``; of flatopt's, at most one that makes a
+        gradient, at the front or after :func:`track_stability`, which alone leaves updates
+        as they are.
+
+    Returns:
+      The transformation ``optax.chain(*transformations)``.
+
+    Raises:
+      ValueError: if a transformation stands before a link that would discard its result.
+
+    Example:
+      >>> import optax, flatopt
+      >>> tx = flatopt.chain(flatopt.sam_gradients(0.05), optax.sgd(0.1))
+      >>> flatopt.chain(optax.sgd(0.1), flatopt.sam_gradients(0.05))
+      Traceback (most recent call last):
+      ValueError: sam_gradients must come first in a chain, got 1 transformation before it \
+whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer).
+    """
+    before = 0
+    for transformation in transformations:
+        name = getattr(transformation.update, "makes_gradient", None)
+        if name is not None and before:
+            plural = "" if before == 1 else "s"
+            raise ValueError(
+                f"{name} must come first in a chain, got {before} transformation{plural} "
+                f"before it whose result it would discard; write flatopt.chain({name}"
+                "(...), optimizer)."
+            )
+        before += not getattr(transformation.update, "keeps_updates", False)
+    tx = optax.chain(*transformations)
+    names = [getattr(t.update, "makes_gradient", None) for t in transformations]
+    name = next((name for name in names if name is not None), None)
+    if name is None:
+        return tx
+    return optax.GradientTransformationExtraArgs(
+        tx.init, _link.makes_gradient(tx.update, name)
+    )

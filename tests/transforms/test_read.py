@@ -1,0 +1,144 @@
+"""One name for the loss of any link, through whatever is around it; chains in order."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import TRANSFORMATIONS, optimizer, transformation
+
+import flatopt
+import flatopt.flax
+
+START = jnp.array([3.0, 4.0])
+MEASURE = [
+    name for name in TRANSFORMATIONS if name not in ("anti_pgd", "track_stability")
+]
+
+
+def _loss(params, batch=1.0):
+    return jnp.mean(batch) * jnp.sum(params**2)
+
+
+def _state(tx, steps=1):
+    state, params = tx.init(START), START
+    for _ in range(steps):
+        updates, state = tx.update(
+            jnp.zeros(2), state, params, value_fn=_loss, batch=jnp.ones(8)
+        )
+        params = optax.apply_updates(params, updates)
+    return state
+
+
+@pytest.mark.parametrize("name", MEASURE)
+def test_the_loss_of_every_link(name, standard_promotion):
+    state = optimizer(name).init(START)
+    assert flatopt.loss(state) == jnp.inf
+    # 25, but for the noise of some
+    np.testing.assert_allclose(flatopt.loss(_state(optimizer(name))), 25, rtol=0.5)
+
+
+WRAPPERS = {
+    "chain": lambda link: optax.chain(optax.clip(1.0), link, optax.sgd(0.1)),
+    "named chain": lambda link: optax.named_chain(("a", link), ("b", optax.sgd(0.1))),
+    "masked": lambda link: optax.masked(link, True),
+    "partition": lambda link: optax.partition({"a": link}, "a"),
+    "skip_nonfinite": lambda link: flatopt.skip_nonfinite(optax.chain(link)),
+    "apply_if_finite": lambda link: optax.apply_if_finite(link, 5),
+    "MultiSteps": lambda link: optax.MultiSteps(link, 1),
+    "conditionally_transform": lambda link: optax.conditionally_transform(
+        link, lambda step: step >= 0
+    ),
+    "schedule_free": lambda link: optax.contrib.schedule_free(link, 0.1),
+    "watched": lambda link: optax.chain(flatopt.track_stability(0.1, 8), link),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_loss_through_wrappers(wrapper, standard_promotion):
+    state = _state(WRAPPERS[wrapper](flatopt.sam_gradients(0.1)))
+    np.testing.assert_allclose(flatopt.loss(state), 25)
+    inside = types.SimpleNamespace(opt_state=state)  # as in a train state
+    np.testing.assert_allclose(flatopt.loss(inside), 25)
+
+
+def test_the_loss_of_an_nnx_optimizer():
+    model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, flatopt.sam_sgd(0.1), wrt=nnx.Param)
+    expected = jnp.sum(model.kernel[...] ** 2)
+    flatopt.flax.update(optimizer, model, lambda m: jnp.sum(m.kernel[...] ** 2))
+    for state in (optimizer, optimizer.opt_state):
+        np.testing.assert_allclose(flatopt.loss(state), expected, rtol=1e-6)
+        assert list(flatopt.metrics(state)) == ["loss"]
+
+
+def test_the_loss_under_jit_and_under_loss_scaling():
+    tx = flatopt.nso_sgd(0.1, sigma=0.0)
+    scaled = lambda p: 1024 * _loss(p)  # noqa: E731
+    read = jax.jit(
+        lambda p: flatopt.loss(tx.update(None, tx.init(p), p, value_fn=scaled)[1])
+    )
+    np.testing.assert_allclose(read(START), 1024 * 25)
+
+
+def test_no_loss_and_two():
+    for tx in (optax.adam(0.1), flatopt.track_stability(0.1, 8), optax.identity()):
+        with pytest.raises(ValueError, match="must hold a link that makes a gradient"):
+            flatopt.loss(tx.init(START))
+    link = flatopt.sam_gradients(0.1)
+    for read in (flatopt.loss, flatopt.metrics):
+        with pytest.raises(
+            ValueError, match="must hold one loss, got 2; give the part"
+        ):
+            read(optax.chain(link, link).init(START))
+
+
+def test_metrics_are_what_each_link_measured():
+    tx = optax.chain(
+        flatopt.track_stability(0.1, 4, every=1),
+        flatopt.skip_nonfinite(
+            optax.inject_hyperparams(flatopt.sam_sgd)(0.1, rho=0.25)
+        ),
+    )
+    assert {name: float(x) for name, x in flatopt.metrics(_state(tx)).items()} == {
+        "loss": 25,
+        "max_eigenvalue": 2,
+        "trace": 4,
+        "frobenius_norm": pytest.approx(8**0.5),
+        "eigenvalue_margin": 10,
+        "frobenius_margin": pytest.approx(20 / 8**0.5),
+        "num_skipped": 0,
+        "rho": 0.25,
+    }
+    assert flatopt.metrics(optax.adam(0.1).init(START)) == {}
+
+
+# Chains in order
+
+GRADIENTS = [n for n in MEASURE if not TRANSFORMATIONS[n].is_optimizer]
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS])
+def test_a_link_after_anything_else_is_refused(name):
+    link = transformation(name)
+    for before in (optax.sgd(0.1), optax.clip(1.0), link, flatopt.skip_nonfinite(link)):
+        with pytest.raises(
+            ValueError,
+            match=f"^{name} must come first in a chain, got 1 transformation",
+        ):
+            flatopt.chain(before, link)
+        with pytest.raises(ValueError, match="got 2 transformations before it"):
+            flatopt.chain(flatopt.chain(before), before, flatopt.chain(link))
+
+
+def test_a_chain_in_order_is_that_of_optax():
+    links = (flatopt.track_stability(0.1, 8), flatopt.sam_gradients(0.1))
+    tx = flatopt.chain(*links, optax.sgd(0.1), flatopt.anti_pgd(0.1))
+    other = optax.chain(*links, optax.sgd(0.1), flatopt.anti_pgd(0.1))
+    for one, two in zip(
+        *map(jax.tree.leaves, (_state(tx), _state(other))), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
