@@ -320,7 +320,6 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
       >>> bool((abs(first) == abs(second)).all()), bool((first == second).all())
       (True, False)
     """
-
     checks.check_kernel(kernel)
 
     def shared_bind(key, params):
@@ -370,7 +369,6 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
       >>> [bool((leaf != 0).all()) for leaf in jax.tree.leaves(noise)]
       [False, True]
     """
-
     checks.check_kernel(kernel)
 
     def layer(path):
@@ -419,7 +417,6 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
       >>> kernel(jax.random.key(0), {"w": jnp.ones(2), "b": jnp.ones(2)})["b"]
       Array([0., 0.], dtype=float32)
     """
-
     checks.check_kernel(kernel)
 
     def masked_bind(key, params):
