@@ -234,7 +234,9 @@ def test_devices_measure_the_curvature_of_the_whole_batch(check_vma):
     largest = values[np.abs(values).argmax()]
     np.testing.assert_allclose(state.max_eigenvalue, largest, rtol=1e-3)
     signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1)
-    forms = ((np.asarray(hessian) @ signs) * signs).sum(axis=0)  # all that a probe can be
+    forms = ((np.asarray(hessian) @ signs) * signs).sum(
+        axis=0
+    )  # all that a probe can be
     assert np.abs(forms - state.trace).min() < 1e-5
 
 
