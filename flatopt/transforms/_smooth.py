@@ -30,7 +30,8 @@ def smooth_gradients(
     The noise follows from ``key`` alone: two optimizers made with the same ``key`` draw
     the same noise. The incoming gradients are not read: pass zeros
     (``optax.tree.zeros_like(params)``, free under jit), or None where no other link
-    reads them. Put this link first; clipping, momentum, accumulation come after it.
+    reads them. Put this link first: after an optimizer it would ascend, and
+    :func:`chain` refuses that. Clipping, momentum, accumulation come after it.
 
     The gradient is the Monte Carlo estimate of
     :math:`\nabla_\theta E_U[L(\theta + \text{scale}\cdot U)]`, as described at
