@@ -77,6 +77,7 @@ def link(
         del updates
         check_update(params, value_fn, name)
         checks.check_batch_argnames(names, value_fn)
+        checks.check_axis_name(axis_name)
         value_of, select, merge = partition(value_fn, params, mask)
         free = checks.check_params(select(params))
         memory = () if init_memory is None else select(state.memory)

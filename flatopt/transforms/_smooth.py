@@ -93,9 +93,11 @@ def smooth_gradients(
     num_samples = 1 if num_samples is None else num_samples
     checks.check_count(num_samples)
     checks.check_strategy(strategy)
+    checks.check_weight_fn(weight_fn)
     batch_argnames = checks.check_names(batch_argnames)
 
     def estimate(step):
+        checks.check_axis_name(axis_name)
         # It splits the batch and averages over devices: weights of chunks come first.
         value_and_grad = smoothing.smooth_value_and_grad(
             step.value_fn,
