@@ -114,6 +114,7 @@ class Row(NamedTuple):
       gradients: gradients of the batch in the first three steps; None for products of the
         Hessian, which cannot be counted.
       rate: learning rate of the SGD after it.
+      parts: positional arguments, of which there is no table of names.
       is_optimizer: whether it is a whole optimizer, not a link.
       is_last: whether it stands last in a chain.
       needs_value_fn: whether its update needs the loss.
@@ -127,6 +128,7 @@ class Row(NamedTuple):
     quiet: dict[str, Any] = {}
     gradients: int | None = 6
     rate: float = 2e-3
+    parts: tuple[Any, ...] = ()
     is_optimizer: bool = False
     is_last: bool = False
     needs_value_fn: bool = True
@@ -158,6 +160,9 @@ TRANSFORMATIONS = {
     "asam_sgd": _recipe({"rho": TINY}, 6),
     "bayesian_sam_gradients": _sam(
         {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}
+    ),
+    "chain": Row(
+        {}, parts=(flatopt.nso_sgd(2e-3, TINY), optax.identity()), is_optimizer=True
     ),
     "entropy_sgd_gradients": Row(
         {"gamma": 0.3, "num_steps": 4, "inner_learning_rate": 0.1},
@@ -238,7 +243,8 @@ def arguments_of(name, *columns, **more):
 
 def transformation(name, *columns, **more):
     """A transformation made from its row."""
-    return getattr(flatopt, name)(**arguments_of(name, *columns, **more))
+    parts = TRANSFORMATIONS[name].parts
+    return getattr(flatopt, name)(*parts, **arguments_of(name, *columns, **more))
 
 
 def optimizer(name, *columns, rate=None, momentum=0.9, **more):

@@ -124,7 +124,7 @@ def check_strategy(strategy):
 
 
 def check_names(batch_argnames):
-    if isinstance(batch_argnames, str) or not all(
+    if not isinstance(batch_argnames, tuple | list) or not all(
         isinstance(name, str) for name in batch_argnames
     ):
         raise TypeError(
@@ -263,3 +263,23 @@ def check_sampler(sampler):
         f"{sampler!r}; write kernels.normal or kernels.signs, and set the size of the "
         "noise by the scale."
     )
+
+
+def check_axis_name(axis_name):
+    """Reject the name of an axis that we are not inside of."""
+    for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
+        try:
+            jax.lax.axis_index(name)
+        except NameError as error:
+            raise ValueError(
+                f"axis_name must name an axis of the jax.shard_map around update, got "
+                f"{name!r}; call update inside of one, or leave axis_name out."
+            ) from error
+
+
+def check_weight_fn(weight_fn):
+    if weight_fn is not None and not callable(weight_fn):
+        raise TypeError(
+            f"weight_fn must be a function of a chunk, got {weight_fn!r}; write one such "
+            "as lambda chunk: chunk['mask'].sum()."
+        )

@@ -31,7 +31,8 @@ def rounding_unit(dtype):
     Gradients are rounded to the dtype of the parameters, and sums inside of them to
     float32 or wider, where errors of up to two units were seen: four are allowed.
     """
-    return max(jnp.finfo(dtype).eps, 4 * jnp.finfo(trees.wide(dtype)).eps)
+    own, wide = jnp.finfo(dtype).eps, jnp.finfo(trees.wide(dtype)).eps
+    return max(float(own), 4 * float(wide))
 
 
 def largest(tree):

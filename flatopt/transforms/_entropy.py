@@ -38,7 +38,8 @@ def entropy_sgd_gradients(
     to :math:`\mu`.
 
     Cost of a step: ``num_steps`` gradients of the batch, or 1 with ``batch_argnames``. Put
-    this link first in a chain; the incoming gradients are not read.
+    this link first in a chain: the incoming gradients are not read, and after an optimizer
+    it would ascend; :func:`chain` refuses that.
 
     Args:
       gamma: scope :math:`\gamma`, the pull towards the parameters: a number, a scalar

@@ -77,6 +77,7 @@ def link(
         del updates
         check_update(params, value_fn, name)
         checks.check_batch_argnames(names, value_fn)
+        checks.check_axis_name(axis_name)
         value_of, select, merge = partition(value_fn, params, mask)
         free = checks.check_params(select(params))
         memory = () if init_memory is None else select(state.memory)
@@ -196,7 +197,7 @@ def value_dtype(params):
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
-def check_update(params, value_fn, name, advice=" and pass it mask= instead"):
+def check_update(params, value_fn, name):
     if params is None:
         raise ValueError(
             f"{name} needs params, got None; call "
@@ -218,7 +219,8 @@ def check_update(params, value_fn, name, advice=" and pass it mask= instead"):
     if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
             f"params hold MaskedNodes, which value_fn cannot take: optax.masked or "
-            f"optax.partition is around {name}; put {name} outside of them{advice}."
+            f"optax.partition is around {name}; put {name} outside of "
+            "them and pass it mask= instead."
         )
 
 

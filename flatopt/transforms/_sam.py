@@ -30,8 +30,9 @@ def sam_gradients(
 
     The norm is over all leaves together. At a zero gradient the step is zero.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
@@ -95,8 +96,9 @@ def usam_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Unnormalized SAM: the gradient at :math:`\theta + \rho\, g`.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: factor of the gradient in the ascent step, >= 0.
@@ -154,8 +156,9 @@ def gsam_gradients(
 
     .. math:: g_p - \alpha\, (g - (g \cdot \hat g_p)\, \hat g_p)
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.

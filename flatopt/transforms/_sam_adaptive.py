@@ -47,8 +47,9 @@ def asam_gradients(
 
     .. math:: \epsilon = \rho\, T^2 g / \|T g\|, \qquad T_i = |\theta_i| + \eta
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
@@ -103,8 +104,9 @@ def filterwise_asam_gradients(
     Leaves with at most one axis (biases, scales) belong to no filter: there the units
     are :math:`|\theta_i| + \eta` as in :func:`asam_gradients`.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
@@ -164,8 +166,9 @@ def fisher_sam_gradients(
     .. math:: \epsilon = \rho\, F^{-1} g / \sqrt{g^\top F^{-1} g},
         \qquad F = 1 + \eta\, g^2
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.

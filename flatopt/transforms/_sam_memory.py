@@ -32,8 +32,9 @@ def look_sam_gradients(
     dtype of the parameters), or half of the ascent step is lost in the rounding of the
     parameters, there is no direction: the other steps use :math:`g`.
 
-    Cost of a step: 1 + 1/``every`` gradients on average. Put this link first in a chain;
-    the incoming gradients are not read.
+    Cost of a step: 1 + 1/``every`` gradients on average. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
@@ -120,8 +121,9 @@ def friendly_sam_gradients(
     with :math:`m` the moving average of gradients before this step. Where no entry of
     :math:`d` is larger than the rounding errors of the two there is no ascent step.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.

@@ -43,8 +43,9 @@ def random_sam_gradients(
     The gradient g is taken at :math:`\theta + \sigma U`; the step
     :math:`\rho\, g / \|g\|` starts from the clean :math:`\theta`.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
@@ -100,8 +101,9 @@ def bayesian_sam_gradients(
 
     As :func:`random_sam_gradients`, with isotropic noise :math:`N(0, \sigma^2)`.
 
-    Cost of a step: two gradients. Put this link first in a chain; the incoming gradients are
-    not read.
+    Cost of a step: two gradients. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.

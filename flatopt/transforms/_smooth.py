@@ -30,7 +30,8 @@ def smooth_gradients(
     The noise follows from ``key`` alone: two optimizers made with the same ``key`` draw
     the same noise. The incoming gradients are not read: pass zeros
     (``optax.tree.zeros_like(params)``, free under jit), or None where no other link
-    reads them. Put this link first; clipping, momentum, accumulation come after it.
+    reads them. Put this link first: after an optimizer it would ascend, and
+    :func:`chain` refuses that. Clipping, momentum, accumulation come after it.
 
     The gradient is the Monte Carlo estimate of
     :math:`\nabla_\theta E_U[L(\theta + \text{scale}\cdot U)]`, as described at
@@ -92,9 +93,11 @@ def smooth_gradients(
     num_samples = 1 if num_samples is None else num_samples
     checks.check_count(num_samples)
     checks.check_strategy(strategy)
+    checks.check_weight_fn(weight_fn)
     batch_argnames = checks.check_names(batch_argnames)
 
     def estimate(step):
+        checks.check_axis_name(axis_name)
         # It splits the batch and averages over devices: weights of chunks come first.
         value_and_grad = smoothing.smooth_value_and_grad(
             step.value_fn,

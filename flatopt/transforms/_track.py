@@ -145,6 +145,7 @@ def track_stability(
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         _link.check_update(params, value_fn, "track_stability")
+        checks.check_axis_name(axis_name)
         value_of, select, merge = _link.partition(value_fn, params, mask)
         free = checks.check_params(select(params))
         arguments = signatures.forwarded(value_fn, extra_args)

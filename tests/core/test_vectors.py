@@ -11,7 +11,9 @@ from flatopt._core import vectors
 
 @pytest.mark.parametrize("size", [1e-37, 1e-20, 1.0, 1e20, 1e37])
 def test_a_norm_neither_underflows_nor_overflows(size):
-    unit, length = vectors.normalize({"a": jnp.float32([3 * size]), "b": -4 * size})
+    unit, length = vectors.normalize(
+        {"a": jnp.float32([3 * size]), "b": jnp.float32(-4 * size)}
+    )
     np.testing.assert_allclose(length, 5 * size, rtol=1e-6)
     assert_close(unit, {"a": np.array([0.6]), "b": np.array(-0.8)}, rtol=1e-6)
 

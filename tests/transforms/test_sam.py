@@ -559,13 +559,12 @@ TARGETS = X @ jax.random.normal(jax.random.key(22), (20,))
 LABELS = jax.random.randint(jax.random.key(23), (64,), 0, 4)
 
 
-def _squares(params):
-    x, y = X.astype(params.dtype), TARGETS.astype(params.dtype)
-    return jnp.mean((x @ params - y) ** 2)
+def _squares(params, x=X):
+    return jnp.mean((x @ params - TARGETS.astype(x.dtype)) ** 2)
 
 
-def _classes(params):
-    logits = X.astype(params.dtype) @ params.reshape(20, 4)
+def _classes(params, x=X):
+    logits = x @ params.reshape(20, 4)
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
 
@@ -573,13 +572,12 @@ NOISY = {"squares": (_squares, (20,)), "classes": (_classes, (80,))}
 RHOS = [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]
 
 
-def _direction(value_fn, params, rho):
+def _direction(value_fn, params, x, rho):
     """SAM's direction orthogonal to the gradient, in float64."""
-    grad = jax.grad(value_fn)
-    g = grad(params)
-    part = grad(params + rho * g / jnp.linalg.norm(g))
+    g = jax.grad(value_fn)(params, x)
+    part = jax.grad(value_fn)(params + rho * g / jnp.linalg.norm(g), x)
     part = part - (part @ g) / (g @ g) * g
-    return np.asarray(part / jnp.linalg.norm(part))
+    return part / jnp.linalg.norm(part)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -587,19 +585,21 @@ def _direction(value_fn, params, rho):
 def test_look_sam_keeps_a_true_direction_or_none(problem, dtype, x64):
     value_fn, shape = NOISY[problem]
     params = jax.random.normal(jax.random.key(24), shape, dtype)
+    inputs = X.astype(dtype)
     look = jax.jit(
         lambda rho: (tx := flatopt.look_sam_gradients(rho)).update(
-            None, tx.init(params), params, value_fn=value_fn
+            None, tx.init(params), params, value_fn=value_fn, x=inputs
         )[1]
     )
     exact = jax.jit(_direction, static_argnums=0)
+    exact_params, exact_inputs = params.astype("float64"), inputs.astype("float64")
     kept = []
     for rho in RHOS:
         memory = np.asarray(look(jnp.float32(rho)).memory, "f8")
         kept.append(bool(memory.any()))
         if kept[-1]:
-            truth = exact(value_fn, params.astype(jnp.float64), jnp.float64(rho))
-            assert memory @ truth > 0.85, rho
+            truth = exact(value_fn, exact_params, exact_inputs, jnp.float64(rho))
+            assert memory @ np.asarray(truth) > 0.85, rho
     assert kept == sorted(kept)  # none below some rho, and one above it
     assert not kept[0]
     assert kept[RHOS.index(1e-4 if dtype == "float32" else 0.1)]

@@ -197,7 +197,7 @@ def test_it_starts_and_steps_under_the_checks_of_jax(name, flag, standard_promot
 # Devices
 
 
-def _mapped(check_vma, batch_spec=jax.P("data"), **options):
+def _mapped(check_vma, batch_axis="data", **options):
     """The state after 30 steps on four devices, and a dense Hessian of all the batch."""
     inputs = jax.random.normal(jax.random.key(1), (16, 3))
     params = jnp.ones(3)
@@ -219,7 +219,7 @@ def _mapped(check_vma, batch_spec=jax.P("data"), **options):
         jax.shard_map(
             steps,
             mesh=mesh,
-            in_specs=(jax.P(), batch_spec),
+            in_specs=(jax.P(), jax.P(batch_axis)),
             out_specs=jax.P(),
             check_vma=check_vma,
         )
@@ -233,8 +233,10 @@ def test_devices_measure_the_curvature_of_the_whole_batch(check_vma):
     values = np.linalg.eigvalsh(hessian)
     largest = values[np.abs(values).argmax()]
     np.testing.assert_allclose(state.max_eigenvalue, largest, rtol=1e-3)
-    signs = np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1)
-    forms = ((hessian @ signs) * signs).sum(axis=0)  # all that a probe can be
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1)
+    forms = ((np.asarray(hessian) @ signs) * signs).sum(
+        axis=0
+    )  # all that a probe can be
     assert np.abs(forms - state.trace).min() < 1e-5
 
 
@@ -246,7 +248,7 @@ def test_devices_without_an_axis_name_are_refused(check_vma):
 
 
 def test_devices_with_the_same_batch_need_no_axis_name():
-    state, hessian = _mapped(True, batch_spec=jax.P())
+    state, hessian = _mapped(True, batch_axis=None)
     largest = np.abs(np.linalg.eigvalsh(hessian)).max()
     np.testing.assert_allclose(np.abs(state.max_eigenvalue), largest, rtol=1e-3)
 
