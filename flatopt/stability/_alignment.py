@@ -11,7 +11,8 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import blocks, trees
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _draws, _operator, _passes, _probes
+from flatopt._core.risk import Risk
+from flatopt.curvature import _draws, _operator, _probes
 from flatopt.stability._linearization import Linearization
 
 
@@ -150,7 +151,7 @@ def estimate_alignment(
     loss_fn = square_loss(model_fn)
     covariance = curvature.gradient_covariance(loss_fn, params, data)
     _probes.check_probes(newton, num_probes, num_deflated)
-    loss = float(_passes.base_loss(curvature.hessian(loss_fn, params, data)))
+    loss = float(Risk.of(loss_fn, params, data).value)
     if not loss > 0:
         raise ValueError(
             f"the loss must be positive, got {loss:g}; the alignment is 0 / 0 at zero loss, "
@@ -166,7 +167,7 @@ def estimate_alignment(
         count = min(_probes.GROUP, num_probes - start)
         keys = _draws.probe_keys(probe_key, start, count)
         signs = _draws.draw_signs(newton, keys)
-        vectors = _probes.project_rows(signs, basis)
+        vectors = blocks.project_out(signs, basis)
         samples.append(_observe(newton, covariance, vectors))
     size = blocks.size(newton.like)
     return _jackknife(exact, np.concatenate(samples), loss, size)
@@ -259,7 +260,7 @@ def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> E
 
     @jax.jit
     def ratio(operator):
-        _, grads = _passes.value_and_gradient(operator)
+        grads = operator.risk.gradient
         return operator.quadratic_form(grads) / blocks.dot(grads, grads)
 
     found = [ratio(curvature.hessian(loss_fn, params, batch)) for batch in batches]
