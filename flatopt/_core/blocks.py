@@ -71,9 +71,9 @@ def combine(coefficients, block):
     )
 
 
-def project_out(tree, basis):
-    """A tree less its part in the span of the orthonormal rows of a block."""
-    return subtract(tree, combine(gram(single(tree), basis)[0], basis))
+def project_out(block, basis):
+    """The rows of a block less their parts in the span of an orthonormal basis."""
+    return subtract(block, combine(gram(block, basis), basis))
 
 
 def orthonormalize(block):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Estimate(NamedTuple):
@@ -42,14 +43,18 @@ class Estimate(NamedTuple):
           >>> print(curvature.Estimate.of(jnp.array([1.0, 2.0, 3.0])))
           2.00 ± 0.58
         """
-        samples = jnp.asarray(samples)
+        xp = np if isinstance(samples, np.ndarray) else jnp
+        samples = xp.asarray(samples)
         count = len(samples)
         if not count:
             raise ValueError("samples must hold at least one value, got none.")
-        mean = jnp.mean(samples, axis=0)
+        mean = xp.mean(samples, axis=0)
         if count == 1:
-            return cls(mean, jnp.full_like(mean, jnp.inf), count)
-        return cls(mean, jnp.std(samples, axis=0, ddof=1) / count**0.5, count)
+            return cls(mean, xp.full_like(mean, xp.inf), count)
+        # In units of a power of two, so that squares neither vanish nor overflow.
+        unit = power_of_two(samples)
+        error = unit * xp.std(samples / unit, axis=0, ddof=1)
+        return cls(mean, error / count**0.5, count)
 
     def interval(self, confidence: float = 0.95) -> tuple[Any, Any]:
         """Student's t interval ``(low, high)`` that holds the truth so often.
@@ -90,6 +95,19 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return format(self)
+
+
+def power_of_two(values, axis=None, keepdims=False):
+    """The power of two at or below the largest magnitude; 1 where all is zero.
+
+    A product with it is exact. Not a number and infinity stay.
+    """
+    xp = np if isinstance(values, np.ndarray) else jnp
+    top = xp.max(xp.abs(values), axis=axis, keepdims=keepdims, initial=0.0)
+    exponent = xp.frexp(xp.where((top == 0) | ~xp.isfinite(top), 1.0, top))[1] - 1
+    # Within the normal numbers, on both sides of one.
+    least = xp.finfo(values.dtype).minexp + 1
+    return xp.ldexp(xp.ones_like(top), xp.clip(exponent, least, -least))
 
 
 def _digits_of(error: float) -> str:

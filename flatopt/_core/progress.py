@@ -1,6 +1,7 @@
 """Progress of long analyses: a bar, a callable of the user, or a word beforehand."""
 
 import contextlib
+import contextvars
 import sys
 import time
 
@@ -8,6 +9,8 @@ try:
     import tqdm
 except ImportError:  # a progress bar is a comfort, not a need
     tqdm = None
+
+_OUTER = contextvars.ContextVar("progress of the bar around this one", default=None)
 
 LONG = 60.0  # seconds from which an analysis says beforehand how long it will take
 
@@ -86,13 +89,19 @@ def bar(progress, total, description):
     ``progress`` as users give it: None for a bar once the work takes more than three
     seconds, True for one at once, False for none, or ``progress(done, total,
     description)``. When two parts are done and the rest will take more than a minute, a
-    line says so.
+    line says so. A bar within a bar of a function, or of False, shows nothing.
     """
     check_progress(progress)
+    outer = _OUTER.get()
+    if progress is None and (outer is False or callable(outer)):
+        progress = False
     shown = Bar(progress, total, description)
+    token = _OUTER.set(progress) if progress is not None else None
     try:
         yield shown
     finally:
+        if token is not None:
+            _OUTER.reset(token)
         shown.close()
 
 

@@ -70,10 +70,7 @@ class SpectralDensity(NamedTuple):
           >>> float(curvature.SpectralDensity(nodes, weights).moment(2).value)
           5.0
         """
-        samples = (self.weights * self.nodes**power).sum(axis=1)
-        count = len(samples)
-        error = samples.std(ddof=1) / count**0.5 if count > 1 else np.inf
-        return Estimate(samples.mean(), error, count)
+        return Estimate.of((self.weights * self.nodes**power).sum(axis=1))
 
     def density(self, points, width: float | None = None) -> np.ndarray:
         """The density at points, each node blurred to a Gaussian of a width.

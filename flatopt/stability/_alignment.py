@@ -12,7 +12,8 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import blocks, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _draws, _operator, _passes, _probes
+from flatopt._core.risk import Risk
+from flatopt.curvature import _draws, _operator, _probes
 from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
 from flatopt.stability._losses import (
@@ -160,8 +161,7 @@ def estimate_alignment(
     _checks.check_key(key)
     slope, error = _units(model_fn, params, data)
     loss_fn = square_loss(model_fn, unit=slope * error)
-    base = curvature.hessian(loss_fn, params, data)
-    scaled_loss = float(_passes.base_loss(base))
+    scaled_loss = float(Risk.of(loss_fn, params, data).value)
     loss = scaled_loss / (slope * error) ** 2
     newton = curvature.gauss_newton(
         scaled_model(model_fn, slope), half_square_of(slope), params, data
