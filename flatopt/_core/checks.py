@@ -176,3 +176,17 @@ def check_weight(weight):
             "as in chunk['mask'].sum()."
         )
     return jnp.asarray(weight)
+
+
+def check_prng_key(key):
+    """Reject what is no JAX random key; traced keys pass by their type."""
+    if isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.ndim == 0
+        or (key.dtype == jnp.uint32 and key.ndim == 1)
+    ):
+        return
+    shown = f"an array {jax.typeof(key)}" if isinstance(key, jax.Array) else repr(key)
+    raise TypeError(
+        f"key must be one JAX random key, got {shown}; write jax.random.key(0)."
+    )

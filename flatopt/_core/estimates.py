@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core import blocks
+
 
 class Estimate(NamedTuple):
     """A Monte Carlo estimate: a number, or a tree of arrays.
@@ -52,7 +54,7 @@ class Estimate(NamedTuple):
         if count == 1:
             return cls(mean, xp.full_like(mean, xp.inf), count)
         # In units of a power of two, so that squares neither vanish nor overflow.
-        unit = power_of_two(samples)
+        unit = blocks.power_of_two(samples)
         error = unit * xp.std(samples / unit, axis=0, ddof=1)
         return cls(mean, error / count**0.5, count)
 
@@ -95,19 +97,6 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return format(self)
-
-
-def power_of_two(values, axis=None, keepdims=False):
-    """The power of two at or below the largest magnitude; 1 where all is zero.
-
-    A product with it is exact. Not a number and infinity stay.
-    """
-    xp = np if isinstance(values, np.ndarray) else jnp
-    top = xp.max(xp.abs(values), axis=axis, keepdims=keepdims, initial=0.0)
-    exponent = xp.frexp(xp.where((top == 0) | ~xp.isfinite(top), 1.0, top))[1] - 1
-    # Within the normal numbers, on both sides of one.
-    least = xp.finfo(values.dtype).minexp + 1
-    return xp.ldexp(xp.ones_like(top), xp.clip(exponent, least, -least))
 
 
 def _digits_of(error: float) -> str:
