@@ -18,8 +18,8 @@ from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
 from flatopt.stability._losses import (
     check_same_shape,
-    half_square_of,
     scaled_model,
+    square_at_zero_error,
     square_loss,
 )
 
@@ -164,7 +164,7 @@ def estimate_alignment(
     scaled_loss = float(Risk.of(loss_fn, params, data).value)
     loss = scaled_loss / (slope * error) ** 2
     newton = curvature.gauss_newton(
-        scaled_model(model_fn, slope), half_square_of(slope), params, data
+        scaled_model(model_fn, slope), square_at_zero_error, params, data
     )
     covariance = curvature.gradient_covariance(loss_fn, params, data)
     _probes.check_probes(newton, num_probes, num_deflated)
@@ -183,7 +183,7 @@ def estimate_alignment(
         count = min(_probes.GROUP, num_probes - start)
         keys = _draws.probe_keys(probe_key, start, count)
         signs = _draws.draw_signs(newton, keys)
-        probes = _probes.project_rows(signs, basis)
+        probes = _project_out(signs, basis)
         samples.append(_observe(newton, covariance, probes))
     size = blocks.size(newton.like)
     found = _jackknife(exact, np.concatenate(samples), 2 * scaled_loss * error**2, size)
@@ -251,6 +251,9 @@ def _observe(newton, covariance, rows):
     """Five quadratic quantities of each row, shape (rows, 5), on the host."""
     found = _operator.products(newton, rows), _operator.products(covariance, rows)
     return np.asarray(_forms(rows, *found), "f8")
+
+
+_project_out = jax.jit(blocks.project_out)
 
 
 @jax.jit

@@ -369,4 +369,4 @@ def stationary_covariance(
     values, spread = np.asarray(lin.eigenvalues, "f8"), np.diagonal(covariance)
     found = covariance, spread.sum(), values @ spread / 2, values**2 @ spread
     dtype = jnp.asarray(lin.eigenvalues).dtype
-    return StationaryCovariance(*(jnp.asarray(x, dtype) for x in found))
+    return StationaryCovariance(*(_moments.narrow(x, dtype) for x in found))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, trees
-from flatopt.stability import _checks, _gram, _losses
+from flatopt.stability import _checks, _gram, _losses, _moments
 
 CHUNK_VALUES = 1 << 26  # computed at once
 
@@ -171,7 +171,7 @@ def linearize_gauss_newton(
 
 def _without_rounding(errors, outputs):
     """Zero where all errors are within the rounding of the outputs."""
-    rounding = 16 * jnp.finfo(outputs.dtype).eps
+    rounding = 16 * float(jnp.finfo(outputs.dtype).eps)
     unit = jnp.max(jnp.abs(trees.widen(outputs)))  # so that squares stay in range
     unit = jnp.where(unit > 0, unit, 1.0)
     size = jnp.mean((trees.widen(outputs) / unit) ** 2)
@@ -203,13 +203,13 @@ def _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size, sho
     dtype = residuals.dtype
     coordinates = (vectors[:, :rank] * np.sqrt(values[:rank])).reshape(n, c, rank)
     return Linearization(
-        coordinates=jnp.asarray(coordinates, dtype),
-        eigenvalues=jnp.asarray(values[:rank] / n, dtype),
+        coordinates=_moments.narrow(coordinates, dtype),
+        eigenvalues=_moments.narrow(values[:rank] / n, dtype),
         residuals=residuals,
         loss=loss,
-        gradient_norm=jnp.asarray(np.sqrt(slope) / n, dtype),
+        gradient_norm=_moments.narrow(np.sqrt(slope) / n, dtype),
         num_params=size,
-        reducible_loss=jnp.asarray(np.sum(seen**2) / (2 * n), dtype),
+        reducible_loss=_moments.narrow(np.sum(seen**2) / (2 * n), dtype),
     )
 
 

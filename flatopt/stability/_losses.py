@@ -120,12 +120,10 @@ def half_square(outputs, targets):
     return jnp.sum(errors**2) / (2 * len(errors))
 
 
-@functools.lru_cache(maxsize=64)
-def half_square_of(unit):
-    """:func:`half_square` of outputs that are already in this unit, and targets not."""
-    if unit == 1:
-        return half_square
-    return lambda outputs, targets: half_square(outputs, _times(unit, targets))
+def square_at_zero_error(outputs, targets):
+    """:func:`half_square`, whose Hessian is the same at any error, where none overflows."""
+    check_same_shape(outputs, targets)
+    return half_square(outputs, jax.lax.stop_gradient(outputs))
 
 
 @functools.lru_cache(maxsize=64)
@@ -279,10 +277,12 @@ def _derivatives_of(loss_fn, outputs, targets, dtype):
 
     shape = outputs.shape[1:]
     targets = jax.tree.map(widen, targets)
-    flat = widen(outputs).reshape(len(outputs), -1)
+    outputs = widen(outputs)
+    flat = outputs.reshape(len(outputs), -1)
     found = _derivatives(loss_fn, shape, flat, targets)
     scale = _derivatives(loss_fn, shape, jnp.zeros_like(flat), targets)
-    eps = float(jnp.finfo(flat.dtype).eps)
+    narrowest = jax.eval_shape(loss_fn, outputs, targets).dtype  # of a loss that casts
+    eps = max(float(jnp.finfo(x).eps) for x in (flat.dtype, narrowest))
     return *(np.asarray(x, "f8") for x in (*found, *scale)), eps
 
 

@@ -111,6 +111,13 @@ def _space(lin, coordinates, values, scale):
     )
 
 
+def narrow(values, dtype):
+    """Values of the host as arrays: infinite where the dtype ends, without a warning."""
+    with np.errstate(over="ignore"):
+        # Not jnp.asarray, which compiles for each new shape.
+        return jax.device_put(np.asarray(values).astype(dtype))
+
+
 def unit_arrays(lin):
     """Coordinates, eigenvalues and the power of four that eigenvalues are divided by."""
     coordinates, values = np.asarray(lin.coordinates), np.asarray(lin.eigenvalues)
