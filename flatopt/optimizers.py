@@ -338,7 +338,7 @@ def _lpf(gamma, num_samples, batch_argnames, mask, key):
 
 def _nso(sigma, num_perturbations, mask, key):
     num_perturbations = 1 if num_perturbations is None else num_perturbations
-    checks.check_num_samples(num_perturbations, "num_perturbations")
+    checks.check_count(num_perturbations, "num_perturbations")
     return smooth_gradients(
         sigma,
         num_samples=num_perturbations,

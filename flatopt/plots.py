@@ -14,7 +14,7 @@ import numpy as np
 
 from flatopt import curvature, kernels, stability
 from flatopt._core import binding, trees
-from flatopt.curvature import _passes
+from flatopt._core.risk import Risk
 
 
 def _axes(ax, **labels):
@@ -115,10 +115,10 @@ FILTERWISE = kernels.filterwise()
 
 
 def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
     keys = tuple(jax.random.split(key, rows.shape[1]))
     move = _plane(FILTERWISE if kernel is None else kernel)
-    return np.asarray(_passes.losses(operator, move, jnp.asarray(rows), keys))
+    return np.asarray(risk.losses(move, jnp.asarray(rows), keys))
 
 
 def loss_line(

@@ -223,7 +223,7 @@ def smooth_value_and_grad(
 def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     """Check what is static; return the sum over samples of any ``evaluate``."""
     checks.check_scale(scale)
-    checks.check_num_samples(num_samples)
+    checks.check_count(num_samples)
     checks.check_strategy(strategy)
     kernel = kernels.isotropic() if kernel is None else kernel
     checks.check_kernel(kernel)

@@ -5,10 +5,49 @@ Leaves keep their shapes and shardings: nothing is raveled into one long vector.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt._core import trees
 
 PRECISION = jax.lax.Precision.HIGHEST
+
+
+def power_of_two(values, axis=None, keepdims=False):
+    """The power of two at or below the largest magnitude; 1 where all is zero.
+
+    A product with it is exact. Not a number and infinity stay.
+    """
+    xp = np if isinstance(values, np.ndarray) else jnp
+    top = xp.max(xp.abs(values), axis=axis, keepdims=keepdims, initial=0.0)
+    exponent = xp.frexp(xp.where((top == 0) | ~xp.isfinite(top), 1.0, top))[1] - 1
+    # Within the normal numbers, on both sides of one.
+    least = xp.finfo(values.dtype).minexp + 1
+    return xp.ldexp(xp.ones_like(top), xp.clip(exponent, least, -least))
+
+
+def unit(tree):
+    """The power of two at or below the largest magnitude in a tree, in its widest dtype."""
+    tops = [
+        jnp.max(jnp.abs(trees.widen(x)), initial=0.0) for x in jax.tree.leaves(tree)
+    ]
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in tops] else jnp.float32
+    return power_of_two(jnp.stack([x.astype(dtype) for x in tops]))
+
+
+def divide(tree, scalar):
+    return jax.tree.map(lambda x: x / scalar.astype(x.dtype), tree)
+
+
+def row_units(block):
+    """The power of two at or below the largest magnitude of each row, shape (rows,)."""
+    return jax.vmap(unit)(block)
+
+
+def divide_rows(block, numbers):
+    """Each row over its own number."""
+    return jax.tree.map(
+        lambda x: x / numbers.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), block
+    )
 
 
 def size(tree):
@@ -71,9 +110,9 @@ def combine(coefficients, block):
     )
 
 
-def project_out(tree, basis):
-    """A tree less its part in the span of the orthonormal rows of a block."""
-    return subtract(tree, combine(gram(single(tree), basis)[0], basis))
+def project_out(block, basis):
+    """The rows of a block less their parts in the span of an orthonormal basis."""
+    return subtract(block, combine(gram(block, basis), basis))
 
 
 def orthonormalize(block):
@@ -82,6 +121,7 @@ def orthonormalize(block):
     By the eigenvectors of the Gram matrix, twice: the first time leaves an error that
     grows with the condition number, the second time removes it.
     """
+    block = divide(block, unit(block))
     for _ in range(2):
         products = gram(block, block)
         values, vectors = jnp.linalg.eigh(products)

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from flatopt._core import blocks
 
 
 class Estimate(NamedTuple):
@@ -42,14 +45,18 @@ class Estimate(NamedTuple):
           >>> print(curvature.Estimate.of(jnp.array([1.0, 2.0, 3.0])))
           2.00 ± 0.58
         """
-        samples = jnp.asarray(samples)
+        xp = np if isinstance(samples, np.ndarray) else jnp
+        samples = xp.asarray(samples)
         count = len(samples)
         if not count:
             raise ValueError("samples must hold at least one value, got none.")
-        mean = jnp.mean(samples, axis=0)
+        mean = xp.mean(samples, axis=0)
         if count == 1:
-            return cls(mean, jnp.full_like(mean, jnp.inf), count)
-        return cls(mean, jnp.std(samples, axis=0, ddof=1) / count**0.5, count)
+            return cls(mean, xp.full_like(mean, xp.inf), count)
+        # In units of a power of two, so that squares neither vanish nor overflow.
+        unit = blocks.power_of_two(samples)
+        error = unit * xp.std(samples / unit, axis=0, ddof=1)
+        return cls(mean, error / count**0.5, count)
 
     def interval(self, confidence: float = 0.95) -> tuple[Any, Any]:
         """Student's t interval ``(low, high)`` that holds the truth so often.

@@ -41,7 +41,9 @@ def map_rows(function, rows, unroll=1):
         jax.tree.map(lambda x: x[:unroll], rows),
     )
     whole = count - count % unroll
-    groups = jax.tree.map(lambda x: x[:whole].reshape(-1, unroll, *x.shape[1:]), rows)
+    groups = jax.tree.map(
+        lambda x: x[:whole].reshape(whole // unroll, unroll, *x.shape[1:]), rows
+    )
     results = jax.tree.map(
         lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(traced, groups)
     )

@@ -1,13 +1,12 @@
 """Passes over data: one batch, or a re-iterable of batches of any sizes."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-try:
-    import tqdm
-except ImportError:  # a progress bar is a comfort, not a need
-    tqdm = None
+from flatopt._core import progress
 
 
 class Stream:
@@ -23,25 +22,56 @@ class Stream:
         return id(self.batches)
 
 
+class Pass(NamedTuple):
+    """What one pass over a stream saw, to be compared with the next.
+
+    Attributes:
+      batches: number of batches.
+      weight: their weights together.
+      loss: the mean loss.
+      size: the mean magnitude of the batches' losses, which sets the rounding.
+      eps: the precision of a batch's loss.
+    """
+
+    batches: int
+    weight: float
+    loss: float
+    size: float
+    eps: float
+
+
+def check_finite(loss):
+    """Reject a loss over all data that is not a number or infinite."""
+    if not np.isfinite(loss):
+        raise ValueError(
+            f"the loss over all data is {loss}, so the curvature is not finite and no "
+            "measure means anything; look at the loss at these parameters first."
+        )
+
+
 def check_same(seen, found):
     """Reject data that changed since the last pass with the same parameters.
 
-    Both are ``(batches, weight, loss)``; ``seen`` is None on the first pass.
+    Another order or another split into batches changes weights and losses by rounding: of
+    the magnitude of the losses, which may cancel, and of an absolute size where the data
+    are fitted and the losses are themselves rounding.
     """
-    if not np.isfinite(found[2]):
-        raise ValueError(
-            f"the curvature is not finite, since the loss over all data is {found[2]}; look "
-            "at the loss at these parameters first."
-        )
+    check_finite(found.loss)
     if seen is None:
         return
-    if seen[:2] != found[:2] or not np.isclose(seen[2], found[2], rtol=1e-4):
-        raise ValueError(
-            "data must be the same on every pass, got "
-            f"{seen[0]} batches of weight {seen[1]:g} and loss {seen[2]:g}, then "
-            f"{found[0]} of {found[1]:g} and {found[2]:g}; switch off shuffling with "
-            "drop_last, random augmentation and dropout."
-        )
+    allowed = max(1e-4, 8 * found.eps) * max(seen.size, found.size) + found.eps
+    if (
+        seen.batches == found.batches
+        and np.isclose(seen.weight, found.weight, rtol=1e-5)
+        and abs(seen.loss - found.loss) <= allowed
+    ):
+        return
+    raise ValueError(
+        "data must be the same on every pass, got "
+        f"{seen.batches} batches of weight {seen.weight:g} and loss {seen.loss:g}, then "
+        f"{found.batches} of {found.weight:g} and {found.loss:g}; switch off shuffling with "
+        "drop_last, random augmentation and dropout."
+    )
 
 
 def is_stream(data):
@@ -69,12 +99,14 @@ def prepare(data):
     return None, Stream(data)
 
 
-def passes(stream, weight_fn, description):
-    """Yield ``(batch, weight)``, with a progress bar on long passes."""
-    batches = stream.batches
-    if tqdm is not None:
-        batches = tqdm.tqdm(batches, desc=description, delay=3, leave=False)
-    for batch in batches:
+def passes(stream, weight_fn, description, bar=None):
+    """Yield ``(batch, weight)``, counted on a bar; without one, on a bar of its own."""
+    if bar is None:
+        total = len(stream.batches) if hasattr(stream.batches, "__len__") else None
+        with progress.bar(None, total, description) as bar:
+            yield from passes(stream, weight_fn, description, bar)
+        return
+    for batch in stream.batches:
         batch = jax.tree.map(_array, batch)
         size = batch_size(batch)
         weight = size if weight_fn is None else float(weight_fn(batch))
@@ -85,6 +117,7 @@ def passes(stream, weight_fn, description):
             )
         if weight:  # the mean loss of nothing is not a number
             yield batch, weight
+        bar.update()
 
 
 def batch_size(batch):

@@ -1,32 +1,62 @@
 """What a curvature operator does on one batch.
 
-A kind is a hashable description, so that compiled code is kept by it. ``linearize`` does
-once what all vectors share, and returns ``(loss, shared, product)``: ``product(vector)``
-is one product, and ``finish(products, shared, vectors)`` completes the mean over batches.
+A kind is a hashable description, so that compiled code is kept by it.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import blocks, checks, jaxprs
+from flatopt._core import blocks, checks, jaxprs, risk
+
+
+class Kind(abc.ABC):
+    """The contract of a curvature matrix: a mean over batches, and how to finish it."""
+
+    @property
+    @abc.abstractmethod
+    def batch_loss(self):
+        """A hashable ``loss_fn(params, batch)``: the mean loss of a batch."""
+
+    @abc.abstractmethod
+    def linearize(self, params, batch):
+        """What all vectors share, done once: ``(loss, shared, product)``.
+
+        ``product(vector)`` is one product with this batch's matrix.
+        """
+
+    @abc.abstractmethod
+    def quadratic(self, params, batch, vector):
+        """A tuple of numbers whose means over batches give the quadratic form."""
+
+    def finish(self, products, shared, vectors):
+        """The products of all data from means over batches."""
+        del shared, vectors
+        return products
+
+    def finish_quadratic(self, moments):
+        """The quadratic form of all data from means over batches."""
+        return moments[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Hessian:
+class Hessian(Kind):
     """The Hessian of the mean loss."""
 
     loss_fn: Callable
 
-    def loss(self, params, batch):
-        arguments = () if batch is None else (batch,)
-        return checks.check_value(self.loss_fn(params, *arguments), "loss_fn")
+    @property
+    def batch_loss(self):
+        return self.loss_fn
 
     def linearize(self, params, batch):
         def gradient(params):
-            value, grads = jax.value_and_grad(self.loss)(params, batch)
+            value, grads = jax.value_and_grad(
+                lambda params: risk.loss_of(self.loss_fn, params, batch)
+            )(params)
             return grads, value
 
         def forward():
@@ -40,13 +70,10 @@ class Hessian:
 
         return forward_or_reverse(forward, reverse, gradient, params)
 
-    def finish(self, products, shared, vectors):
-        del shared, vectors
-        return products
-
     def quadratic(self, params, batch, vector):
         def slope(params):
-            return jax.jvp(lambda p: self.loss(p, batch), (params,), (vector,))[1]
+            loss = lambda p: risk.loss_of(self.loss_fn, p, batch)  # noqa: E731
+            return jax.jvp(loss, (params,), (vector,))[1]
 
         def forward():
             return (jax.jvp(slope, (params,), (vector,))[1],)
@@ -57,16 +84,17 @@ class Hessian:
 
         return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
 
-    def finish_quadratic(self, moments):
-        return moments[0]
-
 
 @dataclasses.dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(Kind):
     """The Hessian of the mean loss with the model linearized."""
 
     model_fn: Callable
     loss_fn: Callable
+
+    @property
+    def batch_loss(self):
+        return _ModelLoss(self)
 
     def outputs(self, params, batch):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -106,10 +134,6 @@ class GaussNewton:
 
         return self.output_loss(outputs, batch), (), product
 
-    def finish(self, products, shared, vectors):
-        del shared, vectors
-        return products
-
     def quadratic(self, params, batch, vector):
         def model(params):
             return self.outputs(params, batch)
@@ -125,16 +149,27 @@ class GaussNewton:
 
         return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
 
-    def finish_quadratic(self, moments):
-        return moments[0]
+
+@dataclasses.dataclass(frozen=True)
+class _ModelLoss:
+    """The loss of a model's outputs as a function of its parameters."""
+
+    kind: GaussNewton
+
+    def __call__(self, params, batch):
+        return self.kind.output_loss(self.kind.outputs(params, batch), batch)
 
 
 @dataclasses.dataclass(frozen=True)
-class EmpiricalFisher:
+class EmpiricalFisher(Kind):
     """The mean over examples of gradient times gradient, not centered."""
 
     loss_fn: Callable
     weight_fn: Callable | None = None
+
+    @property
+    def batch_loss(self):
+        return self.loss_fn
 
     def losses(self, params, batch):
         """One loss an example, and the examples' weights, which sum to 1."""
@@ -184,12 +219,9 @@ class EmpiricalFisher:
         return value, shared, lambda vector: pull(weights * push(vector))[0]
 
     def share(self, weights, pull):
+        """What finishing needs beside the products."""
         del weights, pull
         return ()
-
-    def finish(self, products, shared, vectors):
-        del shared, vectors
-        return products
 
     def quadratic(self, params, batch, vector):
         def moments(slopes, weights):
@@ -210,9 +242,6 @@ class EmpiricalFisher:
         return forward_or_reverse(
             forward, reverse, lambda p: self.losses(p, batch), params
         )
-
-    def finish_quadratic(self, moments):
-        return moments[0]
 
 
 @dataclasses.dataclass(frozen=True)

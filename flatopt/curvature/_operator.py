@@ -1,13 +1,16 @@
 """Curvature operators: products and quadratic forms over all data."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
 from flatopt import kernels
-from flatopt._core import blocks, loops, streams, trees
+from flatopt._core import blocks, loops, trees
 from flatopt._core.sharding import block_shardings
 
 
@@ -35,20 +38,32 @@ class Operator:
              [ 0., 12.]], dtype=float32)
     """
 
-    def __init__(self, kind, params, batch, stream, weight_fn):
-        self.kind, self.like, self.weight_fn = kind, params, weight_fn
-        self.batch, self.stream = batch, stream
-        self.seen = None  # number of batches, weight and loss of the last pass
+    def __init__(self, kind, risk):
+        self.kind, self.risk = kind, risk
+
+    @property
+    def like(self):
+        """The parameters."""
+        return self.risk.params
+
+    @property
+    def batch(self):
+        """The data, where they are one batch."""
+        return self.risk.batch
+
+    @property
+    def stream(self):
+        """The data, where they are many batches."""
+        return self.risk.stream
 
     def tree_flatten(self):
         """For JAX: leaves and static parts."""
-        return (self.like, self.batch), (self.kind, self.stream, self.weight_fn)
+        return (self.risk,), self.kind
 
     @classmethod
-    def tree_unflatten(cls, static, leaves):
+    def tree_unflatten(cls, kind, leaves):
         """For JAX: an operator from leaves and static parts."""
-        kind, stream, weight_fn = static
-        return cls(kind, *leaves, stream, weight_fn)
+        return cls(kind, *leaves)
 
     def matvec(self, vector):
         """The product with a vector, a tree like the parameters; float32 or wider.
@@ -118,24 +133,19 @@ def like_params(vector, params):
     return jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, params)
 
 
-def add_weighted(total, weight, parts):
-    parts = jax.tree.map(lambda x: weight.astype(x.dtype) * x, parts)
-    return parts if total is None else jax.tree.map(jnp.add, total, parts)
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Products with the matrix of one batch, and what finishing them needs."""
 
+    kind: Any
 
-@functools.partial(jax.jit, static_argnums=0)
-def batch_products(kind, params, batch, block):
-    value, shared, product = kind.linearize(params, batch)
-    products = loops.map_rows(
-        lambda v: product(like_params(v, params)), block, unroll=2
-    )
-    return value, blocks.widen(products), blocks.widen(shared)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_products(kind, total, params, batch, block, weight):
-    parts = batch_products(kind, params, batch, block)
-    return add_weighted(total, weight, parts)
+    def __call__(self, params, batch, block):
+        """``(loss, (products, shared))``."""
+        loss, shared, product = self.kind.linearize(params, batch)
+        found = loops.map_rows(
+            lambda v: product(like_params(v, params)), block, unroll=2
+        )
+        return loss, (blocks.widen(found), blocks.widen(shared))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -150,10 +160,7 @@ def finish_products(kind, shardings, products, shared, block):
 def products(operator, block):
     """Products with every row of a block, one pass over the data."""
     kind, params = operator.kind, operator.like
-    if operator.stream is None:
-        _, found, shared = batch_products(kind, params, operator.batch, block)
-    else:
-        found, shared = sweep(operator, functools.partial(_add_products, kind), block)
+    found, shared = operator.risk.mean(Products(kind), block)
     return finish_products(kind, block_shardings(params), found, shared, block)
 
 
@@ -166,59 +173,31 @@ def _given(row, basis, params):
 def drawn(row, basis, params):
     """Random signs drawn from a key, less their part in the span of a basis."""
     kernel = kernels.isotropic(kernels.signs)
-    return blocks.project_out(like_wide(kernel(row, params), params), basis)
+    signs = blocks.single(like_wide(kernel(row, params), params))
+    return blocks.row(blocks.project_out(signs, basis), 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_quadratics(kind, make, params, batch, rows, basis):
-    def moments(row):
-        vector = make(row, basis, params)
-        return kind.quadratic(params, batch, like_params(vector, params))
+@dataclasses.dataclass(frozen=True)
+class Quadratics:
+    """Quadratic forms on one batch of vectors that ``make`` makes from rows."""
 
-    return blocks.widen(loops.map_rows(moments, rows, unroll=4))
+    kind: Any
+    make: Callable
 
+    def __call__(self, params, batch, rows, basis):
+        """``(loss, moments)``."""
+        loss, _, _ = self.kind.linearize(params, batch)
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _add_quadratics(kind, make, total, params, batch, rows, basis, weight):
-    loss, _, _ = kind.linearize(params, batch)
-    parts = loss, _batch_quadratics(kind, make, params, batch, rows, basis)
-    return add_weighted(total, weight, parts)
+        def moments(row):
+            vector = self.make(row, basis, params)
+            return self.kind.quadratic(params, batch, like_params(vector, params))
+
+        return loss, blocks.widen(loops.map_rows(moments, rows, unroll=4))
 
 
 def quadratics(operator, rows, make=_given, basis=None):
     """Quadratic forms of vectors made from rows, shape (rows,), in one pass."""
-    kind, params = operator.kind, operator.like
-    if operator.stream is None:
-        moments = _batch_quadratics(kind, make, params, operator.batch, rows, basis)
-    else:
-        add = functools.partial(_add_quadratics, kind, make)
-        (moments,) = sweep(operator, add, rows, basis)
-    return kind.finish_quadratic(moments)
-
-
-def sweep(operator, add, *rows):
-    """The weighted mean over all batches of what ``add`` sums up, after the loss."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operator, rows))):
-        raise TypeError(
-            "data that is a re-iterable of batches is read on the host, got a call inside "
-            "jax.jit; give one batch there, or call this outside."
-        )
-    total, count, weights = None, 0, 0.0
-    name = type(operator.kind).__name__
-    for batch, weight in streams.passes(operator.stream, operator.weight_fn, name):
-        arguments = (operator.like, batch, *rows, jnp.float32(weight))
-        if total is None:
-            shapes = jax.eval_shape(functools.partial(add, None), *arguments)
-            total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total = add(total, *arguments)
-        count, weights = count + 1, weights + weight
-    if not weights:
-        raise ValueError(
-            f"data must hold examples, got {count} batches of weight 0; give a loader that "
-            "yields batches each time it is iterated."
-        )
-    loss, *means = jax.tree.map(lambda x: x / weights, total)
-    found = count, weights, float(loss)
-    streams.check_same(operator.seen, found)
-    operator.seen = found
-    return means
+    kind = operator.kind
+    return kind.finish_quadratic(
+        operator.risk.mean(Quadratics(kind, make), rows, basis)
+    )

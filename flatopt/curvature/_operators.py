@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from flatopt._core import checks, sharding, streams
+from flatopt._core import streams
+from flatopt._core.risk import Risk
 from flatopt.curvature import _kinds
 from flatopt.curvature._operator import Operator
 
@@ -184,21 +183,4 @@ def _needed(data):
 
 
 def _operator(kind, params, data, weight_fn):
-    params = checks.check_params(params)
-    if not jax.tree.leaves(params):
-        raise ValueError("params must hold at least one array, got an empty tree.")
-    for leaf in jax.tree.leaves(params):
-        placed = sharding.explicit_sharding(jax.typeof(leaf))
-        if placed is not None and any(placed.spec):
-            raise ValueError(
-                f"params must not be sharded on an Explicit mesh, got {placed.spec}; make "
-                "the mesh with axis_types Auto for the analysis."
-            )
-    try:
-        hash(kind)
-    except TypeError as error:
-        raise TypeError(
-            f"loss_fn, model_fn and weight_fn must be hashable, got {kind!r}; wrap them in a "
-            "function."
-        ) from error
-    return Operator(kind, params, *streams.prepare(data), weight_fn)
+    return Operator(kind, Risk.of(kind.batch_loss, params, data, weight_fn))

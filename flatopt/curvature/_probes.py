@@ -1,19 +1,20 @@
 """Traces, diagonals and norms of curvature operators from random probes."""
 
+import dataclasses
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, loops, streams
+from flatopt._core import blocks, checks, loops
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
 from flatopt.curvature._operator import (
     Operator,
-    batch_products,
+    Products,
     drawn,
     finish_products,
     like_params,
@@ -104,9 +105,8 @@ def trace(
         keys = probe_keys(probe_key, len(samples), new)
         found = quadratics(operator, keys, drawn, basis)
         samples = jnp.concatenate([samples.astype(found.dtype), found])
-        count = len(samples)
-        error = jnp.std(samples, ddof=1) / count**0.5
-        estimate = Estimate(exact + jnp.mean(samples), error, count)
+        estimate = Estimate.of(samples)
+        estimate = estimate._replace(value=exact + estimate.value)
         _check_finite(operator, estimate.value)
         if _is_met([estimate], rtol):
             return estimate
@@ -231,9 +231,7 @@ def population_frobenius_norm(
         )
         total = squares = None
         weights = []
-        for batch, weight in streams.passes(
-            operator.stream, operator.weight_fn, "probes"
-        ):
+        for batch, weight in operator.risk.batches("probes"):
             arguments = (operator.like, batch, signs, jnp.float32(weight))
             part, square = _weighted_products(operator.kind, *arguments)
             if total is not None:
@@ -249,13 +247,12 @@ def population_frobenius_norm(
         samples.append((_square_norms(total) - squares) / rest)
     samples = jnp.concatenate(samples)
     _check_finite(operator, jnp.sum(samples))
-    error = jnp.std(samples, ddof=1) / num_probes**0.5
-    return _root(Estimate(jnp.mean(samples), error, num_probes))
+    return _root(Estimate.of(samples))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weighted_products(kind, params, batch, block, weight):
-    _, found, shared = batch_products(kind, params, batch, block)
+    _, (found, shared) = Products(kind)(params, batch, block)
     found = finish_products(kind, None, found, shared, block)
     found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
     return found, _square_norms(found)
@@ -268,13 +265,13 @@ def _add_trees(tree, other):
 
 def check_probes(operator, num_probes, num_deflated=0, rtol=None):
     check_operator(operator)
-    checks.check_num_samples(num_probes, "num_probes")
+    checks.check_count(num_probes, "num_probes")
     if num_probes < 2:
         raise ValueError(
             f"num_probes must be at least 2 for a standard error, got {num_probes}."
         )
     if num_deflated:
-        checks.check_num_samples(num_deflated, "num_deflated")
+        checks.check_count(num_deflated, "num_deflated")
     if rtol is not None:
         if isinstance(rtol, bool) or not np.isscalar(rtol) or not 0 < rtol < 1:
             raise ValueError(
@@ -341,6 +338,9 @@ def leading_basis(operator, key, count):
     return basis
 
 
+_project_out = jax.jit(blocks.project_out)
+
+
 @jax.jit
 def _exact_parts(basis, found):
     """The samples of one probe, for what lies within the span of the basis."""
@@ -379,24 +379,26 @@ def _update(moments, signs, vector, found):
     return count, mean, deviation
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _observe_batch(kind, params, batch, keys, basis, moments):
-    _, shared, product = kind.linearize(params, batch)
-    draw = signs_like(params)
+@dataclasses.dataclass(frozen=True)
+class _Observe:
+    """Moments after some more probes of one batch that is all the data."""
 
-    def step(moments, key):
-        signs = draw(key)
-        vector = blocks.project_out(signs, basis)
-        found = blocks.single(blocks.widen(product(like_params(vector, params))))
-        found = kind.finish(found, blocks.widen(shared), blocks.single(vector))
-        return _update(moments, signs, vector, blocks.row(found, 0))
+    kind: Any
 
-    return loops.fold_rows(step, moments, keys)
+    def __call__(self, params, batch, keys, basis, moments):
+        loss, shared, product = self.kind.linearize(params, batch)
+        shared = blocks.widen(shared)
+        draw = signs_like(params)
 
+        def step(moments, key):
+            signs = draw(key)
+            vector = blocks.project_out(blocks.single(signs), basis)
+            found = product(like_params(blocks.row(vector, 0), params))
+            found = blocks.single(blocks.widen(found))
+            found = self.kind.finish(found, shared, vector)
+            return _update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
 
-@jax.jit
-def project_rows(block, basis):
-    return blocks.subtract(block, blocks.combine(blocks.gram(block, basis), basis))
+        return loss, loops.fold_rows(step, moments, keys)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -409,12 +411,10 @@ def _observe_rows(moments, signs, vectors, found):
 
 def _observe(operator, keys, basis, moments):
     if operator.stream is None:
-        return _observe_batch(
-            operator.kind, operator.like, operator.batch, keys, basis, moments
-        )
+        return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
     for start in range(0, len(keys), GROUP):
         signs = draw_signs(operator, keys[start : start + GROUP])
-        vectors = project_rows(signs, basis)
+        vectors = _project_out(signs, basis)
         found = products(operator, vectors)
         moments = _observe_rows(moments, signs, vectors, found)
     return moments

@@ -50,7 +50,7 @@ def xtrace(operator, key: jax.Array, num_matvecs: int = 32) -> Estimate:
             "'flatopt[matfree]', or use curvature.trace."
         ) from error
     check_operator(operator)
-    checks.check_num_samples(num_matvecs, "num_matvecs")
+    checks.check_count(num_matvecs, "num_matvecs")
     flat, unravel = jax.flatten_util.ravel_pytree(operator.like)
     if operator.stream is not None:
         raise ValueError(

@@ -19,10 +19,7 @@ from flatopt.sharpness._curvature import (
     fisher_rao_empirical,
     fisher_rao_gauss_newton,
     fisher_rao_hessian,
-    frobenius_norm,
-    max_eigenvalue,
     shannon_entropy,
-    trace,
 )
 from flatopt.sharpness._filters import NormalizedFilters, normalize_filters
 from flatopt.sharpness._report import Report, report
@@ -38,16 +35,13 @@ __all__ = [
     "fisher_rao_empirical",
     "fisher_rao_gauss_newton",
     "fisher_rao_hessian",
-    "frobenius_norm",
     "local_entropy",
     "local_entropy_gradient",
     "low_pass",
     "m_sharpness",
-    "max_eigenvalue",
     "normalize_filters",
     "pac_bayes",
     "report",
     "shannon_entropy",
-    "trace",
     "worst_case",
 ]

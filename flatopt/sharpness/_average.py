@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flatopt import curvature, kernels
+from flatopt import kernels
 from flatopt._core import binding, blocks, checks, random, streams, trees
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _passes
+from flatopt._core.risk import Risk
 from flatopt.curvature._draws import probe_keys
 from flatopt.sharpness._solve import check_positive, solve
 from flatopt.transforms._entropy import entropy_sgd_gradients
@@ -48,18 +48,11 @@ def noise_move(kernel):
 ISOTROPIC, ELEMENTWISE = kernels.isotropic(), kernels.elementwise()
 
 
-def rises(operator, key, scale, num_samples, kernel, base=None):
+def rises(risk, key, scale, num_samples, kernel, base=None):
     """Loss at random perturbations less the loss, shape (num_samples,)."""
-    base = _passes.base_loss(operator) if base is None else base
+    base = risk.value if base is None else base
     keys = probe_keys(key, 0, num_samples)
-    found = _passes.losses(operator, noise_move(kernel), keys, jnp.float32(scale))
-    return found - base
-
-
-def mean_estimate(samples):
-    count = len(samples)
-    error = jnp.std(samples, ddof=1) / count**0.5 if count > 1 else jnp.float32(jnp.inf)
-    return Estimate(jnp.mean(samples), error, count)
+    return risk.losses(noise_move(kernel), keys, jnp.float32(scale)) - base
 
 
 def low_pass(
@@ -109,10 +102,10 @@ def low_pass(
       0.03
     """
     check_positive(sigma, "sigma")
-    checks.check_num_samples(num_samples)
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    checks.check_count(num_samples)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
     kernel = ISOTROPIC if kernel is None else kernel
-    return mean_estimate(rises(operator, key, sigma, num_samples, kernel))
+    return Estimate.of(rises(risk, key, sigma, num_samples, kernel))
 
 
 def average_case_adaptive(
@@ -149,9 +142,9 @@ def average_case_adaptive(
       True
     """
     check_positive(rho, "rho")
-    checks.check_num_samples(num_samples)
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return mean_estimate(rises(operator, key, rho, num_samples, ELEMENTWISE))
+    checks.check_count(num_samples)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
+    return Estimate.of(rises(risk, key, rho, num_samples, ELEMENTWISE))
 
 
 def pac_bayes(
@@ -205,10 +198,10 @@ def pac_bayes(
     """
     check_positive(epsilon, "epsilon")
     check_positive(delta, "delta")
-    checks.check_num_samples(num_samples)
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    checks.check_count(num_samples)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
     if num_examples is None:
-        num_examples = _count_examples(operator)
+        num_examples = _count_examples(risk)
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (initial_params, params)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -216,12 +209,10 @@ def pac_bayes(
             f"{shapes[0]}; give the parameters that training started from."
         )
 
-    base = _passes.base_loss(operator)
+    base = risk.value
 
     def rise(sigma):
-        return float(
-            jnp.mean(rises(operator, key, sigma, num_samples, ISOTROPIC, base))
-        )
+        return float(jnp.mean(rises(risk, key, sigma, num_samples, ISOTROPIC, base)))
 
     sigma = solve(rise, epsilon, 1e-3, 1e6)
     difference = jax.tree.map(
@@ -274,9 +265,9 @@ def local_entropy(
       True
     """
     check_positive(gamma, "gamma")
-    checks.check_num_samples(num_samples)
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return entropy_of(rises(operator, key, gamma**-0.5, num_samples, ISOTROPIC))
+    checks.check_count(num_samples)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
+    return entropy_of(rises(risk, key, gamma**-0.5, num_samples, ISOTROPIC))
 
 
 def entropy_of(rises):
@@ -325,16 +316,16 @@ def local_entropy_gradient(
       >>> found < 1e-3  # at a minimum only the noise moves the walk
       True
     """
-    operator = curvature.hessian(loss_fn, params, data)
-    if operator.batch is None and operator.stream is None:
+    risk = Risk.of(loss_fn, params, data)
+    if risk.batch is None and risk.stream is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
     settings = gamma, num_steps, inner_learning_rate, noise_scale, decay
     total = count = 0
-    batches = [operator.batch] if operator.stream is None else operator.stream.batches
+    batches = [risk.batch] if risk.stream is None else risk.stream.batches
     for count, batch in enumerate(batches, 1):
         batch = jax.tree.map(jnp.asarray, batch)
         step_key = random.fold_in(key, count)
-        total += _walk_length(loss_fn, settings, operator.like, batch, step_key)
+        total += _walk_length(loss_fn, settings, risk.like, batch, step_key)
     if not count:
         raise ValueError("data must hold batches, got none; give a loader that yields.")
     return float(total / count)
@@ -348,12 +339,12 @@ def _walk_length(loss_fn, settings, params, batch, key):
     return jnp.sqrt(blocks.dot(grads, grads))
 
 
-def _count_examples(operator):
-    if operator.batch is not None:
-        return streams.batch_size(operator.batch)
-    if operator.stream is None:
+def _count_examples(risk):
+    if risk.batch is not None:
+        return streams.batch_size(risk.batch)
+    if risk.stream is None:
         raise ValueError("num_examples must be given where there is no data.")
     return sum(
         streams.batch_size(jax.tree.map(jnp.asarray, batch))
-        for batch in operator.stream.batches
+        for batch in risk.stream.batches
     )

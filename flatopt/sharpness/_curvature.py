@@ -11,7 +11,6 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
-from flatopt.sharpness._average import mean_estimate
 from flatopt.sharpness._solve import check_positive
 
 
@@ -153,96 +152,6 @@ def _certainty(model_fn, params, batch):
     return jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
 
 
-def frobenius_norm(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    key: jax.Array,
-    *,
-    num_probes: int = 32,
-    data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
-) -> Estimate:
-    """The Frobenius norm of the Hessian.
-
-    Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
-      key: a JAX random key.
-      num_probes: see :func:`flatopt.curvature.probe`.
-
-    Returns:
-      An :class:`~flatopt.curvature.Estimate`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import sharpness
-      >>> found = sharpness.frobenius_norm(
-      ...     lambda p: jnp.sum(p ** 2), jnp.ones(4), jax.random.key(0))
-      >>> round(float(found.value), 3)
-      4.0
-    """
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return curvature.probe(operator, key, num_probes).frobenius_norm
-
-
-def trace(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    key: jax.Array,
-    *,
-    num_probes: int = 32,
-    data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
-) -> Estimate:
-    """The trace of the Hessian. The paper's code sums 100 Ritz values; this does not.
-
-    Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
-      key: a JAX random key.
-      num_probes: see :func:`flatopt.curvature.trace`.
-
-    Returns:
-      An :class:`~flatopt.curvature.Estimate`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import sharpness
-      >>> found = sharpness.trace(lambda p: jnp.sum(p ** 2), jnp.ones(4), jax.random.key(0))
-      >>> round(float(found.value), 3)
-      8.0
-    """
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return curvature.trace(operator, key, num_probes)
-
-
-def max_eigenvalue(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    key: jax.Array,
-    *,
-    data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
-) -> curvature.Eigenpairs:
-    """The largest eigenvalue of the Hessian, with its vector and bound.
-
-    Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
-      key: a JAX random key.
-
-    Returns:
-      :class:`~flatopt.curvature.Eigenpairs` of one.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import sharpness
-      >>> found = sharpness.max_eigenvalue(
-      ...     lambda p: 3 * p[0] ** 2 + p[1] ** 2, jnp.ones(2), jax.random.key(0))
-      >>> round(float(found.values[0]), 3)
-      6.0
-    """
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return curvature.eigenpairs(operator, key)
-
-
 def effective_dimension(
     loss_fn: Callable[..., Any],
     params: Any,
@@ -289,4 +198,4 @@ def effective_dimension(
     )
     positive = np.maximum(density.nodes, 0)
     shares = (density.weights * positive / (positive + alpha)).sum(axis=1)
-    return mean_estimate(jnp.asarray(blocks.size(operator.like) * shares))
+    return Estimate.of(jnp.asarray(blocks.size(operator.like) * shares))

@@ -8,13 +8,11 @@ import jax
 from flatopt import curvature
 from flatopt._core import random
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _passes
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
     entropy_of,
     local_entropy_gradient,
-    mean_estimate,
     pac_bayes,
     rises,
 )
@@ -101,8 +99,9 @@ def report(
         )
     options = {"data": data, "weight_fn": weight_fn}
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    risk = operator.risk
     keys = [random.fold_in(key, index) for index in range(9)]
-    base = _passes.base_loss(operator)
+    base = risk.value
     probe = curvature.probe(operator, keys[0])
     top = curvature.eigenpairs(operator, keys[1])
     values = {
@@ -116,22 +115,18 @@ def report(
         "fisher_rao_empirical": fisher_rao_empirical(
             loss_fn, params, data, weight_fn=weight_fn
         ),
-        "low_pass": mean_estimate(
-            rises(operator, keys[3], sigma, 100, ISOTROPIC, base)
-        ),
-        "local_entropy": entropy_of(
-            rises(operator, keys[4], 0.1, 100, ISOTROPIC, base)
-        ),
+        "low_pass": Estimate.of(rises(risk, keys[3], sigma, 100, ISOTROPIC, base)),
+        "local_entropy": entropy_of(rises(risk, keys[4], 0.1, 100, ISOTROPIC, base)),
         "local_entropy_gradient": local_entropy_gradient(
             loss_fn, params, keys[5], data
         ),
-        "epsilon_sharpness": epsilon_sharpness_of(operator, 0.1),
+        "epsilon_sharpness": epsilon_sharpness_of(risk, 0.1),
         "worst_case": worst_case(loss_fn, params, keys[6], rho=rho, **options),
         "worst_case_adaptive": worst_case(
             loss_fn, params, keys[6], rho=rho, adaptive=True, **options
         ),
-        "average_case_adaptive": mean_estimate(
-            rises(operator, keys[7], rho, 100, ELEMENTWISE, base)
+        "average_case_adaptive": Estimate.of(
+            rises(risk, keys[7], rho, 100, ELEMENTWISE, base)
         ),
     }
     if initial_params is not None:

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flatopt import curvature
 from flatopt._core import binding, blocks, checks, streams, trees
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _passes
-from flatopt.sharpness._average import ISOTROPIC, mean_estimate
+from flatopt._core.risk import Risk, along
+from flatopt.sharpness._average import ISOTROPIC
 from flatopt.sharpness._solve import check_positive, solve
 
 
@@ -48,8 +47,8 @@ def epsilon_sharpness(
       2.0
     """
     check_positive(epsilon, "epsilon")
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    found = epsilon_sharpness_of(operator, epsilon)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
+    found = epsilon_sharpness_of(risk, epsilon)
     if math.isnan(found):
         raise ValueError(
             "params must have a gradient to follow, got one of norm 0 or not a number; at an "
@@ -58,9 +57,9 @@ def epsilon_sharpness(
     return found
 
 
-def epsilon_sharpness_of(operator, epsilon):
+def epsilon_sharpness_of(risk, epsilon):
     """As :func:`epsilon_sharpness`; not a number where there is no gradient to follow."""
-    value, grads = _passes.value_and_gradient(operator)
+    value, grads = risk.value_and_gradient()
     length = float(jnp.sqrt(blocks.dot(grads, grads)))
     if not length > 0:
         return math.nan
@@ -68,7 +67,7 @@ def epsilon_sharpness_of(operator, epsilon):
 
     def rise(distance):
         steps = jnp.full(1, distance, jnp.float32)
-        moved = _passes.losses(operator, _passes.along, steps, direction)
+        moved = risk.losses(along, steps, direction)
         return float(moved[0] - value)
 
     distance = solve(rise, epsilon, 1e-3, 1e6)
@@ -127,11 +126,11 @@ def worst_case(
       0.03
     """
     check_positive(rho, "rho")
-    checks.check_num_samples(num_steps, "num_steps")
+    checks.check_count(num_steps, "num_steps")
     if norm not in NORMS:
         raise ValueError(f"norm must be 'l2' or 'linf', got {norm!r}.")
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    params = operator.like
+    risk = Risk.of(loss_fn, params, data, weight_fn)
+    params = risk.params
     units = jax.tree.map(
         lambda p: (
             jnp.abs(trees.widen(p)) if adaptive else jnp.ones_like(trees.widen(p))
@@ -139,11 +138,10 @@ def worst_case(
         params,
     )
     direction = _random_direction(key, params)
-    base, best = None, 0.0
+    base, best = float(risk.value), 0.0
     for _ in range(num_steps + 1):
         moved = _farthest(params, units, direction, jnp.float32(rho), norm == "l2")
-        value, grads = _passes.value_and_gradient(_passes.at(operator, moved))
-        base = float(_passes.base_loss(operator)) if base is None else base
+        value, grads = risk.at(moved).value_and_gradient(check=False)
         if math.isnan(float(value) - base):
             raise ValueError(
                 f"the loss is not a number within rho={rho} of the parameters; choose a "
@@ -230,4 +228,4 @@ def m_sharpness(
     ]
     if not found:
         raise ValueError("batches must hold batches, got none; give a list of batches.")
-    return mean_estimate(jnp.asarray(found))
+    return Estimate.of(jnp.asarray(found))

@@ -16,6 +16,7 @@ from flatopt.stability._alignment import (
     batch_sharpness,
     estimate_alignment,
 )
+from flatopt.stability._critical import CriticalRate, critical_learning_rate
 from flatopt.stability._dynamics import (
     StationaryCovariance,
     escape_time,
@@ -40,6 +41,7 @@ from flatopt.stability._thresholds import (
 
 __all__ = [
     "Alignment",
+    "CriticalRate",
     "Linearization",
     "Report",
     "SharpestMinimum",
@@ -47,6 +49,7 @@ __all__ = [
     "Thresholds",
     "alignment",
     "batch_sharpness",
+    "critical_learning_rate",
     "escape_time",
     "estimate_alignment",
     "expected_losses",

@@ -1,6 +1,7 @@
 """How the noise of SGD aligns with the curvature."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, trees
+from flatopt._core import blocks, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
-from flatopt.curvature import _draws, _operator, _passes, _probes
+from flatopt._core.risk import Risk
+from flatopt.curvature import _draws, _operator, _probes
+from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
+from flatopt.stability._losses import (
+    check_same_shape,
+    scaled_model,
+    square_at_zero_error,
+    square_loss,
+)
 
 
 class Alignment(NamedTuple):
@@ -20,7 +29,7 @@ class Alignment(NamedTuple):
 
     Attributes:
       mu: :math:`\mu = \operatorname{tr}(\Sigma G) / (2 L \|G\|_F^2) = \alpha \beta`.
-      alpha: the cosine of :math:`\Sigma` and :math:`G`.
+      alpha: the cosine of :math:`\Sigma` and :math:`G`; NaN where :math:`\Sigma` is 0.
       beta: the magnitude :math:`\|\Sigma\|_F / (2 L \|G\|_F)`.
       loss: the loss L.
       isotropic_mu: :math:`\mu` of isotropic noise of the same trace,
@@ -68,34 +77,37 @@ def alignment(lin: Linearization) -> Alignment:
       >>> round(float(stability.alignment(lin).mu), 3)
       0.5
     """
-    twice = jnp.mean(jnp.sum(lin.residuals**2, axis=1))
-    if not float(twice) > 0:
+    coordinates, values, _ = _moments.unit_arrays(lin)
+    coordinates, values = coordinates.astype("f8"), values.astype("f8")
+    residuals = np.asarray(lin.residuals, "f8")
+    twice = np.mean(np.sum(residuals**2, axis=1))
+    if not twice > 0:
         raise ValueError(
             "lin must have a nonzero loss, got 0: the alignment is 0 / 0 there; linearize "
             "a little away from the minimum."
         )
-    dot = functools.partial(jnp.einsum, precision=blocks.PRECISION)
-    grads = dot("nc,ncr->nr", lin.residuals, lin.coordinates)
+    grads = np.einsum("nc,ncr->nr", residuals, coordinates)
     mean = grads.mean(axis=0)
-    noise = dot("nr,ns->rs", grads, grads) / len(grads) - jnp.outer(mean, mean)
-    spread, trace = jnp.diagonal(noise), jnp.sum(lin.eigenvalues)
-    return _ratios(
-        jnp.sum(spread * lin.eigenvalues),
-        jnp.sum(lin.eigenvalues**2),
-        jnp.sum(noise**2),
-        jnp.sum(spread) * trace / lin.num_params,
+    noise = grads.T @ grads / len(grads) - np.outer(mean, mean)
+    spread = np.diagonal(noise)
+    found = _ratios(
+        spread @ values,
+        values @ values,
+        np.sum(noise**2),
+        spread.sum() * values.sum() / lin.num_params,
         twice,
-        lin.loss,
     )
+    return Alignment(loss=lin.loss, **{name: float(x) for name, x in found.items()})
 
 
-def _ratios(product, square, noise_square, isotropic, twice, loss):
-    size, spread = square**0.5, noise_square**0.5
-    return Alignment(
+def _ratios(product, square, noise_square, isotropic, twice):
+    size, spread = square**0.5, np.sqrt(noise_square)
+    with np.errstate(invalid="ignore", divide="ignore"):  # noise of 0 has no direction
+        cosine = product / (spread * size)
+    return dict(
         mu=product / (twice * square),
-        alpha=product / (spread * size),
+        alpha=cosine,
         beta=spread / (twice * size),
-        loss=loss,
         isotropic_mu=isotropic / (twice * square),
     )
 
@@ -146,12 +158,17 @@ def estimate_alignment(
       >>> round(float(found.mu.value), 3)
       0.5
     """
-    newton = curvature.gauss_newton(model_fn, half_square, params, data)
-    loss_fn = square_loss(model_fn)
+    _checks.check_key(key)
+    slope, error = _units(model_fn, params, data)
+    loss_fn = square_loss(model_fn, unit=slope * error)
+    scaled_loss = float(Risk.of(loss_fn, params, data).value)
+    loss = scaled_loss / (slope * error) ** 2
+    newton = curvature.gauss_newton(
+        scaled_model(model_fn, slope), square_at_zero_error, params, data
+    )
     covariance = curvature.gradient_covariance(loss_fn, params, data)
     _probes.check_probes(newton, num_probes, num_deflated)
-    loss = float(_passes.base_loss(curvature.hessian(loss_fn, params, data)))
-    if not loss > 0:
+    if not 0 < loss < math.inf:
         raise ValueError(
             f"the loss must be positive, got {loss:g}; the alignment is 0 / 0 at zero loss, "
             "move the parameters a little."
@@ -166,18 +183,57 @@ def estimate_alignment(
         count = min(_probes.GROUP, num_probes - start)
         keys = _draws.probe_keys(probe_key, start, count)
         signs = _draws.draw_signs(newton, keys)
-        vectors = _probes.project_rows(signs, basis)
-        samples.append(_observe(newton, covariance, vectors))
+        probes = _project_out(signs, basis)
+        samples.append(_observe(newton, covariance, probes))
     size = blocks.size(newton.like)
-    return _jackknife(exact, np.concatenate(samples), loss, size)
+    found = _jackknife(exact, np.concatenate(samples), 2 * scaled_loss * error**2, size)
+    return Alignment(loss=loss, **found)
 
 
-def _jackknife(exact, samples, loss, size):
+def _units(model_fn, params, data):
+    """Powers of two by which outputs, and errors then, come near 1; 1 where they are near.
+
+    The alignment depends on neither, and float32 squares neither 1e25 nor 1e-25.
+    """
+    batch = next(iter(data)) if streams.is_stream(data) else data
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(
+            "data must be pairs (inputs, targets), got a batch of type "
+            f"{type(batch).__name__}."
+        )
+    batch = jax.tree.map(jnp.asarray, tuple(batch))
+    slope, error = (float(x) for x in _largest(model_fn, params, *batch))
+    slope = _near_one(slope)
+    return slope, _near_one(slope * error) ** 0.5
+
+
+def _near_one(size):
+    if not 0 < size < math.inf or 2.0**-20 < size < 2.0**20:
+        return 1.0
+    return 4.0 ** -round(math.log2(size) / 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _largest(model_fn, params, inputs, targets):
+    """The largest slope of a mixture of the outputs, and the largest error."""
+    outputs, pull = jax.vjp(lambda p: model_fn(p, inputs), params)
+    if outputs.ndim not in (1, 2):
+        raise ValueError(
+            "model_fn must return outputs of shape (n,) or (n, c), got "
+            f"{outputs.shape}; reshape them, and squeeze the last axis alone."
+        )
+    check_same_shape(outputs, targets)
+    errors = trees.widen(outputs) - targets.astype(trees.wide(outputs.dtype))
+    signs = jnp.where(jnp.arange(outputs.size) % 3 > 0, 1, -1).reshape(outputs.shape)
+    slopes = jax.tree.leaves(pull(signs.astype(outputs.dtype)))
+    largest = [jnp.max(jnp.abs(trees.widen(x)), initial=0.0) for x in slopes]
+    return jnp.max(jnp.stack(largest)), jnp.max(jnp.abs(errors), initial=0.0)
+
+
+def _jackknife(exact, samples, twice, size):
     def at(means):
         product, square, noise_square, spread, trace = (exact + means).T
-        return _ratios(
-            product, square, noise_square, spread * trace / size, 2 * loss, loss
-        )
+        return _ratios(product, square, noise_square, spread * trace / size, twice)
 
     count = len(samples)
     total = samples.sum(axis=0)
@@ -185,45 +241,48 @@ def _jackknife(exact, samples, loss, size):
     without = at((total - samples) / (count - 1))
     found = {}
     for name in ("mu", "alpha", "beta", "isotropic_mu"):
-        each = getattr(without, name)
+        each = without[name]
         error = np.sqrt((count - 1) * np.mean((each - each.mean()) ** 2))
-        found[name] = Estimate(float(getattr(whole, name)), float(error), count)
-    return Alignment(loss=loss, **found)
+        found[name] = Estimate(float(whole[name]), float(error), count)
+    return found
 
 
-def _observe(newton, covariance, vectors):
+def _observe(newton, covariance, rows):
     """Five quadratic quantities of each row, shape (rows, 5), on the host."""
-    found = _operator.products(newton, vectors), _operator.products(covariance, vectors)
-    return np.asarray(_forms(vectors, *found), "f8")
+    found = _operator.products(newton, rows), _operator.products(covariance, rows)
+    return np.asarray(_forms(rows, *found), "f8")
+
+
+_project_out = jax.jit(blocks.project_out)
 
 
 @jax.jit
-def _forms(vectors, curved, noise):
-    def rows(block, other):
+def _forms(rows, curved, noise):
+    def products(block, other):
         parts = jax.tree.map(
             lambda x, y: jnp.sum((x * y).reshape(len(x), -1), axis=1), block, other
         )
         return sum(jax.tree.leaves(parts))
 
     pairs = (noise, curved), (curved, curved), (noise, noise)
-    pairs += (vectors, noise), (vectors, curved)
-    return jnp.stack([rows(*pair) for pair in pairs], axis=1)
-
-
-def half_square(outputs, targets):
-    """Half the squared error, mean over examples."""
-    errors = trees.widen(outputs - targets)
-    return jnp.sum(errors**2) / (2 * len(errors))
+    pairs += (rows, noise), (rows, curved)
+    return jnp.stack([products(*pair) for pair in pairs], axis=1)
 
 
 @functools.lru_cache(maxsize=64)
-def square_loss(model_fn, loss_scale=1.0):
-    """``loss_fn(params, batch)``, the same function for the same model."""
+def _of_wrapped(loss_fn):
+    """The same loss of ``(batch,)``: a list alone would be taken as many batches."""
+    return lambda params, wrapped: loss_fn(params, wrapped[0])
 
-    def loss_fn(params, batch):
-        return loss_scale * half_square(model_fn(params, batch[0]), batch[1])
 
-    return loss_fn
+@functools.partial(jax.jit, static_argnums=0)
+def _along_gradient(loss_fn, params, batch):
+    """The loss, the gradient's norm, and the curvature along the gradient."""
+    wrapped = _of_wrapped(loss_fn)
+    value, grads = jax.value_and_grad(wrapped)(params, (batch,))
+    unit, norm = vectors.normalize(blocks.widen(grads))
+    operator = curvature.hessian(wrapped, params, (batch,))
+    return trees.widen(value), norm, operator.quadratic_form(unit)
 
 
 def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> Estimate:
@@ -231,18 +290,22 @@ def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> E
 
     .. math:: E_B \left[ \frac{g_B^\top H_B\, g_B}{\|g_B\|^2} \right]
 
-    with gradient and Hessian of the same batch.
+    with gradient and Hessian of the same batch. Batches count by their number of examples.
+    Those without a gradient, fitted exactly, are left out.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss.
       params: the parameters.
-      batches: an iterable of batches of the training batch size.
+      batches: an iterable of batches of the training batch size; each a tree of arrays,
+        lists among them.
 
     Returns:
-      An :class:`~flatopt.curvature.Estimate` over batches.
+      An :class:`~flatopt.curvature.Estimate` over batches; ``num_probes`` counts those
+      that have a gradient.
 
     Raises:
-      ValueError: without batches.
+      ValueError: without batches, for losses or gradients that are not finite, where no
+        batch has a gradient.
 
     References:
       Andreyev, Beneventano, `Edge of Stochastic Stability
@@ -256,16 +319,42 @@ def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> E
       ...     [jnp.ones(4), 3 * jnp.ones(4)]).value
       Array(4., dtype=float32)
     """
-
-    @jax.jit
-    def ratio(operator):
-        _, grads = _passes.value_and_gradient(operator)
-        return operator.quadratic_form(grads) / blocks.dot(grads, grads)
-
-    found = [ratio(curvature.hessian(loss_fn, params, batch)) for batch in batches]
-    if not found:
+    if isinstance(batches, dict | str) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            "batches must be a list or another iterable of batches, got "
+            f"{type(batches).__name__}; write [batch] for one."
+        )
+    params = checks.check_params(params)
+    ratios, sizes, count = [], [], 0
+    for count, batch in enumerate(batches, 1):  # noqa: B007
+        batch = jax.tree.map(jnp.asarray, batch)
+        size = streams.batch_size(batch)
+        loss, norm, ratio = _along_gradient(loss_fn, params, batch)
+        if not bool(jnp.isfinite(jnp.stack([loss, norm, ratio])).all()):
+            raise ValueError(
+                f"the loss of batch {count} is {float(loss):g}, the norm of its gradient "
+                f"{float(norm):g} and the curvature along it {float(ratio):g}; look at the "
+                "loss at these parameters first."
+            )
+        if norm > 0:
+            ratios.append(np.asarray(ratio))
+            sizes.append(size)
+    if not count:
         raise ValueError("batches must hold batches, got none; give a list of batches.")
-    found = jnp.stack(found)
-    count = len(found)
-    error = jnp.std(found, ddof=1) / count**0.5 if count > 1 else jnp.inf
-    return Estimate(jnp.mean(found), error, count)
+    if not ratios:
+        raise ValueError(
+            f"batches must have gradients, got {count} whose gradient is zero; where all "
+            "are fitted there is no direction to measure along: use curvature.eigenpairs."
+        )
+    return _weighted(np.stack(ratios), np.asarray(sizes))
+
+
+def _weighted(samples, sizes):
+    """The mean weighted by sizes, with its standard error."""
+    count, shares = len(samples), sizes / sizes.sum()
+    mean = shares @ samples.astype("f8")
+    error = math.inf
+    if count > 1:
+        squares = shares**2 @ (samples - mean) ** 2
+        error = math.sqrt(squares * count / (count - 1))
+    return Estimate(*(jnp.asarray(x, samples.dtype) for x in (mean, error)), count)

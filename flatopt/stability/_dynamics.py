@@ -2,18 +2,18 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import checks
-from flatopt.stability import _moments
+from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
-from flatopt.stability._thresholds import check_rate, exact_threshold
 
 MOST_STEPS = 100_000  # looked at for an escape
+ROUND_STEPS = 32  # of an escape, looked at at once
 
 
 def growth_rate(
@@ -22,6 +22,7 @@ def growth_rate(
     batch_size: int,
     *,
     sampling: str = "without_replacement",
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> float:
     r"""The factor by which SGD's second moment grows a step, in the long run.
 
@@ -34,6 +35,7 @@ def growth_rate(
       learning_rate: the step size, > 0.
       batch_size: B, at most n.
       sampling: see :func:`thresholds`.
+      progress: see :func:`linearize`; the total is a guess.
 
     Returns:
       The largest eigenvalue of the second moment's recursion.
@@ -50,15 +52,8 @@ def growth_rate(
       >>> round(stability.growth_rate(lin, 3.0, 1), 3)
       2.5
     """
-    checks.check_scale(learning_rate, "learning_rate")
-    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
-    rank = len(lin.eigenvalues)
-    step = functools.partial(
-        _moments.moment_step, lin.coordinates, lin.eigenvalues, learning_rate, q, p
-    )
-    # Shifted by the identity, which the step may map to zero.
-    shifted = lambda moment: moment + step(moment)  # noqa: E731
-    return _moments.largest_eigenvalue(shifted, rank, lin.eigenvalues.dtype) - 1
+    _checks.check_rate(learning_rate)
+    return _moments.growth(lin, learning_rate, batch_size, sampling, progress)
 
 
 def expected_losses(
@@ -75,7 +70,7 @@ def expected_losses(
 
     Args:
       lin: from :func:`linearize`.
-      learning_rate: the step size.
+      learning_rate: the step size, > 0.
       batch_size: B, at most n.
       num_steps: number of steps.
       sampling: see :func:`thresholds`.
@@ -91,21 +86,46 @@ def expected_losses(
       >>> [round(float(x), 3) for x in stability.expected_losses(lin, 3.0, 1, 2)]
       [1.0, 2.5, 6.25]
     """
-    checks.check_scale(learning_rate, "learning_rate")
-    checks.check_num_samples(num_steps, "num_steps")
-    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
-    values = lin.eigenvalues
-    start = 2 * jnp.eye(len(values), dtype=values.dtype) / jnp.sum(values)
-
-    def step(moment, _):
-        loss = jnp.sum(jnp.diagonal(moment) * values) / 2
-        moment = _moments.moment_step(
-            lin.coordinates, values, learning_rate, q, p, moment
-        )
-        return moment, loss
-
-    _, losses = jax.lax.scan(step, start, None, length=num_steps + 1)
+    _checks.check_rate(learning_rate)
+    _checks.check_count(num_steps, "num_steps", "steps")
+    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = _moments.space(lin)
+    _, losses = _mean_losses(room, learning_rate, weights, _start(room), num_steps + 1)
     return losses
+
+
+def _start(room):
+    """The second moment of a random start of loss 1."""
+    moment = np.eye(room.rank) * 2 / np.sum(np.asarray(room.values, "f8"))
+    return jnp.asarray(room.pad(moment), room.values.dtype)
+
+
+def _mean_losses(room, learning_rate, weights, moment, count):
+    """The moment after so many steps, and the mean loss before each of them."""
+    length = 1 << (count - 1).bit_length()  # so that other counts share compiled code
+    moment, losses = _recursion(
+        room.coordinates,
+        room.values,
+        room.rate(learning_rate),
+        weights,
+        moment,
+        count,
+        length,
+    )
+    return moment, losses[:count]
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _recursion(coordinates, values, rate, weights, moment, count, length):
+    def step(index, state):
+        moment, losses = state
+        loss = jnp.sum(jnp.diagonal(moment) * values) / 2
+        losses = losses.at[index].set(loss)
+        moment = _moments.moment_step(coordinates, values, rate, weights, moment)
+        return moment, losses
+
+    start = moment, jnp.zeros(length, values.dtype)
+    return jax.lax.fori_loop(0, count, step, start)
 
 
 def escape_time(
@@ -136,27 +156,23 @@ def escape_time(
       >>> stability.escape_time(lin, 3.0, 1), stability.escape_time(lin, 1.0, 1)
       (3.0, inf)
     """
+    _checks.check_rate(learning_rate)
+    _checks.check_rate(factor, "factor")
     if not factor > 1:
         raise ValueError(
             f"factor must be greater than 1, got {factor}; write factor=10.0."
         )
-    if learning_rate <= exact_threshold(lin, batch_size, sampling):
+    if learning_rate <= _moments.exact_threshold(lin, batch_size, sampling):
         return math.inf
-    rate = growth_rate(lin, learning_rate, batch_size, sampling=sampling)
-    # The long-run rate sets the scale; the start may shrink first.
-    num_steps = int(math.log(factor) / max(math.log(rate), 1e-6)) + 64
-    while True:
-        num_steps = min(num_steps, MOST_STEPS)
-        losses = np.asarray(
-            expected_losses(
-                lin, learning_rate, batch_size, num_steps, sampling=sampling
-            )
-        )
-        if not losses[-1] < factor or num_steps == MOST_STEPS:
-            break
-        num_steps *= 4
-    reached = np.flatnonzero(~(losses < factor))
-    return float(reached[0]) if len(reached) else math.inf
+    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = _moments.space(lin)
+    moment, count = _start(room), ROUND_STEPS
+    for start in range(0, MOST_STEPS, ROUND_STEPS):
+        moment, losses = _mean_losses(room, learning_rate, weights, moment, count)
+        reached = np.flatnonzero(~(np.asarray(losses) < factor))
+        if len(reached):
+            return float(start + reached[0])
+    return math.inf
 
 
 NOISES = ("sgd", "gd", "isotropic", "langevin")
@@ -185,7 +201,7 @@ def simulate(
     Args:
       lin: from :func:`linearize`.
       key: a JAX random key.
-      learning_rate: the step size.
+      learning_rate: the step size, > 0.
       batch_size: B, at most n.
       num_steps: number of steps.
       num_runs: number of independent runs.
@@ -204,64 +220,78 @@ def simulate(
       >>> losses.shape
       (3, 6)
     """
-    checks.check_scale(learning_rate, "learning_rate")
-    checks.check_num_samples(num_steps, "num_steps")
-    checks.check_num_samples(num_runs, "num_runs")
-    _, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
+    _checks.check_rate(learning_rate)
+    _checks.check_count(num_steps, "num_steps", "steps")
+    _checks.check_count(num_runs, "num_runs", "runs")
+    _checks.check_key(key)
     if noise not in NOISES:
         raise ValueError(
             f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}."
         )
+    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = _moments.space(lin)
+    draws = num_steps, num_runs
     return _simulate(
-        lin, key, learning_rate, p, batch_size, num_steps, num_runs, noise, sampling
+        room.coordinates,
+        room.values,
+        room.rate(learning_rate),
+        weights.each / lin.num_params,
+        key,
+        (batch_size, *draws, noise, sampling),
     )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _simulate(lin, key, rate, p, batch_size, num_steps, num_runs, noise, sampling):
-    coordinates, values = lin.coordinates, lin.eigenvalues
-    n, rank = len(coordinates), len(values)
+@functools.partial(jax.jit, static_argnums=5)
+def _simulate(coordinates, values, rate, share, key, setting):
+    batch_size, num_steps, num_runs, noise, sampling = setting
+    n, _, width = coordinates.shape
     scale = jnp.sqrt(2 / jnp.sum(values))
-
-    def batch_weights(key):
-        """How often each example is in the batch."""
-        if sampling == "with_replacement":
-            chosen = jax.random.randint(key, (batch_size,), 0, n)
-            return jnp.zeros(n, values.dtype).at[chosen].add(1)
-        noise = jax.random.uniform(key, (n,))
-        if sampling == "bernoulli":
-            return (noise < batch_size / n).astype(values.dtype)
-        return (jnp.argsort(jnp.argsort(noise)) < batch_size).astype(values.dtype)
-
-    # The trace of SGD's noise, in expectation over the starts.
-    each = jnp.sum(jnp.einsum("ncr,ndr->ncd", coordinates, coordinates) ** 2) / n
-    start_spread = scale**2 * (each - jnp.sum(values**2))
+    spread = _start_spread(coordinates, values) if noise == "langevin" else None
 
     def step(point, key):
         loss = jnp.sum(values * point**2) / 2
         errors = jnp.einsum("ncr,r->nc", coordinates, point)
         if noise == "sgd":
-            counts = batch_weights(key)[:, None] / batch_size
-            grads = jnp.einsum("nc,ncr->r", counts * errors, coordinates)
-            return point - rate * grads, loss
+            counts = _batch_counts(key, n, batch_size, sampling).astype(values.dtype)
+            errors = counts[:, None] / batch_size * errors
+            return point - rate * jnp.einsum("nc,ncr->r", errors, coordinates), loss
         grads = values * point
         if noise == "gd":
             return point - rate * grads, loss
-        spread = start_spread
+        trace = spread
         if noise == "isotropic":
             each = jnp.einsum("nc,ncr->nr", errors, coordinates)
-            spread = jnp.mean(jnp.sum(each**2, axis=1)) - jnp.sum(grads**2)
-        deviation = jnp.sqrt(p * jnp.maximum(spread, 0) / lin.num_params)
-        grads = grads + deviation * jax.random.normal(key, (rank,), values.dtype)
-        return point - rate * grads, loss
+            trace = jnp.mean(jnp.sum(each**2, axis=1)) - jnp.sum(grads**2)
+        deviation = jnp.sqrt(share * jnp.maximum(trace, 0))
+        drawn = jax.random.normal(key, (width,), values.dtype)
+        drawn = jnp.where(values > 0, drawn, 0.0)
+        return point - rate * (grads + deviation * drawn), loss
 
     def run(key):
         start_key, key = jax.random.split(key)
-        start = scale * jax.random.normal(start_key, (rank,), values.dtype)
+        start = scale * jax.random.normal(start_key, (width,), values.dtype)
         _, losses = jax.lax.scan(step, start, jax.random.split(key, num_steps + 1))
         return losses
 
     return jax.vmap(run)(jax.random.split(key, num_runs))
+
+
+def _start_spread(coordinates, values):
+    """The trace of SGD's noise, in expectation over the starts of loss 1."""
+    grams = jnp.einsum("ncr,ndr->ncd", coordinates, coordinates)
+    each = jnp.sum(grams**2) / len(coordinates)
+    return 2 / jnp.sum(values) * (each - jnp.sum(values**2))
+
+
+def _batch_counts(key, num_examples, batch_size, sampling):
+    """How often each example is in a random batch."""
+    if sampling == "with_replacement":
+        chosen = jax.random.randint(key, (batch_size,), 0, num_examples)
+        return jnp.zeros(num_examples, jnp.int32).at[chosen].add(1)
+    drawn = jax.random.uniform(key, (num_examples,))
+    if sampling == "bernoulli":
+        return drawn < batch_size / num_examples
+    return jnp.argsort(jnp.argsort(drawn)) < batch_size
 
 
 class StationaryCovariance(NamedTuple):
@@ -328,19 +358,15 @@ def stationary_covariance(
       >>> round(float(found.excess_loss), 4)  # 0.5 * 0.5 / (2 - 0.5)
       0.1667
     """
-    check_rate(learning_rate)
-    limit = exact_threshold(lin, batch_size, sampling)
+    _checks.check_rate(learning_rate)
+    limit = _moments.exact_threshold(lin, batch_size, sampling)
     if not learning_rate < limit:
         raise ValueError(
             f"learning_rate must be below the exact threshold, {limit:.4g}, got "
             f"{learning_rate:.4g}; beyond it SGD settles nowhere."
         )
-    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
-    covariance = _moments.stationary(lin, learning_rate, q, p)
-    values, spread = lin.eigenvalues, jnp.diagonal(covariance)
-    return StationaryCovariance(
-        covariance,
-        mean_square_distance=jnp.sum(spread),
-        excess_loss=jnp.sum(values * spread) / 2,
-        mean_square_gradient=jnp.sum(values**2 * spread),
-    )
+    covariance = _moments.stationary(lin, learning_rate, batch_size, sampling)
+    values, spread = np.asarray(lin.eigenvalues, "f8"), np.diagonal(covariance)
+    found = covariance, spread.sum(), values @ spread / 2, values**2 @ spread
+    dtype = jnp.asarray(lin.eigenvalues).dtype
+    return StationaryCovariance(*(_moments.narrow(x, dtype) for x in found))

@@ -1,8 +1,5 @@
 """A model linearized at its parameters, in the space that its examples' gradients span."""
 
-import functools
-import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, trees
+from flatopt._core import blocks, trees
+from flatopt.stability import _checks, _gram, _losses, _moments
 
 CHUNK_VALUES = 1 << 26  # computed at once
 
@@ -21,14 +19,14 @@ class Linearization(NamedTuple):
     Attributes:
       coordinates: gradients of each output of each example, times the root of
         ``loss_scale``, in the eigenbasis of H, shape (n, c, r).
-      eigenvalues: the r nonzero eigenvalues of H, the Gauss-Newton matrix of the loss and
-        its Hessian at zero error; descending.
+      eigenvalues: the r eigenvalues of H that stand out of the Jacobian's rounding,
+        descending; H is the Gauss-Newton matrix of the loss and its Hessian at zero error.
       residuals: outputs less targets, times the root of ``loss_scale``, shape (n, c).
       loss: the loss.
       gradient_norm: the norm of its gradient.
       num_params: the number of parameters.
-      reducible_loss: what the linearized model could still take off the loss; 0 at a
-        minimum.
+      reducible_loss: what the linearized model could still take off the loss, in flat
+        directions too; 0 at a minimum.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,31 +55,36 @@ def linearize(
     loss_scale: float = 1.0,
     loss_fn: Callable[..., Any] | None = None,
     chunk_size: int | None = None,
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
     r"""Linearize a model with square loss at its parameters.
 
     Errors that are all within the rounding of the outputs count as zero.
 
     Cost: the Jacobian of all outputs once, or some times where it exceeds a quarter of the
-    device's memory, and the eigendecomposition of an (n c, n c) matrix.
+    device's memory, and the eigendecomposition of an (n c, n c) matrix in float64.
 
     Args:
       model_fn: ``model_fn(params, inputs) -> outputs`` of shape (n,) or (n, c).
       params: the parameters, at or near a minimum.
       inputs: n inputs, a tree of arrays with a leading axis.
-      targets: the targets, of the outputs' shape.
+      targets: the targets, of the outputs' shape; nothing is broadcast.
       loss_scale: factor of the loss over ``sum of squared errors / (2 n)``.
       loss_fn: ``loss_fn(outputs, targets)``, your training loss: if given it is compared
-        with ``loss_scale``, since the wrong convention changes learning rates unseen.
+        with ``loss_scale`` at small errors of its own, since the wrong convention changes
+        learning rates unseen.
       chunk_size: number of examples whose Jacobian is computed at once; default: at most
         64, fewer for large models.
+      progress: None: a bar where it takes long, if tqdm is there; True: a bar at once;
+        False: none; or ``progress(done, total, description)``.
 
     Returns:
       A :class:`Linearization`.
 
     Raises:
       ValueError: for a ``loss_fn`` that is not this loss, naming the factor; for targets of
-        another shape, fewer than 2 examples, a zero Jacobian, values that are not finite.
+        another shape, fewer than 2 examples, more outputs than fit in memory, a zero
+        Jacobian, values that are not finite.
 
     References:
       Wu, Wang, Su, `The Alignment Property of SGD Noise
@@ -96,25 +99,20 @@ def linearize(
       >>> float(lin.loss)
       0.0
     """
-    checks.check_scale(loss_scale, "loss_scale")
-    params, outputs = _outputs(model_fn, params, inputs)
-    targets = jnp.asarray(targets)
-    if outputs.shape != targets.shape:
-        raise ValueError(
-            "targets must have the shape of the outputs, (n,) or (n, c), got "
-            f"{targets.shape} for outputs {outputs.shape}; reshape one of them."
-        )
-    n = len(outputs)
-    errors = _without_rounding(outputs - targets, outputs).reshape(n, -1)
-    loss = loss_scale * jnp.sum(errors**2) / (2 * n)
+    _checks.check_rate(loss_scale, "loss_scale")
+    params, outputs = _losses.check_outputs(model_fn, params, inputs)
+    targets = _losses.check_targets(outputs, targets)
     if loss_fn is not None:
-        _check_loss(loss_fn(outputs, targets), loss, loss_scale, errors, n)
+        _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
+    n = len(outputs)
+    errors = _without_rounding(trees.widen(outputs) - targets, outputs).reshape(n, -1)
+    loss = loss_scale * jnp.sum(errors**2) / (2 * n)
     root = jnp.sqrt(jnp.asarray(loss_scale, errors.dtype))
-    roots = jnp.broadcast_to(
-        root * jnp.eye(errors.shape[1], dtype=errors.dtype),
-        (n, errors.shape[1], errors.shape[1]),
+    one = root * jnp.eye(errors.shape[1], dtype=errors.dtype)
+    roots = jnp.broadcast_to(one, (n, *one.shape))
+    return _linearize(
+        model_fn, params, inputs, roots, root * errors, loss, chunk_size, progress
     )
-    return _linearize(model_fn, params, inputs, roots, root * errors, loss, chunk_size)
 
 
 def linearize_gauss_newton(
@@ -125,6 +123,7 @@ def linearize_gauss_newton(
     targets: Any,
     *,
     chunk_size: int | None = None,
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
     r"""Linearize a model with any loss that is convex in the outputs.
 
@@ -143,7 +142,7 @@ def linearize_gauss_newton(
       params: the parameters, at or near a minimum.
       inputs: n inputs, a tree of arrays with a leading axis.
       targets: n targets, a tree of arrays with a leading axis.
-      chunk_size: see :func:`linearize`.
+      chunk_size, progress: see :func:`linearize`.
 
     Returns:
       A :class:`Linearization`.
@@ -162,169 +161,81 @@ def linearize_gauss_newton(
       >>> lin.eigenvalues
       Array([0.125, 0.125], dtype=float32)
     """
-    params, outputs = _outputs(model_fn, params, inputs)
-    n = len(outputs)
-    wide = trees.widen(outputs)
-
-    def loss_of_one(flat, target):
-        output = flat.reshape(outputs.shape[1:])[None]
-        target = jax.tree.map(lambda x: jnp.asarray(x)[None], target)
-        return checks.check_value(loss_fn(output, target), "loss_fn")
-
-    flat = wide.reshape(n, -1)
-    slopes = jax.vmap(jax.grad(loss_of_one))(flat, targets)
-    hessians = jax.vmap(jax.hessian(loss_of_one))(flat, targets)
-    roots, residuals = _split(np.asarray(hessians, "f8"), np.asarray(slopes, "f8"))
-    roots, residuals = (jnp.asarray(x, wide.dtype) for x in (roots, residuals))
-    loss = trees.widen(jnp.asarray(loss_fn(wide, targets)))
-    return _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size)
+    params, outputs = _losses.check_outputs(model_fn, params, inputs)
+    *parts, loss = _losses.expand(loss_fn, outputs, targets)
+    roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
+    return _linearize(
+        model_fn, params, inputs, roots, residuals, loss, chunk_size, progress
+    )
 
 
 def _without_rounding(errors, outputs):
     """Zero where all errors are within the rounding of the outputs."""
-    rounding = 16 * jnp.finfo(outputs.dtype).eps
-    errors, size = trees.widen(errors), jnp.mean(trees.widen(outputs) ** 2)
-    is_rounding = jnp.mean(errors**2) <= rounding**2 * size
-    return jnp.where(is_rounding, 0.0, errors).astype(errors.dtype)
+    rounding = 16 * float(jnp.finfo(outputs.dtype).eps)
+    unit = jnp.max(jnp.abs(trees.widen(outputs)))  # so that squares stay in range
+    unit = jnp.where(unit > 0, unit, 1.0)
+    size = jnp.mean((trees.widen(outputs) / unit) ** 2)
+    is_rounding = jnp.mean((errors / unit) ** 2) <= rounding**2 * size
+    return jnp.where(is_rounding, 0.0, errors)
 
 
-def _outputs(model_fn, params, inputs):
-    params = checks.check_params(params)
-    outputs = model_fn(params, inputs)
-    if outputs.ndim not in (1, 2):
-        raise ValueError(
-            "model_fn must return outputs of shape (n,) or (n, c), got "
-            f"{outputs.shape}; reshape them."
-        )
-    if len(outputs) < 2:
-        raise ValueError(
-            f"inputs must hold at least 2 examples, got {len(outputs)}; one example has no "
-            "sampling noise, and gradient descent's threshold 2 / eigenvalue is exact."
-        )
-    return params, outputs
-
-
-def _split(hessians, slopes):
-    """The roots of the outputs' Hessians, and the slopes over these roots."""
-    if not (np.isfinite(hessians).all() and np.isfinite(slopes).all()):
-        raise ValueError(
-            "the loss has derivatives in the outputs that are not finite; look at the "
-            "model's outputs first."
-        )
-    values, vectors = np.linalg.eigh(hessians)
-    largest = np.abs(values).max(axis=1, keepdims=True)
-    if (values < -1e-4 * largest).any():
-        raise ValueError(
-            "loss_fn must be convex in the outputs, got an eigenvalue of "
-            f"{values.min():.3g}; the theory needs examples of positive curvature."
-        )
-    keep = values > 1e-6 * largest
-    scales = np.where(keep, np.sqrt(np.where(keep, values, 0)), 0)
-    roots = np.einsum("nij,nj,nkj->nik", vectors, scales, vectors)
-    parts = np.einsum("nij,ni->nj", vectors, slopes)
-    missed = np.linalg.norm(np.where(keep, 0, parts), axis=1)
-    if (missed > 1e-3 * np.linalg.norm(slopes, axis=1)).any():
-        raise ValueError(
-            "loss_fn has a slope in directions without curvature, of norm "
-            f"{missed.max():.3g}; a second-order expansion says nothing there."
-        )
-    inverse = np.where(keep, 1 / np.where(keep, scales, 1), 0)
-    return roots, np.einsum("nij,nj->ni", vectors, inverse * parts)
-
-
-def _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size):
+def _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size, shown):
     size = blocks.size(params)
     n, c = residuals.shape
     if chunk_size is None:
         chunk_size = max(1, min(64, CHUNK_VALUES // (c * size)))
-    checks.check_num_samples(chunk_size, "chunk_size")
-    gram = _gram(model_fn, params, inputs, roots, chunk_size, size)
-    if not np.isfinite(np.asarray(gram)).all():
+    _checks.check_count(chunk_size, "chunk_size", "examples whose Jacobian is held")
+    gram = _gram.gram(model_fn, params, inputs, roots, chunk_size, size, shown)
+    if not np.isfinite(gram).all():
         raise ValueError(
             "the Jacobian is not finite; look at the model's outputs and gradients first."
         )
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
-    rank = int(jnp.sum(values > values[0] * len(values) * jnp.finfo(values.dtype).eps))
-    if not rank or not values[0] > 0:
+    _check_range(values[0] / n, residuals.dtype)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
+    rank = _rank(values, size, eps)
+    errors = np.asarray(residuals, "f8").reshape(-1)
+    # A coarse dtype hides directions, but not what the loss could still lose in them.
+    most = _rank(values, size, min(eps, float(jnp.finfo(jnp.float32).eps)))
+    seen = errors @ vectors[:, :most]
+    slope = max(errors @ gram @ errors, 0.0)
+    dtype = residuals.dtype
+    coordinates = (vectors[:, :rank] * np.sqrt(values[:rank])).reshape(n, c, rank)
+    return Linearization(
+        coordinates=_moments.narrow(coordinates, dtype),
+        eigenvalues=_moments.narrow(values[:rank] / n, dtype),
+        residuals=residuals,
+        loss=loss,
+        gradient_norm=_moments.narrow(np.sqrt(slope) / n, dtype),
+        num_params=size,
+        reducible_loss=_moments.narrow(np.sum(seen**2) / (2 * n), dtype),
+    )
+
+
+def _check_range(largest, dtype):
+    """Reject a curvature that is zero, or that the dtype cannot hold."""
+    if not largest > 0:
         raise ValueError(
             "the Jacobian of the model is zero at params; there is no curvature to be "
             "stable or unstable in."
         )
-    values, vectors = values[:rank], vectors[:, :rank]
-    shown = jnp.dot(residuals.reshape(-1), vectors, precision=blocks.PRECISION)
-    return Linearization(
-        coordinates=(vectors * jnp.sqrt(values)[None]).reshape(n, c, rank),
-        eigenvalues=values / n,
-        residuals=residuals,
-        loss=loss,
-        gradient_norm=jnp.linalg.norm(shown * jnp.sqrt(values)) / n,
-        num_params=size,
-        reducible_loss=jnp.sum(shown**2) / (2 * n),
-    )
-
-
-def _check_loss(given, loss, loss_scale, errors, n):
-    unit = float(jnp.sum(errors**2)) / (2 * n)
-    if not np.isclose(float(given), float(loss), rtol=1e-3, atol=1e-30):
-        factor = float(given) / unit if unit else math.nan
+    limits = jnp.finfo(dtype)
+    if not float(limits.tiny) <= largest <= float(limits.max):
         raise ValueError(
-            f"loss_fn returned {float(given):g} where loss_scale={loss_scale:g} gives "
-            f"{float(loss):g}; if it is a squared error, pass loss_scale={factor:g}."
+            f"the largest eigenvalue of H, {largest:.3g}, is beyond {jnp.dtype(dtype)}; "
+            "scale the loss or the outputs, or enable jax_enable_x64."
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _jacobian(model_fn, params, inputs, roots):
-    """Rows of the examples' roots times Jacobians, two axes a leaf."""
+def _rank(values, num_params, eps):
+    """The number of eigenvalues that stand out of rounding.
 
-    def outputs(params, example):
-        example = jax.tree.map(lambda x: x[None], example)
-        return trees.widen(model_fn(params, example)[0]).reshape(-1)
-
-    rows = jax.vmap(jax.jacrev(outputs), in_axes=(None, 0))(params, inputs)
-
-    def flatten(leaf):
-        leaf = trees.widen(leaf.reshape(*roots.shape[:2], -1))
-        mixed = jnp.einsum(
-            "ncd,ndp->ncp", roots.astype(leaf.dtype), leaf, precision=blocks.PRECISION
-        )
-        return mixed.reshape(-1, leaf.shape[2])
-
-    return [flatten(leaf) for leaf in jax.tree.leaves(rows)]
-
-
-_products = jax.jit(blocks.gram)
-
-
-def _most_held():
-    """Number of float32 values in a quarter of the memory."""
-    found = jax.local_devices()[0].memory_stats()
-    if found and "bytes_limit" in found:
-        return found["bytes_limit"] // 16
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
-
-
-def _gram(model_fn, params, inputs, roots, chunk_size, size):
-    """Inner products of all rows, shape (n c, n c).
-
-    Chunks are held while they fit; with the chunks held, all later ones are computed
-    again.
+    That of their own computation in float64, and that of a Jacobian whose entries are off
+    by a few eps at random: a matrix of such errors has singular values that are smaller
+    than its norm by the root of its smaller side.
     """
-    n, c, _ = roots.shape
-    chunks = [
-        jax.tree.map(lambda x, s=start: x[s : s + chunk_size], (inputs, roots))
-        for start in range(0, n, chunk_size)
-    ]
-    most = max(1, _most_held() // (chunk_size * c * size))
-    parts = [[None] * len(chunks) for _ in chunks]
-    for first in range(0, len(chunks), most):
-        held = {}
-        for j in range(first, len(chunks)):
-            rows = _jacobian(model_fn, params, *chunks[j])
-            if j < first + most:
-                held[j] = rows
-            for i, others in held.items():
-                parts[i][j] = _products(others, rows)
-                parts[j][i] = parts[i][j].T
-    return jnp.block(parts)
+    own = 4 * len(values) * np.finfo("f8").eps * values[0]
+    rows = 64 * eps**2 * max(values.sum(), values[0]) / min(len(values), num_params)
+    found = int(np.sum(values > max(own, rows)))
+    return max(1, min(found, num_params))

@@ -1,43 +1,140 @@
 """SGD's second moment near a minimum, on symmetric matrices of the rows' space.
 
-With q, p the weights of a sampling, the moment M of the distance follows
-``M - rate (H M + M H) + rate^2 (q H M H + p mean_i H_i M H_i)``.
+With the weights of a sampling, the moment M of the distance follows
+``M - rate (H M + M H) + rate^2 (whole H M H + each mean_i H_i M H_i)``.
 """
 
-import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks
+from flatopt._core import blocks, progress
+from flatopt.stability import _checks
 
-SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
+EXPECTED_PRODUCTS = 42  # of an eigenvalue: two rounds of ARPACK, where it is separated
+FIXED_WIDTH = 512  # up to which padding costs less than compiling
+LARGE_RANK = 256  # from which flat directions are worth leaving out
+FLAT = (
+    3e-3  # share of what the flat directions may add to the sharpest: no digit in six
+)
 
 
-def weights(n, batch_size, sampling):
-    """The weights q and p for batches of n examples; n None: of very many."""
-    checks.check_num_samples(batch_size, "batch_size")
-    check_sampling(sampling)
-    if n is not None and batch_size > n:
-        raise ValueError(
-            f"batch_size must be at most the number of examples, {n}, got {batch_size}."
-        )
+class Weights(NamedTuple):
+    """How the second moment of a mean over a batch splits.
+
+    Attributes:
+      whole: weight of H M H, all examples with each other.
+      each: weight of the mean of H_i M H_i, each example with itself.
+    """
+
+    whole: float
+    each: float
+
+
+def sampling_weights(num_examples, batch_size, sampling):
+    """The :class:`Weights` of batches of so many examples; None: of very many."""
+    _checks.check_batch(batch_size, num_examples, sampling)
+    n, size = num_examples, batch_size
     if n is None or sampling == "with_replacement":
-        p = 1 / batch_size
+        each = 1 / size
     elif sampling == "bernoulli":
-        p = (n - batch_size) / (n * batch_size)
+        each = (n - size) / (n * size)
     else:
-        p = (n - batch_size) / (batch_size * (n - 1))
-    return (1.0 if sampling == "bernoulli" else 1 - p), p
+        each = (n - size) / (size * (n - 1))
+    return Weights(1.0 if sampling == "bernoulli" else 1 - each, each)
 
 
-def check_sampling(sampling):
-    if sampling not in SAMPLINGS:
-        raise ValueError(
-            f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}."
-        )
+class Space(NamedTuple):
+    """A linearization as compiled code takes it: of a fixed width, and near 1.
+
+    Padded by directions without curvature, so that checkpoints of other rank share code;
+    eigenvalues are divided by a power of four, so that squares stay in range.
+
+    Attributes:
+      coordinates: shape (n, c, width).
+      values: eigenvalues over ``scale``, shape (width,).
+      scale: the power of four, a float.
+      rank: number of directions with curvature.
+    """
+
+    coordinates: jax.Array
+    values: jax.Array
+    scale: float
+    rank: int
+
+    def pad(self, matrix):
+        """A matrix of the directions with curvature, as wide as the arrays."""
+        missing = self.coordinates.shape[2] - self.rank
+        return np.pad(matrix, ((0, missing), (0, missing)))
+
+    def cut(self, matrix):
+        """The directions with curvature of a matrix, on the host."""
+        return np.asarray(matrix)[: self.rank, : self.rank]
+
+    def rate(self, learning_rate):
+        """The learning rate in the units of these eigenvalues."""
+        return jnp.asarray(learning_rate * self.scale, self.values.dtype)
+
+
+def space(lin):
+    """The :class:`Space` of a linearization."""
+    return _space(lin, *unit_arrays(lin))
+
+
+def sharp_space(lin):
+    """That of the directions that decide how the second moment grows.
+
+    The flat ones of a large problem go, as far as they could neither rule by themselves
+    nor add to what does: the largest eigenvalue of C^{-1} D in them is at most that of H,
+    and p times the largest of an example's own Hessian.
+    """
+    coordinates, values, scale = unit_arrays(lin)
+    if len(values) > LARGE_RANK:
+        squares = np.sum(coordinates.astype("f8") ** 2, axis=1)
+        rest = np.cumsum(squares[:, ::-1], axis=1)[:, ::-1].max(axis=0)
+        rank = int(np.sum(rest > FLAT * values[0]))
+        coordinates, values = coordinates[:, :, :rank], values[:rank]
+    return _space(lin, coordinates, values, scale)
+
+
+def _space(lin, coordinates, values, scale):
+    n, c, rank = coordinates.shape
+    missing = _width(rank, max(min(n * c, lin.num_params), rank)) - rank
+    return Space(
+        jnp.asarray(np.pad(coordinates, ((0, 0), (0, 0), (0, missing)))),
+        jnp.asarray(np.pad(values, (0, missing))),
+        scale,
+        rank,
+    )
+
+
+def narrow(values, dtype):
+    """Values of the host as arrays: infinite where the dtype ends, without a warning."""
+    with np.errstate(over="ignore"):
+        # Not jnp.asarray, which compiles for each new shape.
+        return jax.device_put(np.asarray(values).astype(dtype))
+
+
+def unit_arrays(lin):
+    """Coordinates, eigenvalues and the power of four that eigenvalues are divided by."""
+    coordinates, values = np.asarray(lin.coordinates), np.asarray(lin.eigenvalues)
+    exponent = round(math.log2(values[0]) / 2)
+    scaled = np.ldexp(coordinates, -exponent), np.ldexp(values, -2 * exponent)
+    return *scaled, 4.0**exponent
+
+
+def _width(rank, most):
+    """The largest rank there can be, or less in steps of a quarter of an octave."""
+    width = most
+    while most > FIXED_WIDTH:
+        most = math.ceil(most / 2**0.25)
+        if most < rank:
+            break
+        width = most
+    return width
 
 
 def noise_part(coordinates, matrix):
@@ -57,46 +154,89 @@ def _dot(subscripts, *arrays):
 
 
 @jax.jit
-def moment_step(coordinates, values, rate, q, p, moment):
+def moment_step(coordinates, values, rate, weights, moment):
+    """The second moment after one step."""
     drift = values[:, None] * moment + moment * values[None]
-    noise = q * values[:, None] * moment * values[None]
-    noise = noise + p * noise_part(coordinates, moment)
+    noise = weights.whole * values[:, None] * moment * values[None]
+    noise = noise + weights.each * noise_part(coordinates, moment)
     return moment - rate * drift + rate**2 * noise
 
 
 @jax.jit
-def scaled_noise(coordinates, values, q, p, moment):
+def _shifted_step(coordinates, values, rate, weights, moment):
+    # Shifted by the identity: the step may map to zero.
+    return moment + moment_step(coordinates, values, rate, weights, moment)
+
+
+def _drift_scale(values):
+    """C^{-1/2} elementwise, in the eigenbasis of H; zero where C is."""
+    drift = (values[:, None] + values[None]) / 2
+    return jnp.where(drift > 0, jax.lax.rsqrt(jnp.where(drift > 0, drift, 1.0)), 0.0)
+
+
+@jax.jit
+def scaled_noise(coordinates, values, weights, moment):
     """C^{-1/2} D C^{-1/2}, with C elementwise in the eigenbasis of H."""
-    scale = jax.lax.rsqrt((values[:, None] + values[None]) / 2)
+    scale = _drift_scale(values)
     moment = scale * moment
-    found = q * values[:, None] * moment * values[None]
-    return scale * (found + p * noise_part(coordinates, moment))
+    found = weights.whole * values[:, None] * moment * values[None]
+    return scale * (found + weights.each * noise_part(coordinates, moment))
 
 
-def top_of_mean_square(lin, q, p):
-    apply = functools.partial(scaled_noise, lin.coordinates, lin.eigenvalues, q, p)
-    return largest_eigenvalue(apply, len(lin.eigenvalues), lin.eigenvalues.dtype)
+def exact_threshold(lin, batch_size, sampling, shown=None):
+    """The largest learning rate at which the second moment stays bounded."""
+    weights = sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = sharp_space(lin)
+
+    def apply(moment):
+        return scaled_noise(room.coordinates, room.values, weights, moment)
+
+    top = _largest_eigenvalue(apply, room, shown, "the exact threshold")
+    return 2 / top / room.scale
 
 
-def largest_eigenvalue(apply, rank, dtype):
+def growth(lin, learning_rate, batch_size, sampling, shown=None):
+    """The factor of the second moment a step, in the long run."""
+    weights = sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = sharp_space(lin)
+    rate = room.rate(learning_rate)
+
+    def apply(moment):
+        return _shifted_step(room.coordinates, room.values, rate, weights, moment)
+
+    found = _largest_eigenvalue(apply, room, shown, "the growth rate") - 1
+    if room.rank == len(lin.eigenvalues):
+        return found
+    # Of a flat direction that was left out, to first order.
+    return max(found, 1 - 2 * learning_rate * float(lin.eigenvalues[-1]))
+
+
+def _largest_eigenvalue(apply, room, shown, description):
     """Of a linear map of symmetric matrices, symmetric itself; starts from the identity.
 
     The map is positive: its top eigenvector is a positive semidefinite matrix, which the
     identity is never orthogonal to.
     """
+    rank, dtype = room.rank, room.values.dtype
+    with progress.bar(shown, EXPECTED_PRODUCTS, description) as steps:
 
-    def product(vector):
-        matrix = jnp.asarray(vector.reshape(rank, rank), dtype)
-        found = np.asarray(apply((matrix + matrix.T) / 2), "f8")
-        return (found + found.T).ravel() / 2
+        def product(vector):
+            matrix = np.asarray(vector, "f8").reshape(rank, rank)
+            padded = jnp.asarray(room.pad((matrix + matrix.T) / 2), dtype)
+            found = room.cut(apply(padded)).astype("f8")
+            steps.update()
+            return (found + found.T).ravel() / 2
 
-    if rank <= 3:
-        columns = np.stack([product(row) for row in np.eye(rank**2)])
-        return float(np.linalg.eigvalsh((columns + columns.T) / 2)[-1])
+        if rank <= 3:
+            columns = np.stack([product(row) for row in np.eye(rank**2)])
+            return float(np.linalg.eigvalsh((columns + columns.T) / 2)[-1])
+        return _arpack(product, rank, 1e-9 if dtype == jnp.float64 else 1e-6)
+
+
+def _arpack(product, rank, accuracy):
     import scipy.sparse.linalg  # slow to import
 
     operator = scipy.sparse.linalg.LinearOperator((rank**2,) * 2, product, dtype="f8")
-    accuracy = 1e-9 if dtype == jnp.float64 else 1e-6
     # Below the threshold many eigenvalues crowd near 1: there it is known less well.
     for tolerance, restarts in ((accuracy, 10), (1e-4, 10), (1e-2, None)):
         try:
@@ -109,52 +249,85 @@ def largest_eigenvalue(apply, rank, dtype):
                 maxiter=restarts,
                 return_eigenvectors=False,
             )
-            break
         except scipy.sparse.linalg.ArpackNoConvergence:
             continue
-    return float(values[0])
+        return float(values[0])
+    raise RuntimeError(
+        "the largest eigenvalue of the second moment's recursion did not converge to 1 % "
+        f"in its {rank} by {rank} matrices; look at whether the linearization is finite."
+    )
+
+
+def stationary(lin, learning_rate, batch_size, sampling):
+    """Theorem 5: rate each (2 C - rate D)^{-1} of the noise at the linear model's minimum.
+
+    Returns the covariance of the directions with curvature, in float64.
+    """
+    weights = sampling_weights(len(lin.coordinates), batch_size, sampling)
+    room = space(lin)
+    residuals = np.asarray(lin.residuals)
+    largest = np.abs(residuals).max()
+    unit = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+    found, rest = _stationary(
+        room.coordinates,
+        room.values,
+        jnp.asarray(residuals / unit, room.values.dtype),
+        room.rate(learning_rate),
+        weights,
+    )
+    if not rest < 1e-2:
+        raise ValueError(
+            f"learning_rate {learning_rate:.6g} is too close to the exact threshold to "
+            "solve for where SGD settles; take a smaller one, or enable jax_enable_x64."
+        )
+    return room.cut(found).astype("f8") * (unit**2 / room.scale)
 
 
 @jax.jit
-def stationary(lin, rate, q, p):
-    """Theorem 5: rate p (2 C - rate D)^{-1} of the noise at the linear model's minimum."""
-    coordinates, values = lin.coordinates, lin.eigenvalues
-    n, c, rank = coordinates.shape
-    basis = coordinates.reshape(-1, rank) / jnp.sqrt(n * values)[None]
-    errors = lin.residuals.reshape(-1)
+def _stationary(coordinates, values, residuals, rate, weights):
+    """The covariance, and what conjugate gradients left of the right-hand side."""
+    n, c, width = coordinates.shape
+    lengths = jnp.where(values > 0, jax.lax.rsqrt(n * values), 0.0)
+    basis = coordinates.reshape(-1, width) * lengths[None]
+    errors = residuals.reshape(-1)
     errors = errors - _dot("ar,r->a", basis, _dot("a,ar->r", errors, basis))
     grads = _dot("nc,ncr->nr", errors.reshape(n, c), coordinates)
     noise = _dot("nr,ns->rs", grads, grads) / n
 
     def apply(moment):
-        return 2 * moment - rate * scaled_noise(coordinates, values, q, p, moment)
+        return 2 * moment - rate * scaled_noise(coordinates, values, weights, moment)
 
-    scale = jax.lax.rsqrt((values[:, None] + values[None]) / 2)
+    scale = _drift_scale(values)
     accuracy = 1e-12 if values.dtype == jnp.float64 else 1e-6
-    found, _ = jax.scipy.sparse.linalg.cg(apply, rate * p * scale * noise, tol=accuracy)
-    return scale * found
+    goal = rate * weights.each * scale * noise
+    found, _ = jax.scipy.sparse.linalg.cg(apply, goal, tol=accuracy)
+    size = jnp.linalg.norm(goal)
+    left = jnp.linalg.norm(apply(found) - goal) / jnp.where(size > 0, size, 1.0)
+    return scale * found, left
 
 
-def rank_one_ratio(vector, values, coordinates, q, p):
+def rank_one_ratio(vector, values, coordinates, weights):
     """The ratio of equation 24 in a direction, and its gradient."""
     length = np.linalg.norm(vector)
     unit = vector / length
     mean = np.sum(values * unit**2)
     shown = coordinates @ unit
-    each = np.sum(shown**2, axis=1)
-    spread = np.mean(each**2)
-    noise = np.einsum("n,nc,ncr->r", 4 * each / len(each), shown, coordinates)
-    slope = 2 * values * unit * (q - p * spread / mean**2) + p * noise / mean
+    squares = np.sum(shown**2, axis=1)
+    spread = np.mean(squares**2)
+    factors = 4 * squares / len(squares)
+    noise = np.einsum("n,nc,ncr->r", factors, shown, coordinates)
+    whole, each = weights
+    slope = 2 * values * unit * (whole - each * spread / mean**2) + each * noise / mean
     slope = (slope - unit * (slope @ unit)) / length
-    return (q * mean**2 + p * spread) / mean, slope
+    return (whole * mean**2 + each * spread) / mean, slope
 
 
-def largest_rank_one(values, coordinates, q, p):
+def largest_rank_one(values, coordinates, weights):
     """The largest ratio of equation 24 over directions, from several starts."""
     import scipy.optimize  # slow to import
 
     def negative(vector):
-        ratio, slope = rank_one_ratio(vector, values, coordinates, q, p)
+        ratio, slope = rank_one_ratio(vector, values, coordinates, weights)
         return -ratio, -slope
 
     rank = len(values)

@@ -5,12 +5,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt import curvature
-from flatopt.stability._alignment import Alignment, alignment, half_square, square_loss
+from flatopt.stability import _checks, _losses
+from flatopt.stability._alignment import Alignment, alignment
 from flatopt.stability._dynamics import growth_rate
-from flatopt.stability._linearization import linearize
+from flatopt.stability._linearization import linearize, linearize_gauss_newton
 from flatopt.stability._thresholds import Thresholds, smallest_batch_size, thresholds
+
+MEANINGS = {
+    "gradient_descent": "all data in one batch, 2 / eigenvalue",
+    "mean_square": "exact: the second moment stays bounded below it alone",
+    "trace_ratio": "necessary, from traces",
+    "rank_one": "necessary, from one direction",
+    "top_direction": "necessary, from the top eigenvector",
+    "trace": "necessary, from the trace alone",
+    "frobenius": "necessary, from the norm and the least alignment",
+    "frobenius_estimate": "rule of thumb, alignment as measured here",
+    "coherence": "necessary, from how alike examples are",
+}
 
 
 class Report(NamedTuple):
@@ -19,9 +33,10 @@ class Report(NamedTuple):
     Attributes:
       learning_rate: the step size asked about.
       batch_size: B.
-      loss: the loss.
+      loss: the loss, in the convention of ``loss_scale``.
       reducible_loss: what the linearized model could still take off it.
-      constant_loss: the loss of the best constant output, for comparison.
+      constant_loss: the loss of the best constant output in the same convention, for
+        comparison.
       gradient_norm: the norm of its gradient.
       max_eigenvalue: the largest eigenvalue of H, the Gauss-Newton matrix.
       hessian_eigenvalue: that of the Hessian itself; far from the other one, the
@@ -32,6 +47,7 @@ class Report(NamedTuple):
       thresholds: :class:`Thresholds`.
       growth_rate: factor of the second moment a step.
       smallest_batch_size: see :func:`smallest_batch_size`.
+      loss_scale: factor of the squared error, or None for another loss.
 
     Example:
       >>> from flatopt import stability
@@ -53,6 +69,7 @@ class Report(NamedTuple):
     thresholds: Thresholds
     growth_rate: float
     smallest_batch_size: int | None
+    loss_scale: float | None = 1.0
 
     @property
     def is_minimum(self) -> bool:
@@ -83,35 +100,121 @@ class Report(NamedTuple):
             found += " (says the linearized model, but this is no minimum of its kind)"
         return found
 
-    def __str__(self):
-        ratio = self.thresholds.mean_square / self.learning_rate
-        lines = [
-            f"learning rate {self.learning_rate:.4g}, batch size {self.batch_size}: "
-            f"{self.verdict}",
-            f"loss {self.loss:.3g} ({self.constant_loss:.3g} for a constant output), of which "
-            f"the linearized model could take off {self.reducible_loss:.3g}; gradient norm "
-            f"{self.gradient_norm:.3g}",
-            f"largest eigenvalue of H {self.max_eigenvalue:.4g}, of the Hessian itself "
-            f"{self.hessian_eigenvalue:.4g}: "
-            + (
-                "the theory applies" if self.is_minimum else "the theory does not apply"
-            ),
-            f"trace of H {self.trace:.4g}, Frobenius norm {self.frobenius_norm:.4g}; could be "
-            f"{ratio:.3g} times as sharp at this setting",
-            f"growth of the second moment a step: {self.growth_rate:.4g}",
-        ]
-        if self.alignment is not None:
-            found = self.alignment
-            lines.append(
-                f"alignment mu {found.mu:.3g} = alpha {found.alpha:.3g} * beta "
-                f"{found.beta:.3g}; isotropic noise would have {found.isotropic_mu:.3g}"
+    @property
+    def caveat(self) -> str | None:
+        """What the theory does not say here, or None where it is exact."""
+        if self.loss_scale is None:
+            return (
+                "the loss is no squared error: rates are those of its expansion to second "
+                "order in the outputs, at these parameters; the curvature of a "
+                "cross-entropy falls as the data is fitted, so that a rate that leaves "
+                "here may stay further on"
             )
-        lines.append(f"{'largest stable rate by':22} {'rate':>10}  at this rate")
+        if not self.is_minimum:
+            return "the theory is about minima that fit their data, and this is none"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and words as a plain dict, for JSON.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flatopt import stability
+          >>> found = stability.report(
+          ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2), 1.0, 1,
+          ...     loss_scale=1.0)
+          >>> found.to_dict()["thresholds"]["gradient_descent"]
+          4.0
+        """
+        found = self._asdict() | {"thresholds": self.thresholds._asdict()}
+        if self.alignment is not None:
+            parts = self.alignment._asdict()
+            found["alignment"] = {name: float(x) for name, x in parts.items()}
+        words = {"is_minimum": self.is_minimum, "verdict": self.verdict}
+        return found | words | {"caveat": self.caveat}
+
+    def __str__(self):
+        lines = [
+            f"SGD, learning rate {self.learning_rate:.4g}, batch size {self.batch_size}: "
+            f"{self.verdict}",
+        ]
+        if self.caveat is not None:
+            lines.append(f"mind: {self.caveat}")
+        lines += ["", *_columns(self._measured()), ""]
+        return "\n".join([*lines, *_columns(self._rates())])
+
+    def _measured(self):
+        """Rows of what was measured: name, value, meaning."""
+        ratio = self.thresholds.mean_square / self.learning_rate
+        convention = "your loss_fn"
+        if self.loss_scale is not None:
+            convention = f"loss_scale {self.loss_scale:.4g}"
+        smallest = self.smallest_batch_size
+        rows = [
+            ("measured", "value", "meaning"),
+            ("loss", self.loss, f"in the convention of {convention}"),
+            ("constant loss", self.constant_loss, "of the best constant output"),
+            (
+                "reducible loss",
+                self.reducible_loss,
+                "the linearized model could lose it",
+            ),
+            ("gradient norm", self.gradient_norm, "0 at a minimum"),
+            ("top eigenvalue of H", self.max_eigenvalue, "H: the Gauss-Newton matrix"),
+            (
+                "of the Hessian",
+                self.hessian_eigenvalue,
+                "near the other: H is what SGD sees",
+            ),
+            ("trace of H", self.trace, f"could be {ratio:.3g} times as sharp here"),
+            ("Frobenius norm of H", self.frobenius_norm, "the same"),
+            (
+                "growth rate",
+                self.growth_rate,
+                "of the second moment a step; below 1 it falls",
+            ),
+            (
+                "smallest batch",
+                "none" if smallest is None else smallest,
+                "that would stay",
+            ),
+        ]
+        found = self.alignment
+        if found is not None:
+            rows += [
+                ("alignment mu", found.mu, "of SGD's noise with H; alpha times beta"),
+                ("alpha", found.alpha, "its cosine"),
+                ("beta", found.beta, "its magnitude"),
+                (
+                    "isotropic mu",
+                    found.isotropic_mu,
+                    "of isotropic noise of equal trace",
+                ),
+            ]
+        return rows
+
+    def _rates(self):
+        """Rows of the thresholds: theory, rate, margin, meaning."""
+        rows = [("largest stable rate by", "rate", "this rate", "margin", "meaning")]
         for name, rate in self.thresholds.rates.items():
             holds = "holds" if self.learning_rate <= rate else "violated"
-            margin = f"by a factor of {max(rate, 1e-37) / self.learning_rate:.3g}"
-            lines.append(f"{name:22} {rate:10.4g}  {holds} {margin}")
-        return "\n".join(lines)
+            rows.append((name, rate, holds, rate / self.learning_rate, MEANINGS[name]))
+        return rows
+
+
+def _columns(rows):
+    """Rows as aligned text: numbers to the right, words to the left."""
+    texts = [[x if isinstance(x, str) else f"{x:.4g}" for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    is_number = [not isinstance(x, str) for x in rows[1]]
+    lines = []
+    for row in texts:
+        cells = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, is_number, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def report(
@@ -122,50 +225,112 @@ def report(
     learning_rate: float,
     batch_size: int,
     *,
-    loss_scale: float = 1.0,
+    loss_scale: float | None = None,
     loss_fn: Callable[..., Any] | None = None,
     sampling: str = "without_replacement",
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Report:
     """Everything about stability at one point, with a readable table.
 
+    Give ``loss_fn``, the training loss, or ``loss_scale``: a wrong convention changes
+    learning rates unseen. The scale of a squared error is read off ``loss_fn``. Another
+    loss, with labels of any kind, goes through :func:`linearize_gauss_newton`, and the
+    report says what the theory does not say then.
+
     Args:
-      model_fn, params, inputs, targets, loss_scale, loss_fn: see :func:`linearize`.
-      learning_rate: the step size to judge.
+      model_fn, params, inputs, targets: see :func:`linearize`.
+      learning_rate: the step size to judge; of a schedule, its value at the step.
       batch_size: B.
+      loss_scale: factor of the loss over ``sum of squared errors / (2 n)``: 1/c for
+        ``optax.l2_loss(...).mean()``, 2/c for a mean squared error over c outputs.
+      loss_fn: ``loss_fn(outputs, targets)``, the mean loss over examples.
       sampling: see :func:`thresholds`.
+      progress: see :func:`linearize`.
 
     Returns:
       A :class:`Report`.
+
+    Raises:
+      ValueError: without both ``loss_fn`` and ``loss_scale``, where they disagree; else as
+        :func:`linearize` and :func:`thresholds`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flatopt import stability
       >>> found = stability.report(
-      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2), 1.0, 1)
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2), 1.0, 1,
+      ...     loss_scale=1.0)
       >>> found.verdict
       'SGD stays: the learning rate could be 2 times as large'
     """
-    lin = linearize(
-        model_fn, params, inputs, targets, loss_scale=loss_scale, loss_fn=loss_fn
-    )
-    hessian = curvature.hessian(
-        square_loss(model_fn, loss_scale), params, (inputs, targets)
-    )
+    _checks.check_rate(learning_rate)
+    _checks.check_batch(batch_size, None, sampling)
+    params, outputs = _losses.check_outputs(model_fn, params, inputs)
+    _checks.check_batch(batch_size, len(outputs), sampling)
+    targets = _losses.as_arrays(targets)
+    scale = _scale(outputs, targets, loss_scale, loss_fn)
+    if scale is None:
+        lin = linearize_gauss_newton(
+            model_fn, loss_fn, params, inputs, targets, progress=progress
+        )
+        whole = _losses.whole_loss(model_fn, loss_fn)
+        constant = _losses.best_constant_loss(loss_fn, outputs, targets)
+    else:
+        lin = linearize(
+            model_fn, params, inputs, targets, loss_scale=scale, progress=progress
+        )
+        targets = _losses.check_targets(outputs, targets)
+        whole = _losses.square_loss(model_fn, scale)
+        means = jnp.broadcast_to(targets.mean(axis=0)[None], targets.shape)
+        constant = scale * float(_losses.half_square(means, targets))
+    hessian = curvature.hessian(whole, params, (inputs, targets))
     top = curvature.eigenpairs(hessian, jax.random.key(0), 1)
+    setting = {"sampling": sampling, "progress": progress}
     return Report(
         learning_rate=float(learning_rate),
-        batch_size=batch_size,
+        batch_size=int(batch_size),
         loss=float(lin.loss),
         reducible_loss=float(lin.reducible_loss),
-        constant_loss=loss_scale
-        * float(half_square(targets, jnp.mean(targets, axis=0, keepdims=True))),
+        constant_loss=constant,
         gradient_norm=float(lin.gradient_norm),
         max_eigenvalue=float(lin.eigenvalues[0]),
         hessian_eigenvalue=float(top.values[0]),
-        trace=float(jnp.sum(lin.eigenvalues)),
-        frobenius_norm=float(jnp.linalg.norm(lin.eigenvalues)),
-        alignment=alignment(lin) if float(lin.loss) > 0 else None,
-        thresholds=thresholds(lin, batch_size, sampling=sampling),
-        growth_rate=growth_rate(lin, learning_rate, batch_size, sampling=sampling),
+        trace=float(np.sum(np.asarray(lin.eigenvalues, "f8"))),
+        frobenius_norm=float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8"))),
+        alignment=alignment(lin) if np.any(np.asarray(lin.residuals)) else None,
+        thresholds=thresholds(lin, batch_size, **setting),
+        growth_rate=growth_rate(lin, learning_rate, batch_size, **setting),
         smallest_batch_size=smallest_batch_size(lin, learning_rate, sampling=sampling),
+        loss_scale=scale,
     )
+
+
+def _scale(outputs, targets, loss_scale, loss_fn):
+    """The factor of a squared error, or None for another loss."""
+    if loss_fn is None:
+        if loss_scale is None:
+            raise ValueError(
+                "report needs loss_fn or loss_scale, got neither, and a wrong convention "
+                "changes its rates unseen; give loss_fn(outputs, targets), or loss_scale=1 "
+                "for half the squared error summed over outputs, 2 / c for a mean squared "
+                "error over c outputs."
+            )
+        return loss_scale
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(outputs, targets), got {loss_fn!r}."
+        )
+    found = None
+    if _losses.is_mistaken_for_outputs(outputs, targets):
+        _losses.check_same_shape(outputs, targets)
+    if _losses.has_square_targets(outputs, targets):
+        found = _losses.square_scale(loss_fn, outputs, targets)
+    if loss_scale is not None and found is None:
+        raise ValueError(
+            f"loss_scale is for squared errors, got {loss_scale:g} with a loss_fn that is "
+            "none of equal weights; leave loss_scale out."
+        )
+    if loss_scale is not None:
+        _checks.check_rate(loss_scale, "loss_scale")
+        _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
+    return found

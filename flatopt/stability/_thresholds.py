@@ -1,12 +1,13 @@
 """Largest stable learning rates, and what follows from them."""
 
+import bisect
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flatopt._core import checks
-from flatopt.stability import _moments
+from flatopt.stability import _checks, _moments
 from flatopt.stability._alignment import alignment
 from flatopt.stability._linearization import Linearization
 
@@ -66,7 +67,11 @@ class Thresholds(NamedTuple):
 
 
 def thresholds(
-    lin: Linearization, batch_size: int, *, sampling: str = "without_replacement"
+    lin: Linearization,
+    batch_size: int,
+    *,
+    sampling: str = "without_replacement",
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Thresholds:
     r"""The largest stable learning rate of SGD at a minimum, by each theory.
 
@@ -92,6 +97,7 @@ def thresholds(
       lin: from :func:`linearize`.
       batch_size: B, at most n.
       sampling: "without_replacement", "with_replacement" or "bernoulli".
+      progress: see :func:`linearize`; the total is a guess.
 
     Returns:
       :class:`Thresholds`.
@@ -116,45 +122,50 @@ def thresholds(
       >>> round(found.gradient_descent, 3), round(found.mean_square, 3)
       (4.0, 2.0)
     """
-    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
-    values = np.asarray(lin.eigenvalues, "f8")
-    coordinates = np.asarray(lin.coordinates, "f8")
-    n, c, _ = coordinates.shape
+    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
+    rates = _bounds(lin, weights, batch_size, sampling)
+    limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
+    return Thresholds(
+        mean_square=float(limit),
+        loss=float(lin.loss),
+        gradient_norm=float(lin.gradient_norm),
+        **{name: float(rate) for name, rate in rates.items()},
+    )
+
+
+def _bounds(lin, weights, batch_size, sampling):
+    """The rates of all theories but the exact one."""
+    coordinates, values, scale = _moments.unit_arrays(lin)
+    coordinates, values = coordinates.astype("f8"), values.astype("f8")
+    each = weights.each
     # H_i H_j for i = j: the squared Frobenius norms of the examples' Hessians.
     grams = np.einsum("ncr,ndr->ncd", coordinates, coordinates)
     mean_square_norm = np.mean(np.sum(grams**2, axis=(1, 2)))
-    trace, norm = values.sum(), np.sqrt((values**2).sum())
+    trace, square = values.sum(), (values**2).sum()
     first = np.eye(len(values))[0]
-    top, _ = _moments.rank_one_ratio(first, values, coordinates, q, p)
+    top, _ = _moments.rank_one_ratio(first, values, coordinates, weights)
     smallest = _moments.smallest_alignment(values, coordinates, sampling)
-    estimate = math.nan
-    if float(lin.loss) > 0:
-        mu = float(alignment(lin).mu)
-        estimate = 1 / (norm * math.sqrt(p * mu)) if p > 0 and mu > 0 else math.inf
+    measured = alignment(lin).mu if np.any(np.asarray(lin.residuals)) else math.nan
     found = dict(
         gradient_descent=2 / values[0],
-        mean_square=exact_threshold(lin, batch_size, sampling),
-        trace_ratio=2 * trace / (q * norm**2 + p * mean_square_norm),
-        rank_one=2 / _moments.largest_rank_one(values, coordinates, q, p),
+        trace_ratio=2 * trace / (weights.whole * square + each * mean_square_norm),
+        rank_one=2 / _moments.largest_rank_one(values, coordinates, weights),
         top_direction=2 / top,
-        trace=2 * c / (p * trace) if p else math.inf,
-        frobenius=1 / (norm * math.sqrt(p * smallest))
-        if p * smallest > 0
-        else math.inf,
-        frobenius_estimate=estimate,
-        coherence=_moments.coherence(values, grams, coordinates, batch_size)
-        if sampling == "bernoulli"
-        else math.nan,
-        loss=lin.loss,
-        gradient_norm=lin.gradient_norm,
+        trace=2 * coordinates.shape[1] / (each * trace) if each else math.inf,
+        frobenius=_aligned(square, each, smallest),
+        frobenius_estimate=_aligned(square, each, measured),
+        coherence=math.nan,
     )
-    return Thresholds(**{name: float(value) for name, value in found.items()})
+    if sampling == "bernoulli":
+        found["coherence"] = _moments.coherence(values, grams, coordinates, batch_size)
+    return {name: rate / scale for name, rate in found.items()}
 
 
-def exact_threshold(lin, batch_size, sampling):
-    """The exact threshold."""
-    q, p = _moments.weights(len(lin.coordinates), batch_size, sampling)
-    return 2 / _moments.top_of_mean_square(lin, q, p)
+def _aligned(square, each, mu):
+    """The rate of a Frobenius norm and an alignment."""
+    if math.isnan(mu):
+        return math.nan
+    return 1 / math.sqrt(square * each * mu) if each * mu > 0 else math.inf
 
 
 def smallest_batch_size(
@@ -181,18 +192,15 @@ def smallest_batch_size(
       >>> stability.smallest_batch_size(lin, 3.0)
       2
     """
+    _checks.check_rate(learning_rate)
     n = len(lin.coordinates)
 
     def stays(batch_size):
-        return learning_rate <= exact_threshold(lin, batch_size, sampling)
+        return learning_rate <= _moments.exact_threshold(lin, batch_size, sampling)
 
-    if not stays(n):
-        return None
-    low, high = 0, n  # stability can only grow with the batch
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if stays(middle) else (middle, high)
-    return high
+    # Stability can only grow with the batch.
+    found = 1 + bisect.bisect_left(range(1, n + 1), True, key=stays)
+    return found if found <= n else None
 
 
 class SharpestMinimum(NamedTuple):
@@ -256,23 +264,15 @@ def sharpest_minimum(
       >>> stability.sharpest_minimum(0.1, 4)
       SharpestMinimum(max_eigenvalue=20.0, trace=80.0, frobenius_norm=20.0)
     """
-    check_rate(learning_rate)
-    checks.check_num_samples(num_outputs, "num_outputs")
+    _checks.check_rate(learning_rate)
+    _checks.check_count(num_outputs, "num_outputs", "outputs of an example")
     if not mu > 0:
         raise ValueError(
             f"mu must be positive, got {mu}; 1 is that of noise in proportion to H."
         )
-    _, p = _moments.weights(num_examples, batch_size, sampling)
+    _, each = _moments.sampling_weights(num_examples, batch_size, sampling)
     return SharpestMinimum(
         max_eigenvalue=2 / learning_rate,
-        trace=2 * num_outputs / (p * learning_rate) if p else math.inf,
-        frobenius_norm=1 / (learning_rate * math.sqrt(p * mu)) if p else math.inf,
+        trace=2 * num_outputs / (each * learning_rate) if each else math.inf,
+        frobenius_norm=1 / (learning_rate * math.sqrt(each * mu)) if each else math.inf,
     )
-
-
-def check_rate(learning_rate):
-    checks.check_scale(learning_rate, "learning_rate")
-    if not learning_rate > 0:
-        raise ValueError(
-            f"learning_rate must be positive, got {learning_rate}; nothing moves."
-        )

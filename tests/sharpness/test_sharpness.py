@@ -7,7 +7,7 @@ import pytest
 from flax import linen
 from helpers import assert_close
 
-from flatopt import sharpness
+from flatopt import curvature, sharpness
 
 KEY = jax.random.key(0)
 SIZE = 12
@@ -146,10 +146,10 @@ def test_measures_of_the_curvature_on_a_quadratic(data):
     point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
     form = sharpness.fisher_rao_hessian(quadratic, point, data=data)
     np.testing.assert_allclose(form, point @ MATRIX @ point, rtol=1e-4)
-    _holds(sharpness.trace(quadratic, ZERO, KEY, data=data), np.trace(MATRIX))
-    norm = sharpness.frobenius_norm(quadratic, ZERO, KEY, data=data)
-    _holds(norm, np.linalg.norm(MATRIX))
-    top = sharpness.max_eigenvalue(quadratic, ZERO, KEY, data=data)
+    operator = curvature.hessian(quadratic, ZERO, data)
+    _holds(curvature.trace(operator, KEY), np.trace(MATRIX))
+    _holds(curvature.probe(operator, KEY).frobenius_norm, np.linalg.norm(MATRIX))
+    top = curvature.eigenpairs(operator, KEY)
     assert abs(top.values[0] - EIGENVALUES[-1]) <= top.residuals[0] + 1e-5
     found = sharpness.effective_dimension(
         quadratic, ZERO, KEY, alpha=0.5, num_draws=40, data=data

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatopt import curvature, stability
-from flatopt.stability import _linearization
-from flatopt.stability._moments import SAMPLINGS
+from flatopt.stability import _gram
+from flatopt.stability._checks import SAMPLINGS
 
 NECESSARY = (
     "gradient_descent",
@@ -358,7 +358,7 @@ def test_sgd_settles_at_the_predicted_excess_loss(x64):
 
 
 def test_away_from_a_minimum_the_report_says_so():
-    found = stability.report(*_mlp(), 0.1, 4)
+    found = stability.report(*_mlp(), 0.1, 4, loss_scale=1.0)
     hessian = curvature.hessian(_mlp_loss, _mlp()[1], _mlp()[2:]).dense()
     top = np.linalg.eigvalsh(hessian)[-1]
     np.testing.assert_allclose(found.hessian_eigenvalue, top, rtol=1e-3)
@@ -531,7 +531,7 @@ def _mlp_loss(params, batch):
 @pytest.mark.parametrize("held", [True, False])
 def test_linearize_is_the_gauss_newton_matrix(chunk_size, held, x64, monkeypatch):
     if not held:
-        monkeypatch.setattr(_linearization, "_most_held", lambda: 0)
+        monkeypatch.setattr(_gram, "most_held", lambda: 0)
     model_fn, params, inputs, targets = _mlp()
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     loss_fn = lambda f, y: optax.l2_loss(f, y).mean()  # noqa: E731
@@ -589,9 +589,13 @@ def test_errors():
         stability.linearize(model_fn, params, inputs[:1], targets[:1])
     with pytest.raises(ValueError, match="the Jacobian of the model is zero"):
         stability.linearize(lambda p, x: 0 * model_fn(p, x), params, inputs, targets)
-    with pytest.raises(ValueError, match="the Jacobian is not finite"):
+    with pytest.raises(ValueError, match="model_fn returned outputs that are not fin"):
         stability.linearize(
             lambda p, x: jnp.nan * model_fn(p, x), params, inputs, targets
+        )
+    with pytest.raises(ValueError, match="the Jacobian is not finite"):
+        stability.linearize(
+            lambda p, x: jnp.sqrt(0 * model_fn(p, x)), params, inputs, targets
         )
     lin = stability.linearize(model_fn, params, inputs, targets)
     with pytest.raises(ValueError, match="batch_size must be at most the number of ex"):
@@ -667,7 +671,9 @@ def test_report_says_what_holds():
     lin = stability.linearize(model_fn, params, inputs, targets)
     limit = stability.thresholds(lin, 4).mean_square
     for factor, word in ((0.5, "stays"), (1.01, "leaves"), (50.0, "unstable even")):
-        found = stability.report(model_fn, params, inputs, targets, factor * limit, 4)
+        found = stability.report(
+            model_fn, params, inputs, targets, factor * limit, 4, loss_scale=1.0
+        )
         assert word in found.verdict
         assert ("violated" in str(found)) == (factor > 1)
     np.testing.assert_allclose(found.trace, np.sum(lin.eigenvalues), rtol=1e-5)

@@ -1,0 +1,245 @@
+"""A risk: a mean loss over data at parameters, and means of anything else over the data."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt._core import blocks, checks, loops, progress, sharding, streams, trees
+
+
+@jax.tree_util.register_pytree_node_class
+class Risk:
+    """A mean loss over one batch, a re-iterable of batches or no data, at parameters.
+
+    A pytree: parameters and a single batch are leaves, the rest is static, so that new
+    parameters reuse compiled code. Make one with :meth:`of`, which checks.
+
+    Attributes:
+      loss_fn: ``loss_fn(params, batch)``, or ``loss_fn(params)`` without data.
+      params: the parameters.
+      batch, stream: the data, one of them None; both where there is none.
+      weight_fn: weight of a batch; None: its number of examples.
+    """
+
+    def __init__(self, loss_fn, params, batch, stream, weight_fn):
+        self.loss_fn, self.params, self.weight_fn = loss_fn, params, weight_fn
+        self.batch, self.stream = batch, stream
+        self.seen = None  # what the last pass saw, see streams.Pass
+        self.bar = None  # counts passes while inside of watched()
+
+    @classmethod
+    def of(cls, loss_fn, params, data=None, weight_fn=None):
+        """A risk of checked arguments."""
+        _check_hashable(loss_fn, weight_fn)
+        params = _check_params(params)
+        return cls(loss_fn, params, *streams.prepare(data), weight_fn)
+
+    def tree_flatten(self):
+        """For JAX: leaves and static parts."""
+        return (self.params, self.batch), (self.loss_fn, self.stream, self.weight_fn)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        """For JAX: a risk from leaves and static parts."""
+        loss_fn, stream, weight_fn = static
+        return cls(loss_fn, *leaves, stream, weight_fn)
+
+    def at(self, params):
+        """The same risk at other parameters, on data that is known to be finite."""
+        return Risk(self.loss_fn, params, self.batch, self.stream, self.weight_fn)
+
+    @property
+    def value(self):
+        """The mean loss, float32 or wider; an error where it is not finite."""
+        return self.mean(_Value(self.loss_fn))
+
+    @property
+    def gradient(self):
+        """The gradient of the mean loss, in float32 or wider."""
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self, check=True):
+        """The mean loss and its gradient, in one pass."""
+        return self.mean(_Gradient(self.loss_fn), check=check)
+
+    def losses(self, move, rows, fixed=()):
+        """The mean loss at ``move(row, params, fixed)`` for each row, in one pass."""
+        # A value at the parameters themselves costs a forward pass: see it once.
+        return self.mean(_Losses(self.loss_fn, move), rows, fixed, check=False)
+
+    def mean(self, function, *rows, check=True):
+        """The mean over all data of what ``function(params, batch, *rows)`` returns.
+
+        The function is hashable, since compiled code is kept by it, and returns ``(loss,
+        parts)``. On a re-iterable the losses tell whether the data changed since the last
+        pass; ``check=False`` leaves out to look at the loss on one batch.
+        """
+        if self.stream is not None:
+            return self._sweep(function, rows, check)
+        check = check and self.seen is None and not _is_traced((self, rows))
+        found = _on_batch(function, check, self.params, self.batch, *rows)
+        if self.bar is not None:
+            self.bar.update()
+        if not check:
+            return found
+        loss, parts = found
+        streams.check_finite(float(loss))
+        self.seen = True
+        return parts
+
+    def _sweep(self, function, rows, check):
+        if _is_traced((self, rows)):
+            raise TypeError(
+                "data that is a re-iterable of batches is read on the host, got a call "
+                "inside jax.jit; give one batch there, or call this outside."
+            )
+        total, weights = None, []
+        for batch, weight in self.batches(function.__class__.__name__.strip("_")):
+            arguments = self.params, batch, *rows
+            weights.append(weight)
+            if total is None:
+                shapes = jax.eval_shape(function, *arguments)
+                total = jax.tree.map(
+                    lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)),
+                    (shapes[0], *shapes),
+                )
+                eps = float(jnp.finfo(shapes[0].dtype).eps)
+            total = _add_weighted(function, total, jnp.float32(weight), *arguments)
+        if not any(weights):
+            raise ValueError(
+                f"data must hold examples, got {len(weights)} batches of weight 0; give a "
+                "loader that yields batches each time it is iterated."
+            )
+        weight = float(np.sum(np.sort(weights)))  # the same in every order
+        size, loss, parts = jax.tree.map(lambda x: x / weight, total)
+        if check:
+            found = streams.Pass(len(weights), weight, float(loss), float(size), eps)
+            streams.check_same(self.seen, found)
+            self.seen = found
+        return parts
+
+    def batches(self, description):
+        """Yield ``(batch, weight)`` of a re-iterable, and count them on the bar."""
+        return streams.passes(self.stream, self.weight_fn, description, self.bar)
+
+    @contextlib.contextmanager
+    def watched(self, choice, num_passes, description):
+        """Within, passes over the data count on one bar of ``num_passes`` passes.
+
+        One batch that is read in one go needs no bar unless it is asked for.
+        """
+        progress.check_progress(choice)
+        if self.bar is not None or (self.stream is None and choice is None):
+            yield
+            return
+        sized = self.stream is not None and hasattr(self.stream.batches, "__len__")
+        total = num_passes * (len(self.stream.batches) if sized else 1)
+        unknown = self.stream is not None and not sized
+        with progress.bar(choice, None if unknown else total, description) as bar:
+            self.bar = bar
+            try:
+                yield
+            finally:
+                self.bar = None
+
+
+def loss_of(loss_fn, params, batch):
+    """The loss of one batch, which must be a real scalar."""
+    arguments = () if batch is None else (batch,)
+    return checks.check_value(loss_fn(params, *arguments), "loss_fn")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _on_batch(function, with_loss, params, batch, *rows):
+    found = function(params, batch, *rows)
+    return found if with_loss else found[1]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_weighted(function, total, weight, params, batch, *rows):
+    """The one weighted sum: magnitudes of losses, losses, and what is asked for."""
+    loss, parts = function(params, batch, *rows)
+    found = jnp.abs(loss), loss, parts
+    return jax.tree.map(
+        lambda t, x: t + weight.astype(t.dtype) * x.astype(t.dtype), total, found
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    loss_fn: Callable
+
+    def __call__(self, params, batch):
+        loss = trees.widen(loss_of(self.loss_fn, params, batch))
+        return loss, loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    loss_fn: Callable
+
+    def __call__(self, params, batch):
+        value, grads = jax.value_and_grad(
+            lambda params: loss_of(self.loss_fn, params, batch)
+        )(params)
+        value, grads = trees.widen(value), blocks.widen(grads)
+        return value, (value, grads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Losses:
+    loss_fn: Callable
+    move: Callable
+
+    def __call__(self, params, batch, rows, fixed):
+        def loss(row):
+            # In float32 or wider: bfloat16 would round small moves away.
+            moved = blocks.widen(self.move(row, params, fixed))
+            return trees.widen(loss_of(self.loss_fn, moved, batch))
+
+        here = trees.widen(loss_of(self.loss_fn, params, batch))
+        return here, loops.map_rows(loss, rows)
+
+
+def along(step, params, direction):
+    """A move along a direction, one step a row."""
+    return jax.tree.map(
+        lambda p, d: trees.widen(p) + step.astype(d.dtype) * d, params, direction
+    )
+
+
+def _is_traced(tree):
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _check_hashable(*functions):
+    try:
+        hash(functions)
+    except TypeError as error:
+        given = [f for f in functions if f is not None]
+        raise TypeError(
+            f"loss_fn, model_fn and weight_fn must be hashable, got {given!r}; wrap them in "
+            "a function."
+        ) from error
+
+
+def _check_params(params):
+    params = checks.check_params(params)
+    if not blocks.size(params):
+        raise ValueError(
+            "params must hold at least one number, got "
+            + ("arrays of size 0." if jax.tree.leaves(params) else "an empty tree.")
+        )
+    for leaf in jax.tree.leaves(params):
+        placed = sharding.explicit_sharding(jax.typeof(leaf))
+        if placed is not None and any(placed.spec):
+            raise ValueError(
+                f"params must not be sharded on an Explicit mesh, got {placed.spec}; make "
+                "the mesh with axis_types Auto for the analysis."
+            )
+    return params
