@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import binding, filters, random, sharding, trees
+from flatopt._core import binding, checks, filters, random, sharding, trees
 
 Sampler = Callable[..., jax.Array]
 FilterAxes = filters.FilterAxes
@@ -63,6 +63,7 @@ def _accepts_out_sharding(sampler):
 
 def _leafwise(sampler, deviation=None):
     """The kernel of independent ``sampler`` values times ``deviation(path, leaf)``."""
+    checks.check_sampler(sampler)
 
     def bind(key, params):
         del key
@@ -320,6 +321,8 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
       (True, False)
     """
 
+    checks.check_kernel(kernel)
+
     def shared_bind(key, params):
         # Samples fold in their index, which stays below this number.
         step_key = random.fold_in(key, 2**31 - 1)
@@ -368,6 +371,8 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
       [False, True]
     """
 
+    checks.check_kernel(kernel)
+
     def layer(path):
         name = trees.path_name(path)
         return name.rpartition("/")[0] if layer_of is None else layer_of(name)
@@ -414,6 +419,8 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
       >>> kernel(jax.random.key(0), {"w": jnp.ones(2), "b": jnp.ones(2)})["b"]
       Array([0., 0.], dtype=float32)
     """
+
+    checks.check_kernel(kernel)
 
     def masked_bind(key, params):
         flags = jax.tree.unflatten(

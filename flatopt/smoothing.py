@@ -68,6 +68,7 @@ def smooth(
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
     def smoothed(key, params, /, *args, **kwargs):
+        checks.check_random_key(key)
         dtypes = []
 
         def evaluate(perturbed, chunk, **sample):
@@ -200,6 +201,7 @@ def smooth_value_and_grad(
                 )
             return (value, weight, grads), aux
 
+        checks.check_random_key(key)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
             params = sharding.tree_varying(params, axis_name)
@@ -224,6 +226,7 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     checks.check_num_samples(num_samples)
     checks.check_strategy(strategy)
     kernel = kernels.isotropic() if kernel is None else kernel
+    checks.check_kernel(kernel)
     coefficients = (1, -1) if antithetic else (1,)
 
     def estimate(evaluate, key, params, chunks, rematerialize=False):

@@ -329,3 +329,55 @@ def test_errors_come_while_tracing_and_leave_the_state_alone():
         step(state, jnp.ones((12, 2)))
     _, state = step(state, jnp.ones((16, 2)))
     assert optax.tree.get(state, "smoothed_value") != jnp.inf
+
+
+# A thing that makes a kernel, or a sampler, in place of a kernel; a wrong key
+
+TAKE_A_KERNEL = [
+    lambda kernel: smooth(total, 0.1, kernel),
+    lambda kernel: smooth_value_and_grad(total, 0.1, kernel),
+    kernels.shared_magnitude,
+    kernels.one_layer,
+    lambda kernel: kernels.masked(kernel, True),
+    lambda kernel: _update(smooth_gradients(0.1, kernel), jnp.ones(2), value_fn=total),
+]
+
+
+@pytest.mark.parametrize("take", TAKE_A_KERNEL)
+@pytest.mark.parametrize(
+    ("kernel", "got"),
+    [
+        (kernels.filterwise, "got filterwise, which takes other arguments; if it makes"),
+        (kernels.masked, "got masked, which takes other arguments; if it makes"),
+        (kernels.Kernel, "got Kernel, which takes other arguments; if it makes"),
+        (kernels.signs, r"got the sampler signs; write kernels.isotropic\(signs\)"),
+        (jax.random.normal, "got the sampler normal; write kernels.isotropic"),
+        (0.1, "got 0.1; write kernels.isotropic"),
+    ],
+)
+def test_what_is_no_kernel(take, kernel, got):
+    with _raises(TypeError, rf"kernel must be a function \(key, params\) -> .*, {got}"):
+        take(kernel)
+
+
+@pytest.mark.parametrize("sampler", [0.1, kernels.isotropic()])
+def test_what_is_no_sampler(sampler):
+    for make in (kernels.isotropic, kernels.filterwise, kernels.elementwise):
+        with _raises(TypeError, r"sampler must be a function \(key, shape, dtype\) ->"):
+            make(sampler)
+
+
+@pytest.mark.parametrize(
+    ("key", "got"),
+    [
+        (0, "got 0"),
+        (jnp.ones(2), r"got float32 of shape \(2,\)"),
+        (jax.random.split(KEY), r"got key<fry> of shape \(2,\)"),
+        ({"w": jnp.ones(2)}, "got dict"),
+        (None, "got NoneType"),
+    ],
+)
+def test_random_key(key, got):
+    for f in (smooth, smooth_value_and_grad):
+        with _raises(TypeError, f"key must be one JAX random key, {got}; write"):
+            f(total, 0.1)(key, jnp.ones(2))

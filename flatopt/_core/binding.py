@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import random
+from flatopt._core import checks, random
 from flatopt._core.trees import path_name
 
 
@@ -32,6 +32,7 @@ def bind(kernel, key, params):
     The noise is constant with respect to ``params``, and checked to have their
     structure and shapes.
     """
+    checks.check_kernel(kernel)
     params = jax.lax.stop_gradient(params)
     if hasattr(kernel, "bind"):
         inner = kernel.bind(key, params)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core.signatures import names_keyword, takes_any_keyword
+from flatopt._core.signatures import names_keyword, parameters_of, takes_any_keyword
 from flatopt._core.trees import path_name
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
@@ -176,3 +176,64 @@ def check_weight(weight):
             "as in chunk['mask'].sum()."
         )
     return jnp.asarray(weight)
+
+
+def check_random_key(key):
+    """Reject what is not one JAX random key, typed or raw."""
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == np.uint32 and key.ndim == 1):
+            return
+        got = f"{key.dtype} of shape {key.shape}"
+    else:
+        got = repr(key) if isinstance(key, numbers.Number) else type(key).__name__
+    raise TypeError(
+        f"key must be one JAX random key, got {got}; write jax.random.key(0), and give "
+        "the key before params."
+    )
+
+
+def check_kernel(kernel, name="kernel"):
+    """Reject a sampler, or a function that makes a kernel, in place of a kernel."""
+    label = getattr(kernel, "__name__", None) or f"a {type(kernel).__name__}"
+    if not isinstance(kernel, type) and hasattr(kernel, "bind"):
+        return
+    if not callable(kernel):
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got {kernel!r}; "
+            "write kernels.isotropic() or kernels.filterwise()."
+        )
+    parameters = parameters_of(kernel)
+    if parameters is None:
+        return
+    if "shape" in parameters:
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got the sampler "
+            f"{label}; write kernels.isotropic({label})."
+        )
+    positional = [
+        p
+        for p in parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    takes_two = len(positional) >= 2 or any(
+        p.kind is p.VAR_POSITIONAL for p in positional
+    )
+    ours = getattr(kernel, "__module__", None) == "flatopt.kernels"
+    if ours or not takes_two:
+        raise TypeError(
+            f"{name} must be a function (key, params) -> perturbation, got {label}, which "
+            "takes other arguments; if it makes a kernel, call it, as in "
+            "kernels.filterwise()."
+        )
+
+
+def check_sampler(sampler):
+    """Reject what is not of the form of ``jax.random.normal``."""
+    if callable(sampler) and not hasattr(sampler, "bind"):
+        return
+    raise TypeError(
+        "sampler must be a function (key, shape, dtype) -> array, got "
+        f"{sampler!r}; write kernels.normal or kernels.signs, and set the size of the "
+        "noise by the scale."
+    )
