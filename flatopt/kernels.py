@@ -62,7 +62,10 @@ def _accepts_out_sharding(sampler):
 
 
 def _leafwise(sampler, deviation=None):
-    """The kernel of independent ``sampler`` values times ``deviation(path, leaf)``."""
+    """The kernel of independent ``sampler`` values times a deviation.
+
+    ``deviation(params)`` returns a function of the path of a leaf and the leaf.
+    """
     checks.check_sampler(sampler)
 
     def bind(key, params):
@@ -71,8 +74,9 @@ def _leafwise(sampler, deviation=None):
         leaves = [jnp.asarray(leaf) for _, leaf in named]
         deviations = [1.0] * len(leaves)
         if deviation is not None:
+            deviation_of = deviation(params)
             deviations = [
-                deviation(trees.path_name(path), leaf).astype(jnp.float32)
+                deviation_of(trees.path_name(path), leaf).astype(jnp.float32)
                 for (path, _), leaf in zip(named, leaves, strict=True)
             ]
         hashes = binding.path_hashes(params)
@@ -275,7 +279,7 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
       Array([[5., 1.],
              [5., 1.]], dtype=float32)
     """
-    return _leafwise(sampler, filters.filter_norm(filter_axes))
+    return _leafwise(sampler, lambda params: filters.filter_norm(filter_axes, params))
 
 
 def elementwise(sampler: Sampler = normal) -> Kernel:
@@ -293,7 +297,7 @@ def elementwise(sampler: Sampler = normal) -> Kernel:
       >>> jnp.abs(kernel(jax.random.key(0), jnp.array([0.0, -2.0, 3.0])))
       Array([0., 2., 3.], dtype=float32)
     """
-    return _leafwise(sampler, lambda path, leaf: jnp.abs(leaf))
+    return _leafwise(sampler, lambda params: lambda path, leaf: jnp.abs(leaf))
 
 
 def shared_magnitude(kernel: Kernel) -> Kernel:
@@ -320,7 +324,6 @@ def shared_magnitude(kernel: Kernel) -> Kernel:
       >>> bool((abs(first) == abs(second)).all()), bool((first == second).all())
       (True, False)
     """
-
     checks.check_kernel(kernel)
 
     def shared_bind(key, params):
@@ -370,7 +373,6 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
       >>> [bool((leaf != 0).all()) for leaf in jax.tree.leaves(noise)]
       [False, True]
     """
-
     checks.check_kernel(kernel)
 
     def layer(path):
@@ -419,7 +421,6 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
       >>> kernel(jax.random.key(0), {"w": jnp.ones(2), "b": jnp.ones(2)})["b"]
       Array([0., 0.], dtype=float32)
     """
-
     checks.check_kernel(kernel)
 
     def masked_bind(key, params):

@@ -347,7 +347,10 @@ TAKE_A_KERNEL = [
 @pytest.mark.parametrize(
     ("kernel", "got"),
     [
-        (kernels.filterwise, "got filterwise, which takes other arguments; if it makes"),
+        (
+            kernels.filterwise,
+            "got filterwise, which takes other arguments; if it makes",
+        ),
         (kernels.masked, "got masked, which takes other arguments; if it makes"),
         (kernels.Kernel, "got Kernel, which takes other arguments; if it makes"),
         (kernels.signs, r"got the sampler signs; write kernels.isotropic\(signs\)"),
