@@ -64,7 +64,7 @@ def default_filter_axes(path: str, leaf: jax.Array, shapes=None):
             leading = _leading_axes(layer, leaf.shape, bias)
             outputs = len(bias) - leading
             return (*range(leading), *range(leaf.ndim - outputs, leaf.ndim))
-        outputs = _attention_outputs(layer, leaf.shape, shapes)
+        outputs = _attention_outputs(layer, leaf.ndim, shapes)
         if outputs:
             stacked = range(leaf.ndim - 3)
             return (*stacked, *range(leaf.ndim - outputs, leaf.ndim))
@@ -93,12 +93,12 @@ def _leading_axes(layer, kernel, bias):
 _PROJECTIONS = ("query", "key", "value")
 
 
-def _attention_outputs(layer, shape, shapes):
+def _attention_outputs(layer, ndim, shapes):
     """The output axes of a kernel of attention without biases, 0 where it is none."""
     block, slash, name = layer.rpartition("/")
     out = shapes.get(f"{block}{slash}out/kernel", ())
     query = shapes.get(f"{block}{slash}query/kernel", ())
-    if len(out) != len(query) or out[-3:-1] != query[-2:]:
+    if not (len(out) == len(query) == ndim) or out[-3:-1] != query[-2:]:
         return 0
     return {"out": 1, **dict.fromkeys(_PROJECTIONS, 2)}.get(name, 0)
 
@@ -117,6 +117,26 @@ def filter_norm(filter_axes, params=None):
         return jnp.sqrt(jnp.sum(square, axis=others, keepdims=True))
 
     return norm
+
+
+def norm_of_other(filter_axes, others):
+    """As :func:`filter_norm`, with the norms of other arrays at the paths of the leaves."""
+    norm = filter_norm(filter_axes, others)
+    named = jax.tree_util.tree_leaves_with_path(others)
+    by_path = {trees.path_name(path): jnp.asarray(leaf) for path, leaf in named}
+
+    def norm_at(path, leaf):
+        other = by_path.get(path)
+        if other is None or other.shape != leaf.shape:
+            got = "none" if other is None else f"shape {other.shape}"
+            raise ValueError(
+                f"norms_of must return an array of shape {leaf.shape} at {path!r}, got "
+                f"{got}; give one for each leaf that gets noise, or name these leaves in "
+                "noise_mask."
+            )
+        return norm(path, other)
+
+    return norm_at
 
 
 def _is_axes(value):
