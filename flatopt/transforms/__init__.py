@@ -1,9 +1,11 @@
 """Transformations of gradients: the links that an optax chain is made of."""
 
+from flatopt.transforms._accumulate import accumulate
 from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
 from flatopt.transforms._ascent import AdversarialState
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
 from flatopt.transforms._sam_adaptive import (
     asam_gradients,
@@ -24,6 +26,7 @@ __all__ = [
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
+    "accumulate",
     "anti_pgd",
     "asam_gradients",
     "bayesian_sam_gradients",
@@ -33,6 +36,8 @@ __all__ = [
     "friendly_sam_gradients",
     "gsam_gradients",
     "look_sam_gradients",
+    "lpf_gradients",
+    "nso_gradients",
     "random_sam_gradients",
     "sam_gradients",
     "skip_nonfinite",
