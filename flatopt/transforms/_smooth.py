@@ -10,6 +10,7 @@ import optax
 from flatopt import smoothing
 from flatopt._core import checks, signatures
 from flatopt.transforms import _link
+from flatopt.transforms._accumulate import check_not_accumulated
 
 
 class SmoothGradientsState(NamedTuple):
@@ -42,6 +43,7 @@ def smooth_gradients(
     batch_argnames: tuple[str, ...] = (),
     weight_fn: Callable[[Any], jax.Array] | None = None,
     mask: Any = None,
+    noise_mask: Any = None,
     strategy: smoothing.Strategy = "auto",
     axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
@@ -74,6 +76,8 @@ def smooth_gradients(
       weight_fn: weight of a chunk; default: chunks count equally.
       mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
         masked out get no noise and are not differentiated; their update is zero.
+      noise_mask: which leaves get noise, in the form of ``mask``; None: those of
+        ``mask``. For noise on frozen weights with gradients for their adapters alone.
       strategy: layout of the samples, see :func:`smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over.
       key: an int or a JAX random key, read by ``init``.
@@ -113,28 +117,31 @@ def smooth_gradients(
     checks.check_strategy(strategy)
     batch_argnames = checks.check_names(batch_argnames)
     _link.check_key(key)
+    if kernel is not None:
+        checks.check_kernel(kernel)
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
         _link.check_update(params, value_fn, "smooth_gradients")
-        value_of, select, merge = _link.partition(value_fn, params, mask)
+        check_not_accumulated("smooth_gradients")
         value, grads = smoothing.smooth_value_and_grad(
-            value_of,
+            value_fn,
             scale(state.count) if callable(scale) else scale,
             kernel,
             num_samples=num_samples,
             antithetic=antithetic,
             batch_argnames=batch_argnames,
             weight_fn=weight_fn,
+            mask=mask,
+            noise_mask=noise_mask,
             strategy=strategy,
             axis_name=axis_name,
         )(
             _link.step_key(state, key),
-            select(params),
+            params,
             **signatures.forwarded(value_fn, extra_args),
         )
-        updates = merge(grads, _link.zeros_like(params))
-        return updates, advance(state, value)
+        return grads, advance(state, value)
 
     return optax.GradientTransformationExtraArgs(init_of(key), update_fn)
 
