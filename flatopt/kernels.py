@@ -62,7 +62,10 @@ def _accepts_out_sharding(sampler):
 
 
 def _leafwise(sampler, deviation=None):
-    """The kernel of independent ``sampler`` values times ``deviation(path, leaf)``."""
+    """The kernel of independent ``sampler`` values times a deviation.
+
+    ``deviation(params)`` returns a function of the path of a leaf and the leaf.
+    """
     checks.check_sampler(sampler)
 
     def bind(key, params):
@@ -71,8 +74,9 @@ def _leafwise(sampler, deviation=None):
         leaves = [jnp.asarray(leaf) for _, leaf in named]
         deviations = [1.0] * len(leaves)
         if deviation is not None:
+            deviation_of = deviation(params)
             deviations = [
-                deviation(trees.path_name(path), leaf).astype(jnp.float32)
+                deviation_of(trees.path_name(path), leaf).astype(jnp.float32)
                 for (path, _), leaf in zip(named, leaves, strict=True)
             ]
         hashes = binding.path_hashes(params)
@@ -238,7 +242,12 @@ def isotropic(sampler: Sampler = normal) -> Kernel:
     return _leafwise(sampler)
 
 
-def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> Kernel:
+def filterwise(
+    sampler: Sampler = normal,
+    *,
+    filter_axes: FilterAxes = None,
+    norms_of: Callable[[Any], Any] | None = None,
+) -> Kernel:
     r"""Noise in proportion to the norm of each filter (the kernel of LPF-SGD).
 
     Every element of filter :math:`\theta_f` gets noise of standard deviation
@@ -252,15 +261,21 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
         ``(path, leaf) -> axes`` of the path as a string such as
         ``"dense/kernel"``; or a tree with an int or a tuple for each leaf, at
         the paths of ``params``. A tuple of ints is always the axes of one leaf, or
-        of all: for ``params`` that are a tuple, give a list. Default: the last axis,
-        as in Flax, but the first for a leaf named ``embedding``. PyTorch layouts: 0.
+        of all: for ``params`` that are a tuple, give a list. Default: Flax's layouts.
+        That is the last axis, but the first for a leaf named ``embedding``; beside a
+        kernel, its bias tells whether the kernel has several output axes (attention)
+        or stacked layers; in :mod:`flatopt.flax` the model tells. PyTorch layouts: 0.
+      norms_of: a function of all parameters that returns arrays whose filter norms are
+        used instead of those of the leaves, at the paths of the leaves that get noise
+        and in their shapes. For noise on a frozen weight in proportion to what it makes
+        with its adapters. Default: the parameters themselves.
 
     Returns:
       A kernel ``(key, params) -> perturbation``.
 
     Raises:
       ValueError: when drawn, if ``filter_axes`` names an axis that a leaf does
-        not have, or a tree lacks the path of a leaf.
+        not have, a tree lacks the path of a leaf, or ``norms_of`` returns another shape.
 
     References:
       Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
@@ -275,7 +290,20 @@ def filterwise(sampler: Sampler = normal, *, filter_axes: FilterAxes = None) -> 
       Array([[5., 1.],
              [5., 1.]], dtype=float32)
     """
-    return _leafwise(sampler, filters.filter_norm(filter_axes))
+    if norms_of is not None and not callable(norms_of):
+        raise TypeError(
+            f"norms_of must be a function of the parameters, got {norms_of!r}; return "
+            "arrays at the paths of the leaves that get noise."
+        )
+
+    def deviation(params):
+        if norms_of is None:
+            return filters.filter_norm(filter_axes, params)
+        return filters.norm_of_other(
+            filter_axes, norms_of(binding.whole_params(params))
+        )
+
+    return _leafwise(sampler, deviation)
 
 
 def elementwise(sampler: Sampler = normal) -> Kernel:
@@ -293,7 +321,7 @@ def elementwise(sampler: Sampler = normal) -> Kernel:
       >>> jnp.abs(kernel(jax.random.key(0), jnp.array([0.0, -2.0, 3.0])))
       Array([0., 2., 3.], dtype=float32)
     """
-    return _leafwise(sampler, lambda path, leaf: jnp.abs(leaf))
+    return _leafwise(sampler, lambda params: lambda path, leaf: jnp.abs(leaf))
 
 
 def shared_magnitude(kernel: Kernel) -> Kernel:

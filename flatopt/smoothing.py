@@ -93,6 +93,8 @@ def smooth_value_and_grad(
     batch_argnames: tuple[str, ...] = (),
     weight_fn: Callable[[Any], jax.Array] | None = None,
     has_aux: bool = False,
+    mask: Any = None,
+    noise_mask: Any = None,
     strategy: Strategy = "auto",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
@@ -126,6 +128,11 @@ def smooth_value_and_grad(
       has_aux: whether ``value_fn`` returns ``(value, aux)``. Leaves of ``aux`` gain
         leading axes ``(num_samples,)``, or ``(num_samples, 2)`` when antithetic; under
         ``axis_name`` they stay each device's own.
+      mask: which leaves to differentiate: a tree prefix of bools, or a function of
+        ``params`` that returns one, as in ``optax.masked``. The gradient of the others
+        is not computed; zeros stand for it.
+      noise_mask: which leaves get noise, in the form of ``mask``; None: those of
+        ``mask``. For noise on frozen weights with gradients for their adapters alone.
       strategy: how samples are laid out. ``"vmap"``: all at once (fast where memory and
         matrix units are plenty). ``"scan"``: one after another in a loop.
         ``"unroll"``: one after another without a loop. An int: that many at once
@@ -143,7 +150,8 @@ def smooth_value_and_grad(
       TypeError: if an argument has the wrong type, ``params`` are not real floats, or
         ``value_fn`` does not return a scalar.
       ValueError: if an argument is out of range, a name in ``batch_argnames`` was not
-        passed, or a batch does not divide into ``num_samples`` chunks.
+        passed, a batch does not divide into ``num_samples`` chunks, or a mask is no
+        prefix of ``params``.
 
     References:
       Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
@@ -172,9 +180,11 @@ def smooth_value_and_grad(
 
     def value_and_grad(key, params, /, *args, **kwargs):
         chunks, whole = layout.split_batch(kwargs, names, num_samples)
+        free_flags, noise_flags = _flags(mask, noise_mask, params)
         dtypes = []
 
-        def value_of(perturbed, chunk, sample):
+        def value_of(free, perturbed, chunk, sample):
+            perturbed = trees.merge(free, perturbed, free_flags)
             out = value_fn(perturbed, *args, **whole, **chunk, **sample)
             if not has_aux:
                 return checks.check_value(out), None
@@ -187,7 +197,7 @@ def smooth_value_and_grad(
 
         def evaluate(perturbed, chunk, **sample):
             (value, aux), grads = jax.value_and_grad(value_of, has_aux=True)(
-                perturbed, chunk, sample
+                trees.select(perturbed, free_flags), perturbed, chunk, sample
             )
             dtypes.append(value.dtype)
             value, grads = jax.tree.map(trees.widen, (value, grads))
@@ -202,19 +212,20 @@ def smooth_value_and_grad(
             return (value, weight, grads), aux
 
         checks.check_random_key(key)
+        free = checks.check_params(trees.select(params, free_flags))
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            params = sharding.tree_varying(params, axis_name)
-        totals, aux = estimate(evaluate, key, params, chunks)
+            free = sharding.tree_varying(free, axis_name)
+        whole_params = trees.merge(free, params, free_flags)
+        totals, aux = estimate(evaluate, key, whole_params, chunks, noise_flags)
         if axis_name is not None:
             totals = jax.lax.pmean(totals, axis_name)
         value, weight, grads = totals
         value = (value / weight).astype(dtypes[0])
         grads = jax.tree.map(
-            lambda g, p: (g / weight.astype(g.dtype)).astype(p.dtype),
-            grads,
-            jax.tree.map(jnp.asarray, params),
+            lambda g, p: (g / weight.astype(g.dtype)).astype(p.dtype), grads, free
         )
+        grads = trees.merge(grads, trees.zeros_like(params), free_flags)
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return value_and_grad
@@ -229,9 +240,9 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     checks.check_kernel(kernel)
     coefficients = (1, -1) if antithetic else (1,)
 
-    def estimate(evaluate, key, params, chunks, rematerialize=False):
-        params = checks.check_params(params)
-        draw = binding.bind(kernel, key, params)
+    def estimate(evaluate, key, params, chunks, noise_flags=None, rematerialize=False):
+        noisy = checks.check_params(trees.select(params, noise_flags))
+        draw = binding.bind(kernel, key, noisy, params)
 
         def sample(index, chunk):
             noise_key = random.fold_in(key, index)
@@ -240,9 +251,10 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
             if antithetic:
                 # Both signs use it: without the barrier XLA may draw it twice.
                 noise = jax.lax.optimization_barrier(noise)
+            moved = [_perturb(noisy, sign, scale, noise) for sign in coefficients]
             outs = [
-                evaluate(_perturb(params, sign, scale, noise), chunk, **options)
-                for sign in coefficients
+                evaluate(trees.merge(tree, params, noise_flags), chunk, **options)
+                for tree in moved
             ]
             if not antithetic:
                 return outs[0]
@@ -253,6 +265,14 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
         return layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
 
     return estimate
+
+
+def _flags(mask, noise_mask, params):
+    """One flag a leaf for what is differentiated and for what gets noise; None: all."""
+    free = None if mask is None else trees.mask_flags(mask, params)
+    if noise_mask is None:
+        return free, free
+    return free, trees.mask_flags(noise_mask, params, "noise_mask")
 
 
 def _perturb(params, sign, scale, noise):

@@ -149,6 +149,15 @@ def _recipe(tiny, gradients, **options):
 
 
 TRANSFORMATIONS = {
+    "accumulate": Row(
+        {
+            "link": flatopt.nso_gradients(0.1),
+            "optimizer": optax.sgd(0.1),
+            "num_microbatches": 1,
+        },
+        {"link": flatopt.nso_gradients(TINY), "optimizer": optax.sgd(2e-3, 0.9)},
+        is_optimizer=True,
+    ),
     "anti_pgd": Row(
         {"scale": 0.1},
         {"scale": lambda count: jnp.where(count < 700, TINY, 0.0)},
@@ -186,6 +195,12 @@ TRANSFORMATIONS = {
     "lpf_adamw": _recipe(
         {"gamma": TINY, "num_samples": 2}, 3, adam=True, quick={"num_samples": 1}
     ),
+    "lpf_gradients": Row(
+        {"gamma": 0.1, "num_samples": 2},
+        {"gamma": TINY},
+        quick={"num_samples": 1},
+        gradients=3,
+    ),
     "lpf_sgd": _recipe(
         {"gamma": TINY, "num_samples": 2},
         3,
@@ -194,6 +209,7 @@ TRANSFORMATIONS = {
         is_resumed=True,
     ),
     "nso_adamw": _recipe({"sigma": TINY}, 6, adam=True),
+    "nso_gradients": Row({"sigma": 0.1}, {"sigma": TINY}),
     "nso_sgd": _recipe({"sigma": TINY}, 6),
     "random_sam_gradients": _sam(
         {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}

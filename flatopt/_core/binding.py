@@ -1,5 +1,6 @@
 """Kernels bound to parameters: keys of leaves, checks of what a kernel returns."""
 
+import contextvars
 import hashlib
 
 import jax
@@ -26,16 +27,30 @@ def leaf_keys(key, hashes):
     return jax.vmap(lambda word: fold(fold(key, word[0]), word[1]))(hashes)
 
 
-def bind(kernel, key, params):
+_WHOLE = contextvars.ContextVar("all parameters", default=None)
+
+
+def whole_params(params):
+    """All parameters of the step, where ``params`` are those that get noise."""
+    whole = _WHOLE.get()
+    return params if whole is None else whole
+
+
+def bind(kernel, key, params, whole=None):
     """Return ``draw(key) -> perturbation`` of any kernel at these parameters.
 
     The noise is constant with respect to ``params``, and checked to have their
-    structure and shapes.
+    structure and shapes. ``whole`` are the parameters that get no noise too.
     """
     checks.check_kernel(kernel)
-    params = jax.lax.stop_gradient(params)
+    params = _constant(params)
     if hasattr(kernel, "bind"):
-        inner = kernel.bind(key, params)
+        token = None if whole is None else _WHOLE.set(_constant(whole))
+        try:
+            inner = kernel.bind(key, params)
+        finally:
+            if token is not None:
+                _WHOLE.reset(token)
     else:
 
         def inner(key):
@@ -63,3 +78,10 @@ def bind(kernel, key, params):
         return jax.lax.stop_gradient(noise)
 
     return draw
+
+
+def _constant(params):
+    """The same parameters, without derivatives; what is no array stays."""
+    return jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if checks.is_numeric(x) else x, params
+    )

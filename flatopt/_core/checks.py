@@ -106,8 +106,6 @@ _WHAT_COUNTS = {
     "k": "it counts the eigenvalues",
 }
 
-check_num_samples = check_count  # the name by which the other rooms know it
-
 
 def check_strategy(strategy):
     if strategy in STRATEGIES and isinstance(strategy, str):

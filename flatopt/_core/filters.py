@@ -1,5 +1,7 @@
 """Which axes of a parameter index filters, and the norms of filters."""
 
+import contextlib
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -12,23 +14,101 @@ from flatopt._core import trees
 FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
 
 
-def default_filter_axes(path: str, leaf: jax.Array) -> int:
-    """The axis that indexes filters in Flax layouts: last, or first for embeddings.
+_MODEL_AXES = contextvars.ContextVar("filter axes of a model", default=None)
+
+
+@contextlib.contextmanager
+def model_axes(axes):
+    """Inside, the default axes are these, a tree as for ``filter_axes``."""
+    token = _MODEL_AXES.set(axes)
+    try:
+        yield
+    finally:
+        _MODEL_AXES.reset(token)
+
+
+def default_filter_axes(path: str, leaf: jax.Array, shapes=None):
+    """The axes that index filters in Flax layouts, read from names and shapes.
+
+    The last axis, or the first of an ``embedding``. The bias beside a kernel has the shape
+    of the kernel's outputs: so several output axes (attention) and layers stacked along
+    leading axes are known. ``shapes`` are those of all leaves by their paths.
 
     Example:
       >>> import jax.numpy as jnp
       >>> default_filter_axes("dense/kernel", jnp.ones((3, 4)))
-      -1
+      (1,)
       >>> default_filter_axes("embed/embedding", jnp.ones((3, 4)))
-      0
+      (0,)
+      >>> shapes = {"query/kernel": (6, 2, 3), "query/bias": (2, 3)}
+      >>> default_filter_axes("query/kernel", jnp.ones((6, 2, 3)), shapes)
+      (1, 2)
     """
-    del leaf
-    return 0 if path.split("/")[-1] == "embedding" else -1
+    table = _by_path(_MODEL_AXES.get())
+    if path in table:
+        return table[path]
+    shapes = shapes or {}
+    layer, slash, name = path.rpartition("/")
+    if leaf.ndim <= 1:
+        return ()
+    if name == "embedding":
+        return (0,)
+    if name in ("bias", "scale"):
+        kernel = shapes.get(f"{layer}{slash}kernel")
+        if kernel is not None and name == "bias":
+            return tuple(range(_leading_axes(layer, kernel, leaf.shape)))
+        return tuple(range(leaf.ndim - 1))
+    if name == "kernel" and leaf.ndim > 2:
+        bias = shapes.get(f"{layer}{slash}bias")
+        if bias is not None:
+            leading = _leading_axes(layer, leaf.shape, bias)
+            outputs = len(bias) - leading
+            return (*range(leading), *range(leaf.ndim - outputs, leaf.ndim))
+        outputs = _attention_outputs(layer, leaf.ndim, shapes)
+        if outputs:
+            stacked = range(leaf.ndim - 3)
+            return (*stacked, *range(leaf.ndim - outputs, leaf.ndim))
+    return (leaf.ndim - 1,)
 
 
-def filter_norm(filter_axes):
-    """A function ``(path, leaf) -> norms`` of each filter, broadcastable to the leaf."""
-    axes_of = filter_axes_function(filter_axes)
+def _leading_axes(layer, kernel, bias):
+    """How many leading axes of a kernel and its bias are stacked layers."""
+    fits = [
+        leading
+        for leading in range(len(bias))
+        if kernel[:leading] == bias[:leading]
+        and kernel[len(kernel) - len(bias) + leading :] == bias[leading:]
+    ]
+    if len(fits) > 1 and layer.rpartition("/")[2] in _PROJECTIONS:
+        return fits[0]
+    if len(fits) > 1:
+        raise ValueError(
+            f"filter_axes is needed for the layer {layer!r}, got a kernel of shape {kernel} "
+            f"with a bias of shape {bias}, which may be stacked layers or several output "
+            "axes; give filter_axes."
+        )
+    return fits[0] if fits else 0
+
+
+_PROJECTIONS = ("query", "key", "value")
+
+
+def _attention_outputs(layer, ndim, shapes):
+    """The output axes of a kernel of attention without biases, 0 where it is none."""
+    block, slash, name = layer.rpartition("/")
+    out = shapes.get(f"{block}{slash}out/kernel", ())
+    query = shapes.get(f"{block}{slash}query/kernel", ())
+    if not (len(out) == len(query) == ndim) or out[-3:-1] != query[-2:]:
+        return 0
+    return {"out": 1, **dict.fromkeys(_PROJECTIONS, 2)}.get(name, 0)
+
+
+def filter_norm(filter_axes, params=None):
+    """A function ``(path, leaf) -> norms`` of each filter, broadcastable to the leaf.
+
+    ``params`` is the tree of the leaves, from which the default axes are read.
+    """
+    axes_of = filter_axes_function(filter_axes, params)
 
     def norm(path, leaf):
         axes = check_axes(axes_of(path, leaf), path, leaf)
@@ -39,25 +119,42 @@ def filter_norm(filter_axes):
     return norm
 
 
+def norm_of_other(filter_axes, others):
+    """As :func:`filter_norm`, with the norms of other arrays at the paths of the leaves."""
+    norm = filter_norm(filter_axes, others)
+    named = jax.tree_util.tree_leaves_with_path(others)
+    by_path = {trees.path_name(path): jnp.asarray(leaf) for path, leaf in named}
+
+    def norm_at(path, leaf):
+        other = by_path.get(path)
+        if other is None or other.shape != leaf.shape:
+            got = "none" if other is None else f"shape {other.shape}"
+            raise ValueError(
+                f"norms_of must return an array of shape {leaf.shape} at {path!r}, got "
+                f"{got}; give one for each leaf that gets noise, or name these leaves in "
+                "noise_mask."
+            )
+        return norm(path, other)
+
+    return norm_at
+
+
 def _is_axes(value):
     return isinstance(value, int | np.integer) or (
         isinstance(value, tuple) and all(isinstance(a, int | np.integer) for a in value)
     )
 
 
-def filter_axes_function(filter_axes):
+def filter_axes_function(filter_axes, params=None):
     if filter_axes is None:
-        return default_filter_axes
+        named = jax.tree_util.tree_leaves_with_path(params)
+        shapes = {trees.path_name(path): jnp.shape(leaf) for path, leaf in named}
+        return lambda path, leaf: default_filter_axes(path, leaf, shapes)
     if _is_axes(filter_axes):
         return lambda path, leaf: filter_axes
     if trees.is_function(filter_axes):
         return filter_axes
-    by_path = {
-        trees.path_name(path): axes
-        for path, axes in jax.tree_util.tree_leaves_with_path(
-            filter_axes, is_leaf=_is_axes
-        )
-    }
+    by_path = _by_path(filter_axes)
 
     def from_tree(path, leaf):
         if path not in by_path:
@@ -68,6 +165,12 @@ def filter_axes_function(filter_axes):
         return by_path[path]
 
     return from_tree
+
+
+def _by_path(axes):
+    """A tree of axes as a dict from the paths of leaves."""
+    named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)
+    return {trees.path_name(path): value for path, value in named}
 
 
 def check_axes(axes, path, leaf):

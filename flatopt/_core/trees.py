@@ -27,7 +27,7 @@ def is_function(x):
     return callable(x) and jax.tree_util.all_leaves([x])
 
 
-def mask_flags(mask, params):
+def mask_flags(mask, params, name="mask"):
     """One bool for each leaf of ``params`` from a mask as in ``optax.masked``."""
     given = mask(params) if is_function(mask) else mask
     try:
@@ -36,13 +36,13 @@ def mask_flags(mask, params):
         )
     except ValueError as error:
         raise ValueError(
-            f"mask must be a tree prefix of params, got {_difference(given, params)}; give "
+            f"{name} must be a tree prefix of params, got {_difference(given, params)}; give "
             "one bool for each leaf or subtree."
         ) from error
     for flag in flags:
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(
-                f"mask must be made of Python bools, got {flag!r}; write True where the "
+                f"{name} must be made of Python bools, got {flag!r}; write True where the "
                 "leaf takes part and False where it does not."
             )
     return [bool(flag) for flag in flags]
@@ -75,6 +75,36 @@ def _list_paths(paths, most=4):
     names = [repr(path_name(path)) for path in paths[:most]]
     rest = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(names) + rest
+
+
+def select(tree, flags):
+    """The tree with None in place of leaves whose flag is False, so that paths stay."""
+    if flags is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, flags, strict=True)
+    return treedef.unflatten([x if flag else None for x, flag in pairs])
+
+
+def merge(selected, others, flags):
+    """The inverse of :func:`select`: places of None are filled from a whole tree."""
+    if flags is None:
+        return selected
+    leaves, treedef = jax.tree.flatten(others)
+    triples = zip(treedef.flatten_up_to(selected), leaves, flags, strict=True)
+    return treedef.unflatten([x if flag else y for x, y, flag in triples])
+
+
+def zeros_like(tree):
+    """Zeros for numbers and arrays; what is neither stays."""
+    return jax.tree.map(
+        lambda x: (
+            jnp.zeros_like(x)
+            if hasattr(x, "dtype") or isinstance(x, int | float)
+            else x
+        ),
+        tree,
+    )
 
 
 def wide(dtype):

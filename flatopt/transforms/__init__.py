@@ -1,9 +1,11 @@
 """Transformations of gradients: the links that an optax chain is made of."""
 
+from flatopt.transforms._accumulate import accumulate
 from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
 from flatopt.transforms._chain import chain
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._read import loss, metrics
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
 from flatopt.transforms._sam_adaptive import (
@@ -31,6 +33,7 @@ __all__ = [
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
+    "accumulate",
     "anti_pgd",
     "asam_gradients",
     "bayesian_sam_gradients",
@@ -43,6 +46,8 @@ __all__ = [
     "look_sam_gradients",
     "loss",
     "metrics",
+    "lpf_gradients",
+    "nso_gradients",
     "random_sam_gradients",
     "sam_gradients",
     "skip_nonfinite",

@@ -1,6 +1,7 @@
 """The links of a chain that make a gradient: a method is its ``estimate`` alone."""
 
 import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ class Step(NamedTuple):
     Attributes:
       value_fn: the loss of the free parameters, with the signature of the user's.
       params: the parameters to differentiate; None in place of those masked out.
+      whole: the loss and the parameters as the user gave them, for what masks by itself.
       arguments: keyword arguments of the loss that are not split.
       chunks: those that are split, as ``layout.split_batch`` returns them.
       key: the random key of this step, on this device.
@@ -27,6 +29,7 @@ class Step(NamedTuple):
 
     value_fn: Any
     params: Any
+    whole: tuple[Any, Any]
     arguments: dict[str, Any]
     chunks: dict[str, Any]
     key: jax.Array
@@ -76,6 +79,7 @@ def link(
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
         check_update(params, value_fn, name)
+        _check_not_accumulated(name)
         checks.check_batch_argnames(names, value_fn)
         checks.check_axis_name(axis_name)
         value_of, select, merge = partition(value_fn, params, mask)
@@ -88,7 +92,16 @@ def link(
         if axis_name is not None:
             own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
             free, memory = sharding.tree_varying((free, memory), axis_name)
-        step = Step(value_of, free, whole, chunks, own_key, state.count, memory)
+        step = Step(
+            value_of,
+            free,
+            (value_fn, params),
+            whole,
+            chunks,
+            own_key,
+            state.count,
+            memory,
+        )
         with signatures.naming_what_lacks(value_fn, {**whole, **chunks}, extra_args):
             result = estimate(step)
         if axis_name is not None:
@@ -103,7 +116,7 @@ def link(
         )
         if init_memory is not None:
             new_state = new_state._replace(memory=merge(memory, state.memory))
-        return merge(grads, zeros_like(params)), new_state
+        return merge(grads, trees.zeros_like(params)), new_state
 
     return optax.GradientTransformationExtraArgs(
         init_fn, makes_gradient(update_fn, name)
@@ -114,6 +127,23 @@ def _check_mask(mask, params):
     """Refuse a wrong mask at ``init`` already, before a wrapper of optax meets it."""
     if mask is not None and jax.tree.leaves(params):
         trees.mask_flags(mask, params)
+
+
+def _check_not_accumulated(name):
+    """Reject a link inside of ``optax.MultiSteps``, which averages what the link ignores.
+
+    Only the call stack can tell: the link sees the mean of the incoming zeros.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is optax.MultiSteps.update.__code__:
+            raise ValueError(
+                f"{name} is inside of optax.MultiSteps, which would train on the last "
+                "microbatch alone, since it averages the incoming gradients that "
+                f"{name} does not read; write flatopt.accumulate({name}(...), optimizer, "
+                "num_microbatches)."
+            )
+        frame = frame.f_back
 
 
 def makes_gradient(update_fn, name):
@@ -249,31 +279,8 @@ def selection(params, mask):
     if mask is None:
         return lambda tree: tree, lambda tree, others: tree
     flags = trees.mask_flags(mask, params)
-    treedef = jax.tree.structure(params)
-
-    def select(tree):
-        leaves = treedef.flatten_up_to(tree)
-        return treedef.unflatten(
-            [x if flag else None for x, flag in zip(leaves, flags, strict=True)]
-        )
-
-    def merge(tree, others):
-        pairs = zip(
-            treedef.flatten_up_to(tree),
-            treedef.flatten_up_to(others),
-            flags,
-            strict=True,
-        )
-        return treedef.unflatten([x if flag else y for x, y, flag in pairs])
-
-    return select, merge
-
-
-def zeros_like(params):
-    """Zeros for numbers and arrays; what is neither stays."""
-    return jax.tree.map(
-        lambda leaf: jnp.zeros_like(leaf) if checks.is_numeric(leaf) else leaf, params
-    )
+    select = functools.partial(trees.select, flags=flags)
+    return select, functools.partial(trees.merge, flags=flags)
 
 
 def wide_zeros(params):

@@ -21,6 +21,7 @@ def smooth_gradients(
     batch_argnames: tuple[str, ...] = (),
     weight_fn: Callable[[Any], jax.Array] | None = None,
     mask: Any = None,
+    noise_mask: Any = None,
     strategy: smoothing.Strategy = "auto",
     axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
@@ -54,6 +55,8 @@ def smooth_gradients(
       weight_fn: weight of a chunk; default: chunks count equally.
       mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
         masked out get no noise and are not differentiated; their update is zero.
+      noise_mask: which leaves get noise, in the form of ``mask``; None: those of
+        ``mask``. For noise on frozen weights with gradients for their adapters alone.
       strategy: layout of the samples, see :func:`smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over.
       key: an int or a JAX random key, read by ``init``.
@@ -98,19 +101,25 @@ def smooth_gradients(
 
     def estimate(step):
         checks.check_axis_name(axis_name)
-        # It splits the batch and averages over devices: weights of chunks come first.
+        # It masks, splits the batch and averages over devices: frozen leaves may get noise,
+        # and weights of chunks come before the mean.
+        value_fn, params = step.whole
         value_and_grad = smoothing.smooth_value_and_grad(
-            step.value_fn,
+            value_fn,
             _link.at_step(scale, step.count, "scale"),
             kernel,
             num_samples=num_samples,
             antithetic=antithetic,
             batch_argnames=batch_argnames,
             weight_fn=weight_fn,
+            mask=mask,
+            noise_mask=noise_mask,
             strategy=strategy,
             axis_name=axis_name,
         )
-        return *value_and_grad(step.key, step.params, **step.arguments), ()
+        value, grads = value_and_grad(step.key, params, **step.arguments)
+        select, _ = _link.selection(params, mask)
+        return value, select(grads), ()
 
     return _link.link(
         "smooth_gradients", SmoothGradientsState, estimate, mask=mask, key=key

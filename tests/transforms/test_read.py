@@ -48,7 +48,7 @@ WRAPPERS = {
     "partition": lambda link: optax.partition({"a": link}, "a"),
     "skip_nonfinite": lambda link: flatopt.skip_nonfinite(optax.chain(link)),
     "apply_if_finite": lambda link: optax.apply_if_finite(link, 5),
-    "MultiSteps": lambda link: optax.MultiSteps(link, 1),
+    "accumulate": lambda link: flatopt.accumulate(link, optax.sgd(0.1), 2),
     "conditionally_transform": lambda link: optax.conditionally_transform(
         link, lambda step: step >= 0
     ),

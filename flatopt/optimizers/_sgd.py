@@ -1,15 +1,16 @@
-"""Ready recipes: chains with the papers' defaults."""
+"""Recipes that end in SGD with momentum."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from flatopt import kernels
-from flatopt._core import checks, trees
+from flatopt import smoothing
+from flatopt.optimizers import _masks
+from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._sam import sam_gradients
 from flatopt.transforms._sam_adaptive import asam_gradients
-from flatopt.transforms._smooth import smooth_gradients
 
 
 def lpf_sgd(
@@ -17,11 +18,18 @@ def lpf_sgd(
     gamma: optax.ScalarOrSchedule = 5e-4,
     num_samples: int | None = None,
     *,
+    kernel: Callable[..., Any] | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
+    accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
     batch_argnames: tuple[str, ...] = ("batch",),
+    weight_fn: Callable[[Any], jax.Array] | None = None,
     mask: Any = None,
+    noise_mask: Any = None,
+    strategy: smoothing.Strategy = "auto",
+    axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-pass-filtering SGD: one pass over the batch, each chunk at its own noise.
@@ -38,13 +46,14 @@ def lpf_sgd(
       gamma: noise in units of the filter norm: a number or a schedule, such as
         :func:`flatopt.schedules.cosine_growth`.
       num_samples: number of chunks M; None: 8, the paper's. It must divide the batch.
-      momentum: coefficient of the momentum buffer.
-      nesterov: whether to use Nesterov momentum.
+      kernel: the noise; None: :func:`flatopt.kernels.filterwise`.
+      momentum, nesterov, accumulator_dtype: see ``optax.sgd``.
       weight_decay: coefficient of the parameters added to the gradient.
+      weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
       batch_argnames: names of the extra arguments that hold the batch.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      key: an int or a JAX random key.
+      weight_fn, noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and the batch.
@@ -69,8 +78,27 @@ def lpf_sgd(
       Array([0.2, 0.2], dtype=float32)
     """
     return optax.chain(
-        _lpf(gamma, num_samples, batch_argnames, mask, key),
-        _sgd(learning_rate, momentum, nesterov, weight_decay, mask),
+        lpf_gradients(
+            gamma,
+            num_samples,
+            kernel,
+            batch_argnames=batch_argnames,
+            weight_fn=weight_fn,
+            mask=mask,
+            noise_mask=noise_mask,
+            strategy=strategy,
+            axis_name=axis_name,
+            key=key,
+        ),
+        _masks.sgd(
+            learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+            mask=mask,
+        ),
     )
 
 
@@ -79,10 +107,16 @@ def nso_sgd(
     sigma: optax.ScalarOrSchedule = 0.01,
     num_perturbations: int | None = None,
     *,
+    kernel: Callable[..., Any] | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
+    accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
     mask: Any = None,
+    noise_mask: Any = None,
+    strategy: smoothing.Strategy = "auto",
+    axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Noise stability optimization: gradients at +U and -U, averaged.
@@ -98,12 +132,13 @@ def nso_sgd(
       learning_rate: a number or a schedule.
       sigma: standard deviation of the noise: a number or a schedule.
       num_perturbations: number of pairs k; None: 1.
-      momentum: coefficient of the momentum buffer.
-      nesterov: whether to use Nesterov momentum.
+      kernel: the noise; None: :func:`flatopt.kernels.isotropic`.
+      momentum, nesterov, accumulator_dtype: see ``optax.sgd``.
       weight_decay: coefficient of the parameters added to the gradient.
+      weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      key: an int or a JAX random key.
+      noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
@@ -127,8 +162,25 @@ def nso_sgd(
       [-0.3, -0.4]
     """
     return optax.chain(
-        _nso(sigma, num_perturbations, mask, key),
-        _sgd(learning_rate, momentum, nesterov, weight_decay, mask),
+        nso_gradients(
+            sigma,
+            num_perturbations,
+            kernel,
+            mask=mask,
+            noise_mask=noise_mask,
+            strategy=strategy,
+            axis_name=axis_name,
+            key=key,
+        ),
+        _masks.sgd(
+            learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+            mask=mask,
+        ),
     )
 
 
@@ -138,8 +190,13 @@ def sam_sgd(
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
+    accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
     mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization with SGD: two gradients a step.
@@ -147,11 +204,10 @@ def sam_sgd(
     Args:
       learning_rate: a number or a schedule.
       rho: length of the ascent step: a number or a schedule.
-      momentum: coefficient of the momentum buffer.
-      nesterov: whether to use Nesterov momentum.
+      momentum, nesterov, accumulator_dtype: see ``optax.sgd``.
       weight_decay: coefficient of the parameters added to the gradient.
-      mask: which leaves to train, as in :func:`smooth_gradients`.
-      key: an int or a JAX random key.
+      weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
+      num_microbatches, batch_argnames, mask, axis_name, key: see :func:`sam_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
@@ -173,8 +229,23 @@ def sam_sgd(
       [-0.303, -0.404]
     """
     return optax.chain(
-        sam_gradients(rho, mask=mask, key=key),
-        _sgd(learning_rate, momentum, nesterov, weight_decay, mask),
+        sam_gradients(
+            rho,
+            num_microbatches=num_microbatches,
+            batch_argnames=batch_argnames,
+            mask=mask,
+            axis_name=axis_name,
+            key=key,
+        ),
+        _masks.sgd(
+            learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+            mask=mask,
+        ),
     )
 
 
@@ -185,8 +256,13 @@ def asam_sgd(
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
+    accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
     mask: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive sharpness-aware minimization with SGD: two gradients a step.
@@ -195,11 +271,10 @@ def asam_sgd(
       learning_rate: a number or a schedule.
       rho: length of the ascent step in units of the parameters: a number or a schedule.
       eta: what is added to the magnitude of each parameter.
-      momentum: coefficient of the momentum buffer.
-      nesterov: whether to use Nesterov momentum.
+      momentum, nesterov, accumulator_dtype: see ``optax.sgd``.
       weight_decay: coefficient of the parameters added to the gradient.
-      mask: which leaves to train, as in :func:`smooth_gradients`.
-      key: an int or a JAX random key.
+      weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
+      num_microbatches, batch_argnames, mask, axis_name, key: see :func:`sam_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
@@ -221,148 +296,22 @@ def asam_sgd(
       [-0.374, -0.575]
     """
     return optax.chain(
-        asam_gradients(rho, eta, mask=mask, key=key),
-        _sgd(learning_rate, momentum, nesterov, weight_decay, mask),
+        asam_gradients(
+            rho,
+            eta,
+            num_microbatches=num_microbatches,
+            batch_argnames=batch_argnames,
+            mask=mask,
+            axis_name=axis_name,
+            key=key,
+        ),
+        _masks.sgd(
+            learning_rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+            mask=mask,
+        ),
     )
-
-
-def lpf_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    gamma: optax.ScalarOrSchedule = 5e-4,
-    num_samples: int | None = None,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-    batch_argnames: tuple[str, ...] = ("batch",),
-    mask: Any = None,
-    key: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Low-pass filtering with AdamW: :func:`lpf_sgd` with another optimizer after it.
-
-    Args:
-      learning_rate: a number or a schedule.
-      gamma: noise in units of the filter norm: a number or a schedule.
-      num_samples: number of chunks M; None: 8, the paper's. It must divide the batch.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      weight_decay: decoupled weight decay, times the learning rate.
-      batch_argnames: names of the extra arguments that hold the batch.
-      mask: which leaves to train, as in :func:`smooth_gradients`.
-      key: an int or a JAX random key.
-
-    Returns:
-      An optax transformation; its ``update`` takes ``value_fn`` and the batch.
-
-    Raises:
-      TypeError, ValueError: as :func:`smooth_gradients`.
-
-    References:
-      Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
-      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022 (machine translation).
-
-    Example:
-      >>> import jax.numpy as jnp, flatopt
-      >>> tx = flatopt.lpf_adamw(0.1)
-      >>> params, batch = jnp.array([3.0, -4.0]), jnp.ones((8, 2))
-      >>> updates, state = tx.update(
-      ...     None, tx.init(params), params, batch=batch,
-      ...     value_fn=lambda p, batch: jnp.sum((batch * p[None]) ** 2))
-      >>> [round(float(u), 3) for u in updates]
-      [-0.1, 0.1]
-    """
-    return optax.chain(
-        _lpf(gamma, num_samples, batch_argnames, mask, key),
-        _adamw(learning_rate, b1, b2, weight_decay, mask),
-    )
-
-
-def nso_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    sigma: optax.ScalarOrSchedule = 0.01,
-    num_perturbations: int | None = None,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-    mask: Any = None,
-    key: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Noise stability optimization with AdamW: for fine-tuning.
-
-    Args:
-      learning_rate: a number or a schedule.
-      sigma: standard deviation of the noise: a number or a schedule.
-      num_perturbations: number of pairs k; None: 1.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      weight_decay: decoupled weight decay, times the learning rate.
-      mask: which leaves to train, as in :func:`smooth_gradients`.
-      key: an int or a JAX random key.
-
-    Returns:
-      An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
-
-    Raises:
-      TypeError, ValueError: as :func:`smooth_gradients`.
-
-    References:
-      Zhang, Li, Ju, `Noise Stability Optimization for Finding Flat Minima
-      <https://arxiv.org/abs/2306.08553>`_, 2024, section 4.
-
-    Example:
-      >>> import jax.numpy as jnp, flatopt
-      >>> tx = flatopt.nso_adamw(0.1)
-      >>> params = jnp.array([3.0, -4.0])
-      >>> updates, state = tx.update(
-      ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2))
-      >>> [round(float(u), 3) for u in updates]
-      [-0.1, 0.1]
-    """
-    return optax.chain(
-        _nso(sigma, num_perturbations, mask, key),
-        _adamw(learning_rate, b1, b2, weight_decay, mask),
-    )
-
-
-def _lpf(gamma, num_samples, batch_argnames, mask, key):
-    return smooth_gradients(
-        gamma,
-        kernels.filterwise(),
-        num_samples=8 if num_samples is None else num_samples,
-        batch_argnames=batch_argnames,
-        mask=mask,
-        key=key,
-    )
-
-
-def _nso(sigma, num_perturbations, mask, key):
-    num_perturbations = 1 if num_perturbations is None else num_perturbations
-    checks.check_count(num_perturbations, "num_perturbations")
-    return smooth_gradients(
-        sigma,
-        num_samples=num_perturbations,
-        antithetic=True,
-        mask=mask,
-        key=key,
-    )
-
-
-def _sgd(learning_rate, momentum, nesterov, weight_decay, mask):
-    tx = optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
-    )
-    return _masked(tx, mask)
-
-
-def _adamw(learning_rate, b1, b2, weight_decay, mask):
-    tx = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return _masked(tx, mask)
-
-
-def _masked(tx, mask):
-    if mask is None:
-        return tx
-    # optax would call a tree that can be called.
-    return optax.masked(tx, mask if trees.is_function(mask) else lambda _: mask)

@@ -1,0 +1,51 @@
+"""Accumulation of gradients: the link first, then optax.MultiSteps."""
+
+import optax
+
+from flatopt._core import checks
+
+
+def accumulate(
+    link: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+    num_microbatches: int,
+) -> optax.GradientTransformationExtraArgs:
+    """Step once in ``num_microbatches`` calls, with the mean of their gradients.
+
+    The link measures the gradient of each microbatch; ``optax.MultiSteps`` around the
+    optimizer averages them. The other order, ``optax.MultiSteps(flatopt.lpf_sgd(0.1), 4)``,
+    is an error: it would average the incoming zeros and train on the last microbatch alone.
+
+    Call ``update`` once a microbatch. The updates are zero but for the last of a group. The
+    link draws fresh noise in each call, and a schedule of its scale counts calls; a
+    schedule of the learning rate counts steps.
+
+    Args:
+      link: one of flatopt's links, such as :func:`lpf_gradients`, or a chain of it and
+        what should see the gradient of each microbatch.
+      optimizer: what makes a step of the mean gradient, such as ``optax.adamw(1e-3)`` or a
+        chain of clipping and an optimizer.
+      num_microbatches: number of calls to a step.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      TypeError, ValueError: if ``num_microbatches`` is no int of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = flatopt.accumulate(flatopt.nso_gradients(0.01), optax.sgd(0.1), 2)
+      >>> params = jnp.zeros(())
+      >>> state = tx.init(params)
+      >>> for target in (1.0, 2.0):
+      ...     updates, state = tx.update(
+      ...         params, state, params, target=target,
+      ...         value_fn=lambda params, target: (params - target) ** 2 / 2)
+      ...     print(round(float(updates), 4))
+      0.0
+      0.15
+    """
+    checks.check_count(num_microbatches, "num_microbatches")
+    steps = optax.MultiSteps(optimizer, every_k_schedule=num_microbatches)
+    return optax.chain(link, steps.gradient_transformation())
