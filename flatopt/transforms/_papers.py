@@ -8,7 +8,7 @@ import optax
 
 from flatopt import kernels, smoothing
 from flatopt._core import checks
-from flatopt.transforms._smooth import smooth_gradients
+from flatopt.transforms._smooth import smoothed
 
 
 def lpf_gradients(
@@ -65,7 +65,9 @@ def lpf_gradients(
       >>> [round(float(u), 4) for u in updates]
       [0.0707, 0.0707]
     """
-    return smooth_gradients(
+    return smoothed(
+        "lpf_gradients",
+        "gamma",
         gamma,
         kernels.filterwise() if kernel is None else kernel,
         num_samples=8 if num_samples is None else num_samples,
@@ -130,9 +132,11 @@ def nso_gradients(
     """
     num_perturbations = 1 if num_perturbations is None else num_perturbations
     checks.check_count(num_perturbations, "num_perturbations")
-    return smooth_gradients(
+    return smoothed(
+        "nso_gradients",
+        "sigma",
         sigma,
-        kernel,
+        kernels.isotropic() if kernel is None else kernel,
         num_samples=num_perturbations,
         antithetic=True,
         mask=mask,

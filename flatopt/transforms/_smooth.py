@@ -89,11 +89,43 @@ def smooth_gradients(
       >>> updates
       Array([0.1, 0.1], dtype=float32)
     """
+    return smoothed(
+        "smooth_gradients",
+        "scale",
+        scale,
+        kernels.isotropic() if kernel is None else kernel,
+        num_samples=1 if num_samples is None else num_samples,
+        antithetic=antithetic,
+        batch_argnames=batch_argnames,
+        weight_fn=weight_fn,
+        mask=mask,
+        noise_mask=noise_mask,
+        strategy=strategy,
+        axis_name=axis_name,
+        key=key,
+    )
+
+
+def smoothed(
+    name,
+    scale_name,
+    scale,
+    kernel,
+    *,
+    num_samples,
+    antithetic=False,
+    batch_argnames=(),
+    weight_fn=None,
+    mask,
+    noise_mask,
+    strategy,
+    axis_name,
+    key,
+):
+    """The link of a smoothed loss under a public name, which its errors show."""
     if not callable(scale):
-        checks.check_scale(scale)
-    kernel = kernels.isotropic() if kernel is None else kernel
+        checks.check_scale(scale, scale_name)
     checks.check_kernel(kernel)
-    num_samples = 1 if num_samples is None else num_samples
     checks.check_count(num_samples)
     checks.check_strategy(strategy)
     checks.check_weight_fn(weight_fn)
@@ -106,7 +138,7 @@ def smooth_gradients(
         value_fn, params = step.whole
         value_and_grad = smoothing.smooth_value_and_grad(
             value_fn,
-            _link.at_step(scale, step.count, "scale"),
+            _link.at_step(scale, step.count, scale_name),
             kernel,
             num_samples=num_samples,
             antithetic=antithetic,
@@ -121,6 +153,4 @@ def smooth_gradients(
         select, _ = _link.selection(params, mask)
         return value, select(grads), ()
 
-    return _link.link(
-        "smooth_gradients", SmoothGradientsState, estimate, mask=mask, key=key
-    )
+    return _link.link(name, SmoothGradientsState, estimate, mask=mask, key=key)
