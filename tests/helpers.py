@@ -176,6 +176,7 @@ TRANSFORMATIONS = {
     "entropy_sgd_gradients": Row(
         {"gamma": 0.3, "num_steps": 4, "inner_learning_rate": 0.1},
         {"gamma": 1e-4, "inner_learning_rate": 5e-4},
+        quick={"inner_learning_rate": 0.1},
         quiet={"noise_scale": 0.0},
         gradients=12,
         rate=1.0,
@@ -220,7 +221,6 @@ TRANSFORMATIONS = {
         {"inner": flatopt.nso_sgd(0.1)},
         {"inner": flatopt.nso_sgd(2e-3, TINY)},
         is_optimizer=True,
-        is_resumed=True,
     ),
     "smooth_gradients": Row(
         {"scale": 0.1},
@@ -243,7 +243,6 @@ TRANSFORMATIONS = {
         {"learning_rate": 2e-3, "batch_size": 8, "every": 50},
         quick={"every": 1},
         gradients=None,
-        is_resumed=True,
     ),
     "usam_gradients": _sam({"rho": TINY / 10}),
 }

@@ -46,11 +46,17 @@ def _injected():
     return optax.chain(link, optax.sgd(0.1, momentum=0.9), flatopt.anti_pgd(0.1))
 
 
+def _watched():
+    link = transformation("track_stability")
+    return optax.chain(link, flatopt.skip_nonfinite(flatopt.lpf_sgd(0.1, 0.1)))
+
+
 CHAINS = {
     name: functools.partial(optimizer, name, rate=0.1)
     for name, row in TRANSFORMATIONS.items()
     if row.is_resumed
 } | {
+    "track_stability": _watched,
     "inject_hyperparams": _injected,
     "accumulation": _accumulating,
     "bfloat16": lambda: optimizer("friendly_sam_gradients", rate=0.1),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from helpers import TRANSFORMATIONS, loss_fn, regression, takes, transformation
 from jax.experimental import sparse
 
@@ -211,6 +212,19 @@ def test_sparse_batch(name):
     batch = {"x": sparse.BCOO.fromdense(jnp.arange(32.0).reshape(8, 4))}
     with _raises(TypeError, "'batch', got a sparse BCOO, whose examples cannot be spl"):
         _update(tx, jnp.ones(4), value_fn=lambda p, batch: p.sum(), batch=batch)
+
+
+@pytest.mark.parametrize(
+    "batch", [np.array(["a", "b"]), np.array([{}, {}]), scipy.sparse.eye(4).tocsr()]
+)
+def test_batch_of_what_is_no_number(batch):
+    value_and_grad = smooth_value_and_grad(
+        lambda p, batch: p.sum(), 0.1, num_samples=2, batch_argnames=("batch",)
+    )
+    with _raises(
+        TypeError, "must be made of arrays to be split, got a .*; give arrays"
+    ):
+        value_and_grad(KEY, jnp.ones(2), batch=batch)
 
 
 def test_sparse_batch_that_is_not_split():

@@ -66,7 +66,7 @@ def split_batch(kwargs, names, num_samples, count_name="num_samples"):
     def reshape(leaf):
         if not _is_split(leaf):
             return leaf
-        leaf = jnp.asarray(leaf)
+        leaf = _as_array(leaf)
         shape = (leaf.shape[0] // num_samples, num_samples, *leaf.shape[1:])
         sharding = explicit_sharding(jax.typeof(leaf))
         if sharding is None:
@@ -89,6 +89,17 @@ def _check_dense(chunks):
                     "whose examples cannot be split; give a dense array "
                     f"({name}.todense()), or leave it out of batch_argnames."
                 )
+
+
+def _as_array(leaf):
+    try:
+        return jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "the batch must be made of arrays to be split, got a "
+            f"{type(leaf).__name__} of dtype {getattr(leaf, 'dtype', 'unknown')}; give "
+            "arrays of numbers, or leave it out of batch_argnames."
+        ) from error
 
 
 def _is_split(leaf):

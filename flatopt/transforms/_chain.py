@@ -22,6 +22,7 @@ def chain(
       The transformation ``optax.chain(*transformations)``.
 
     Raises:
+      TypeError: for what is no gradient transformation.
       ValueError: if a transformation stands before a link that would discard its result.
 
     Example:
@@ -34,6 +35,7 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     """
     before = 0
     for transformation in transformations:
+        _check_transformation(transformation)
         name = getattr(transformation.update, "makes_gradient", None)
         if name is not None and before:
             plural = "" if before == 1 else "s"
@@ -51,3 +53,12 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     return optax.GradientTransformationExtraArgs(
         tx.init, _link.makes_gradient(tx.update, name)
     )
+
+
+def _check_transformation(given):
+    if not isinstance(given, optax.GradientTransformation):
+        raise TypeError(
+            "chain takes gradient transformations, got "
+            f"{getattr(given, '__name__', None) or type(given).__name__}; call what makes "
+            "one, and write optax.MultiSteps(...).gradient_transformation()."
+        )

@@ -67,7 +67,7 @@ def link(
     names = checks.check_names(batch_argnames)
 
     def init_fn(params):
-        _check_mask(mask, params)
+        check_mask(mask, params)
         state = state_type(
             jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
         )
@@ -123,7 +123,7 @@ def link(
     )
 
 
-def _check_mask(mask, params):
+def check_mask(mask, params):
     """Refuse a wrong mask at ``init`` already, before a wrapper of optax meets it."""
     if mask is not None and jax.tree.leaves(params):
         trees.mask_flags(mask, params)

@@ -72,6 +72,8 @@ def skip_nonfinite(
       >>> updates, state.num_skipped
       (Array([0., 0.], dtype=float32), Array(1, dtype=int32))
     """
+    if isinstance(inner, optax.MultiSteps):  # as a transformation it drops value_fn
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

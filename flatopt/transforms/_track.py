@@ -136,6 +136,7 @@ def track_stability(
     _link.check_key(key)
 
     def init_fn(params):
+        _link.check_mask(mask, params)
         return TrackStabilityState(
             jnp.zeros((), jnp.int32),
             _link.key_data(key),
@@ -234,30 +235,36 @@ def _measure(state, signs, product, is_power_turn, decay):
     )
     found = product(vector)
     form = vectors.dot(vector, found).astype(dtype)
-    square = vectors.dot(found, found).astype(dtype)
     length = vectors.dot(vector, vector).astype(dtype)
-    direction, _ = vectors.normalize(found)
+    direction, size = vectors.normalize(found)
+    size = size.astype(dtype)
 
-    is_usable = jnp.isfinite(form) & jnp.isfinite(square)
-    is_zero = square == 0
+    is_usable = jnp.isfinite(form) & jnp.isfinite(size)
+    is_zero = size == 0
     is_flat = is_zero & is_zero_before
     is_known = jnp.isfinite(state.frobenius_norm) & (state.frobenius_norm > 0)
     takes_top = is_usable & (is_power | ~has_direction | is_zero)
     takes_average = is_usable & (~is_power | is_flat) & (~is_zero | is_flat | ~is_known)
 
+    old_trace = jnp.where(is_known, state.trace, 0.0)  # of a NaN nothing is computed
+    old_norm = jnp.where(is_known, state.frobenius_norm, 0.0)
+
     def average(old, new):
-        kept = decay * jnp.where(is_known, old, 0.0) + (1 - decay) * new
+        kept = decay * old + (1 - decay) * new
         return jnp.where(is_known, kept, new)
 
     def turn(new, old):
         takes_new = is_usable & ~is_zero & (is_power | ~has_direction)
         return jnp.where(takes_new, new, jnp.where(is_flat, jnp.zeros_like(old), old))
 
-    known_norm = jnp.where(is_known, state.frobenius_norm, 0.0)
-    norm = jnp.sqrt(average(known_norm**2, square))
+    # Over the larger of the two, so that squares neither underflow nor overflow.
+    largest = jnp.maximum(old_norm, size)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    squares = average((old_norm / unit) ** 2, (size / unit) ** 2)
+    norm = largest * jnp.sqrt(squares)
     return state._replace(
         direction=jax.tree.map(turn, direction, state.direction),
         max_eigenvalue=jnp.where(takes_top, form / jnp.maximum(length, 1e-30), old),
-        trace=jnp.where(takes_average, average(state.trace, form), state.trace),
+        trace=jnp.where(takes_average, average(old_trace, form), state.trace),
         frobenius_norm=jnp.where(takes_average, norm, state.frobenius_norm),
     )

@@ -144,3 +144,16 @@ def test_a_chain_in_order_is_that_of_optax():
         *map(jax.tree.leaves, (_state(tx), _state(other))), strict=True
     ):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (optax.MultiSteps(optax.sgd(0.1), 2), "MultiSteps"),
+        (optax.sgd, "sgd"),
+        (0.1, "float"),
+    ],
+)
+def test_a_chain_of_something_else_is_refused(wrong, name):
+    with pytest.raises(TypeError, match=f"chain takes gradient .* got {name}; call"):
+        flatopt.chain(flatopt.sam_gradients(0.1), wrong)

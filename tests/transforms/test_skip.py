@@ -170,3 +170,21 @@ def test_the_flag_is_made_where_it_is_read_alone():
     guarded = flatopt.skip_nonfinite(flatopt.sam_gradients(0.1)).init(params)
     assert guarded.inner_state.is_finite.dtype == bool
     assert flatopt.sam_gradients(0.1).init(params).is_finite == ()
+
+
+def test_multisteps_inside_hands_the_loss_on(standard_promotion):
+    inner = optax.chain(flatopt.sam_gradients(0.0), optax.sgd(0.1))
+    tx = flatopt.skip_nonfinite(optax.MultiSteps(inner, 1))
+    params = jnp.array([3.0, 4.0])
+    state = tx.init(params)
+    found = []
+    for factor in (1.0, jnp.nan, 1.0):
+        updates, state = tx.update(
+            jnp.zeros(2),
+            state,
+            params,
+            value_fn=lambda p, f=factor: f * jnp.sum(p**2) / 2,
+        )
+        found.append(updates)
+    np.testing.assert_allclose(found, [-0.1 * params, [0, 0], -0.1 * params], rtol=1e-6)
+    assert state.num_skipped == 1

@@ -127,6 +127,22 @@ def test_a_batch_without_curvature_leaves_no_trace(bad, when):
     np.testing.assert_allclose(state.frobenius_norm, 12**0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e25])
+def test_curvatures_of_every_size_are_measured(size):
+    tx = flatopt.track_stability(0.1, 4, every=1)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(
+            params, state, params, value_fn=lambda p: size / 2 * jnp.sum(p**2)
+        )
+    np.testing.assert_allclose(state.max_eigenvalue, size, rtol=1e-5)
+    np.testing.assert_allclose(state.trace, 3 * size, rtol=1e-5)
+    np.testing.assert_allclose(state.frobenius_norm, 3**0.5 * size, rtol=1e-5)
+    margin = 2 / 0.1 / 3**0.5 / size
+    np.testing.assert_allclose(state.frobenius_margin, margin, rtol=1e-5)
+
+
 def test_a_loss_that_becomes_flat_is_seen_to_be_flat():
     tx = flatopt.track_stability(0.1, 8, every=1, decay=0.5)
     params = jnp.ones(3)
