@@ -135,7 +135,8 @@ def scaled_model(model_fn, unit):
 
 
 def _times(unit, values):
-    return jnp.asarray(unit, values.dtype) * values
+    # The compiler would multiply two such constants by each other, out of range.
+    return jax.lax.optimization_barrier(jnp.asarray(unit, values.dtype) * values)
 
 
 @functools.lru_cache(maxsize=64)
