@@ -314,10 +314,11 @@ def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> E
     Example:
       >>> import jax.numpy as jnp
       >>> from flatopt import stability
-      >>> stability.batch_sharpness(
+      >>> found = stability.batch_sharpness(
       ...     lambda p, batch: jnp.mean(batch) * jnp.sum(p ** 2), jnp.ones(2),
-      ...     [jnp.ones(4), 3 * jnp.ones(4)]).value
-      Array(4., dtype=float32)
+      ...     [jnp.ones(4), 3 * jnp.ones(4)])
+      >>> print(f"{found:.1f}")
+      4.0 ± 2.0
     """
     if isinstance(batches, dict | str) or not hasattr(batches, "__iter__"):
         raise TypeError(
