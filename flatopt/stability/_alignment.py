@@ -195,7 +195,7 @@ def _units(model_fn, params, data):
 
     The alignment depends on neither, and float32 squares neither 1e25 nor 1e-25.
     """
-    batch = next(iter(data)) if streams.is_stream(data) else data
+    batch = next(iter(data), None) if streams.is_stream(data) else data
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(
             "data must be pairs (inputs, targets), got a batch of type "
