@@ -131,7 +131,13 @@ def main(config: Config) -> None:
     lin = stability.linearize(model_fn, params, inputs, targets, loss_fn=loss_fn)
     limit = stability.thresholds(lin, config.batch_size).mean_square
     report = stability.report(
-        model_fn, params, inputs, targets, 1.2 * limit, config.batch_size
+        model_fn,
+        params,
+        inputs,
+        targets,
+        1.2 * limit,
+        config.batch_size,
+        loss_fn=loss_fn,
     )
     print(report)
 

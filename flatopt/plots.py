@@ -9,12 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from flatopt import curvature, kernels, stability
 from flatopt._core import binding, trees
 from flatopt._core.risk import Risk
+from flatopt.stability import _checks
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    raise ImportError(
+        "flatopt.plots needs matplotlib, which is not installed; run "
+        "pip install 'flatopt[plot]'."
+    ) from error
 
 
 def _axes(ax, **labels):
@@ -114,7 +122,16 @@ def _plane(kernel):
 FILTERWISE = kernels.filterwise()
 
 
+def _steps(radius, num_points):
+    _checks.check_rate(radius, "radius")
+    _checks.check_count(num_points, "num_points", "points along an axis")
+    if num_points < 2:
+        raise ValueError(f"num_points must be at least 2 for a line, got {num_points}.")
+    return np.linspace(-radius, radius, num_points)
+
+
 def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
+    _checks.check_key(key)
     risk = Risk.of(loss_fn, params, data, weight_fn)
     keys = tuple(jax.random.split(key, rows.shape[1]))
     move = _plane(FILTERWISE if kernel is None else kernel)
@@ -166,7 +183,7 @@ def loss_line(
       >>> round(float(y[20]), 3)  # the loss at the parameters
       3.0
     """
-    steps = np.linspace(-radius, radius, num_points)
+    steps = _steps(radius, num_points)
     rows = steps[:, None].astype("f4")
     losses = _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn)
     ax = _axes(ax, xlabel="step (filter norms)", ylabel="loss")
@@ -204,7 +221,7 @@ def loss_plane(
       >>> ax.get_ylabel()
       'step (filter norms)'
     """
-    steps = np.linspace(-radius, radius, num_points)
+    steps = _steps(radius, num_points)
     rows = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2).astype("f4")
     losses = _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn)
     ax = _axes(
@@ -249,16 +266,20 @@ def stability_thresholds(
       >>> ax.get_xlabel()
       'batch size'
     """
+    _check_mark(learning_rate, batch_size, lin)
     found = _thresholds(lin, batch_sizes, sampling)
     return _draw_thresholds(found, learning_rate, batch_size, ax)
 
 
 def _thresholds(lin, batch_sizes, sampling):
     """Thresholds by batch size."""
+    if batch_sizes is not None and not np.size(batch_sizes):
+        raise ValueError("batch_sizes must hold batch sizes, got none; write [1, 8].")
     if batch_sizes is None:
         n = len(lin.coordinates)
         batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
-    return {b: stability.thresholds(lin, b, sampling=sampling) for b in batch_sizes}
+    sizes = np.atleast_1d(batch_sizes).tolist()
+    return {b: stability.thresholds(lin, b, sampling=sampling) for b in sizes}
 
 
 def _setting_axes(ax):
@@ -285,8 +306,20 @@ def _draw_thresholds(found, learning_rate, batch_size, ax):
     return ax
 
 
+def _check_mark(learning_rate, batch_size, lin):
+    """A setting to mark is both, or none."""
+    if (learning_rate is None) != (batch_size is None):
+        raise ValueError(
+            "learning_rate and batch_size mark a setting together, got "
+            f"{learning_rate!r} and {batch_size!r}; give both or none."
+        )
+    if learning_rate is not None:
+        _checks.check_rate(learning_rate)
+        _checks.check_batch(batch_size, len(lin.coordinates), "bernoulli")
+
+
 def _mark(ax, learning_rate, batch_size):
-    if learning_rate is not None and batch_size is not None:
+    if learning_rate is not None:
         ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
 
 
@@ -325,6 +358,7 @@ def stability_plane(
       >>> ax.get_ylabel()
       'learning rate'
     """
+    _check_mark(learning_rate, batch_size, lin)
     found = _thresholds(lin, batch_sizes, sampling)
     return _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax)
 
@@ -446,6 +480,7 @@ def stability_report(
       >>> len(plots.stability_report(lin, 1.0, 1))
       3
     """
+    _check_mark(learning_rate, batch_size, lin)
     _, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     setting = learning_rate, batch_size
     found = _thresholds(lin, None, sampling)

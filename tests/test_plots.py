@@ -1,5 +1,8 @@
 """Figures show the numbers they are given."""
 
+import importlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
@@ -87,3 +90,41 @@ def test_the_plane_shows_the_norm_over_its_bound_and_losses_their_mean():
     )
     exact = stability.expected_losses(lin, 0.2, 2, 100)
     np.testing.assert_allclose(axes[2].lines[0].get_ydata(), exact, rtol=1e-5)
+
+
+def _lin():
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    return stability.linearize(lambda w, x: x @ w, jnp.ones(3), rows, jnp.zeros(6))
+
+
+def test_wrong_settings_are_one_sentence():
+    lin = _lin()
+    with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
+        plots.stability_report(lin, 0, 2)
+    with pytest.raises(TypeError, match="got a function; evaluate a schedule"):
+        plots.stability_losses(lin, lambda count: 0.1, 2)
+    with pytest.raises(ValueError, match="batch_size must be at most .*, 6, got 7"):
+        plots.stability_thresholds(lin, learning_rate=0.1, batch_size=7)
+    with pytest.raises(ValueError, match="mark a setting together, got 0.1 and None"):
+        plots.stability_plane(lin, learning_rate=0.1)
+    with pytest.raises(ValueError, match="batch_sizes must hold batch sizes, got none"):
+        plots.stability_plane(lin, batch_sizes=[])
+    with pytest.raises(ValueError, match="mu must be positive, got 0"):
+        plots.stability_plane(lin, mu=0)
+    with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
+        plots.loss_line(loss_fn, PARAMS, 0, data=jnp.ones(3))
+    with pytest.raises(ValueError, match="radius must be positive, got -1"):
+        plots.loss_line(loss_fn, PARAMS, KEY, radius=-1, data=jnp.ones(3))
+    with pytest.raises(ValueError, match="num_points must be at least 2 for a line"):
+        plots.loss_plane(loss_fn, PARAMS, KEY, num_points=1, data=jnp.ones(3))
+    with pytest.raises(ValueError, match="one leading axis"):
+        plots.loss_line(loss_fn, PARAMS, KEY, data=(jnp.ones(3), jnp.ones((1, 3))))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "flatopt.plots")
+    with pytest.raises(ImportError, match=r"pip install 'flatopt\[plot\]'"):
+        importlib.import_module("flatopt.plots")

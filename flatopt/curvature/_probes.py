@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, loops
+from flatopt._core import blocks, checks, loops, trees
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
 from flatopt.curvature._operator import (
@@ -37,6 +37,8 @@ class Probe(NamedTuple):
       frobenius_norm: the Frobenius norm, shape ().
       layer_traces: the trace of each leaf's diagonal block, shape () each.
       row_norms: the Euclidean norm of each row of the matrix, shaped like the parameters.
+        Without intervals: the standard error is infinite. Samples of a row are too skewed
+        for one; its relative error is some 1 / sqrt(2 num_probes), 0 for a diagonal matrix.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,7 +77,9 @@ def trace(
       num_probes: number of random vectors, at least 2.
       num_deflated: number of leading directions; 0: Hutchinson's estimator.
       rtol: go on, doubling the probes, until the 95 % interval is within this share of
-        the value on either side. Not inside ``jax.jit``.
+        the value on either side. The standard error is then widened for the number of
+        looks, so that the interval still holds the truth in 95 % of runs. Not inside
+        ``jax.jit``.
 
     Returns:
       An :class:`Estimate`.
@@ -96,20 +100,26 @@ def trace(
       Array(240., dtype=float32)
     """
     check_probes(operator, num_probes, num_deflated, rtol)
+    checks.check_random_key(key)
     basis_key, probe_key = jax.random.split(key)
     basis = leading_basis(operator, basis_key, num_deflated)
     exact = jnp.sum(quadratics(operator, basis)) if num_deflated else 0.0
-    samples = jnp.zeros(0)
+    samples, look = jnp.zeros(0), 0
     while True:
-        new = num_probes if not len(samples) else len(samples)
+        new = len(samples) or num_probes
         keys = probe_keys(probe_key, len(samples), new)
         found = quadratics(operator, keys, drawn, basis)
         samples = jnp.concatenate([samples.astype(found.dtype), found])
         estimate = Estimate.of(samples)
-        estimate = estimate._replace(value=exact + estimate.value)
-        _check_finite(operator, estimate.value)
+        estimate = estimate._replace(
+            value=exact + estimate.value,
+            standard_error=estimate.standard_error
+            * _look_factor(len(samples), look, rtol),
+        )
+        check_finite(operator, estimate.value)
         if _is_met([estimate], rtol):
             return estimate
+        look += 1
 
 
 def probe(
@@ -119,6 +129,7 @@ def probe(
     *,
     num_deflated: int = 8,
     rtol: float | None = None,
+    progress: Any = None,
 ) -> Probe:
     r"""Trace, diagonal, Frobenius norm, layer traces and row norms from the same probes.
 
@@ -143,7 +154,10 @@ def probe(
       num_probes: number of random vectors, at least 2.
       num_deflated: number of leading directions; 0: none.
       rtol: go on, doubling the probes, until the 95 % intervals of trace and Frobenius
-        norm are within this share of the value on either side. Not inside ``jax.jit``.
+        norm are within this share of the value on either side. Standard errors are then
+        widened for the number of looks, as in :func:`trace`. Not inside ``jax.jit``.
+      progress: True for a bar, or a function ``progress(done, total, description)``; None:
+        a bar where streamed data takes long; False: none.
 
     Returns:
       A :class:`Probe`.
@@ -166,20 +180,24 @@ def probe(
       (60.0, 49.477)
     """
     check_probes(operator, num_probes, num_deflated, rtol)
+    checks.check_random_key(key)
     basis_key, probe_key = jax.random.split(key)
-    basis = leading_basis(operator, basis_key, num_deflated)
-    exact = _exact_parts(basis, products(operator, basis) if num_deflated else basis)
-    mean, deviation = (jax.tree.map(jnp.zeros_like, exact) for _ in range(2))
-    moments = (jnp.zeros(()), mean, deviation)
-    count = 0
-    while True:
-        new = count or num_probes
-        moments = _observe(operator, probe_keys(probe_key, count, new), basis, moments)
-        count += new
-        found = _summarize(exact, moments, count)
-        _check_finite(operator, found.trace.value)
-        if _is_met([found.trace, found.frobenius_norm], rtol):
-            return found
+    passes = 3 * bool(num_deflated) + -(-num_probes // GROUP)
+    with operator.risk.watched(progress, passes, "probe"):
+        basis = leading_basis(operator, basis_key, num_deflated)
+        moments = _start(basis, products(operator, basis) if num_deflated else basis)
+        count = look = 0
+        while True:
+            new = count or num_probes
+            keys = probe_keys(probe_key, count, new)
+            moments = _observe(operator, keys, basis, moments)
+            count += new
+            factor = _look_factor(count, look, rtol)
+            found = _summarize(moments, count, factor)
+            check_finite(operator, found.trace.value)
+            if _is_met([found.trace, found.frobenius_norm], rtol):
+                return found
+            look += 1
 
 
 def population_frobenius_norm(
@@ -219,6 +237,7 @@ def population_frobenius_norm(
       Array(4., dtype=float32)
     """
     check_probes(operator, num_probes)
+    checks.check_random_key(key)
     if operator.stream is None:
         raise ValueError(
             "operator must be on a re-iterable of at least two batches, got a single "
@@ -229,25 +248,35 @@ def population_frobenius_norm(
         signs = draw_signs(
             operator, probe_keys(key, start, min(GROUP, num_probes - start))
         )
-        total = squares = None
-        weights = []
-        for batch, weight in operator.risk.batches("probes"):
-            arguments = (operator.like, batch, signs, jnp.float32(weight))
-            part, square = _weighted_products(operator.kind, *arguments)
-            if total is not None:
-                part, square = _add_trees((total, squares), (part, square))
-            total, squares = part, square
-            weights.append(weight)
-        if len(weights) < 2:
-            raise ValueError(
-                f"operator must be on at least two batches, got {len(weights)}; products "
-                "of different batches are what is averaged."
-            )
-        rest = float(sum(weights)) ** 2 - sum(w**2 for w in weights)
-        samples.append((_square_norms(total) - squares) / rest)
-    samples = jnp.concatenate(samples)
-    _check_finite(operator, jnp.sum(samples))
-    return _root(Estimate.of(samples))
+        samples.append(_cross_products(operator, signs))
+    samples = np.concatenate(samples)
+    check_finite(operator, np.sum(samples))
+    unit = float(blocks.power_of_two(np.sqrt(np.abs(samples))))
+    square = Estimate.of(samples / unit**2)  # float64 squares, float32 in units
+    value, error = _root_of(*map(jnp.asarray, square[:2]))
+    return Estimate(value * unit, error * unit, num_probes)
+
+
+def _cross_products(operator, signs):
+    """The sample of the squared norm from each row of signs, float64 on the host."""
+    total, squares, weights = None, 0.0, []
+    for batch, weight in operator.risk.batches("probes"):
+        arguments = (operator.like, batch, signs, jnp.float32(weight))
+        part, square = _weighted_products(operator.kind, *arguments)
+        total = part if total is None else _add_trees(total, part)
+        squares, weights = squares + _host(square), [*weights, weight]
+    if len(weights) < 2:
+        raise ValueError(
+            f"operator must be on at least two batches, got {len(weights)}; products "
+            "of different batches are what is averaged."
+        )
+    rest = float(sum(weights)) ** 2 - sum(w**2 for w in weights)
+    return (_host(_square_norms(total)) - squares) / rest
+
+
+def _host(scaled):
+    values, units = (np.asarray(x, "f8") for x in scaled)
+    return values * units**2
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -256,6 +285,17 @@ def _weighted_products(kind, params, batch, block, weight):
     found = finish_products(kind, None, found, shared, block)
     found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
     return found, _square_norms(found)
+
+
+@jax.jit
+def _square_norms(block):
+    """The squared norm of each row in units of a power of two, and these units."""
+    units = blocks.row_units(block)
+    scaled = blocks.divide_rows(block, units)
+    parts = [
+        jnp.sum(x.reshape(len(x), -1) ** 2, axis=1) for x in jax.tree.leaves(scaled)
+    ]
+    return sum(parts), units
 
 
 @jax.jit
@@ -297,7 +337,7 @@ def is_traced(tree):
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _check_finite(operator, value):
+def check_finite(operator, value):
     if not is_traced((operator, value)) and not np.isfinite(value):
         raise ValueError(
             f"the curvature is not finite, got {value}; look at the loss and "
@@ -305,14 +345,31 @@ def _check_finite(operator, value):
         )
 
 
+def _look_factor(count, look, rtol):
+    """What widens an interval so that all looks together miss in 5 % of runs.
+
+    A look finds too small an error most often where it stops: 2.5 % are spent on the first
+    look, half as much on each later one.
+    """
+    if rtol is None:
+        return 1.0
+    import scipy.stats  # slow to import, and seldom needed
+
+    ends = scipy.stats.t.ppf([1 - 0.0125 / 2**look, 0.975], count - 1)
+    return float(ends[0] / ends[1])
+
+
 def _is_met(estimates, rtol):
-    """Whether to stop; looks are few (doublings), so that coverage holds."""
+    """Whether to stop: all intervals narrow enough, or the most probes spent."""
     if rtol is None:
         return True
     widths = []
     for estimate in estimates:
         low, high = estimate.interval()
-        widths.append(float((high - low) / 2) / max(abs(float(estimate.value)), 1e-37))
+        value = abs(float(estimate.value))
+        widths.append(float(high - low) / 2 / value if value else np.inf)
+        if float(high) == float(low):
+            widths[-1] = 0.0
     if max(widths) <= rtol:
         return True
     if estimates[0].num_probes * 2 > MOST_PROBES:
@@ -341,42 +398,101 @@ def leading_basis(operator, key, count):
 _project_out = jax.jit(blocks.project_out)
 
 
+class _Moments(NamedTuple):
+    """Running moments of the probes, in units: a power of two a leaf, the largest for all.
+
+    So squares and fourth powers of entries stay within float32, whatever the scale.
+    """
+
+    count: jax.Array
+    units: Any
+    exact: Any
+    mean: Any
+    deviation: Any
+
+
 @jax.jit
-def _exact_parts(basis, found):
-    """The samples of one probe, for what lies within the span of the basis."""
+def _start(basis, found):
+    """Moments before the first probe: what lies within the span of the basis, exactly."""
+    units = jax.tree.map(_unit, found)
+    found = jax.tree.map(_over, found, units)
     diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
     rows = jax.tree.map(lambda h: jnp.sum(h * h, axis=0), found)
-    return _samples(diagonal, rows)
+    exact = _samples(units, diagonal, rows, jax.tree.map(jnp.sum, diagonal))
+    zeros = jax.tree.map(jnp.zeros_like, exact)
+    return _Moments(jnp.zeros(()), units, exact, zeros, zeros)
 
 
-def _samples(diagonal, rows, trace=None):
-    layers = jax.tree.map(jnp.sum, diagonal)
-    square = sum(jax.tree.leaves(jax.tree.map(jnp.sum, rows)))
-    trace = sum(jax.tree.leaves(layers)) if trace is None else trace
+def _unit(x):
+    """The power of two of the largest magnitude; 0 for zeros, which set no scale."""
+    return jnp.where(jnp.any(x != 0), blocks.power_of_two(x), 0.0)
+
+
+def _over(x, unit):
+    return x / jnp.where(unit == 0, 1.0, unit)
+
+
+def _largest(units):
+    leaves = jax.tree.leaves(units)
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in leaves] else jnp.float32
+    return jnp.max(jnp.stack([x.astype(dtype) for x in leaves]))
+
+
+def _samples(units, diagonal, rows, forms):
+    """What one probe says, in units; ``forms`` are the leaves' parts of the trace."""
+    top = _largest(units)
+    shares = jax.tree.map(lambda u: _over(u.astype(top.dtype), top), units)
+
+    def total(parts, power):
+        parts = jax.tree.map(lambda x, s: x.astype(s.dtype) * s**power, parts, shares)
+        return sum(jax.tree.leaves(parts))
+
     return {
-        "trace": trace,
-        "square": square,
-        "layers": layers,
+        "trace": total(forms, 1),
+        "square": total(jax.tree.map(jnp.sum, rows), 2),
+        "layers": jax.tree.map(jnp.sum, diagonal),
         "diagonal": diagonal,
         "rows": rows,
     }
 
 
+def _rescaled(sample, leaves, whole, power):
+    """A sample times powers of its units: a number a leaf, and one for the whole."""
+    each = lambda tree, n: jax.tree.map(  # noqa: E731
+        lambda x, r: x * (r ** (n * power)).astype(x.dtype), tree, leaves
+    )
+    return {
+        "trace": sample["trace"] * whole**power,
+        "square": sample["square"] * whole ** (2 * power),
+        "layers": each(sample["layers"], 1),
+        "diagonal": each(sample["diagonal"], 1),
+        "rows": each(sample["rows"], 2),
+    }
+
+
 def _update(moments, signs, vector, found):
     """Running count, mean and sum of squared deviations (Welford) after one probe."""
-    count, mean, deviation = moments
+    old = moments.units
+    units = jax.tree.map(lambda u, x: jnp.maximum(u, _unit(x)), old, found)
+    ratios = jax.tree.map(_over, old, units)
+    whole = _over(_largest(old), _largest(units))
+    found = jax.tree.map(_over, found, units)
     sample = _samples(
+        units,
         jax.tree.map(jnp.multiply, signs, found),
         jax.tree.map(jnp.square, found),
-        blocks.dot(vector, found),
+        jax.tree.map(lambda v, x: jnp.sum(v * x), vector, found),
     )
-    count = count + 1
+    exact = _rescaled(moments.exact, ratios, whole, 1)
+    mean = _rescaled(moments.mean, ratios, whole, 1)
+    deviation = _rescaled(moments.deviation, ratios, whole, 2)
+    count = moments.count + 1
     change = jax.tree.map(jnp.subtract, sample, mean)
     mean = jax.tree.map(lambda m, c: m + c / count.astype(c.dtype), mean, change)
     deviation = jax.tree.map(
         lambda d, c, s, m: d + c * (s - m), deviation, change, sample, mean
     )
-    return count, mean, deviation
+    return _Moments(count, units, exact, mean, deviation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,30 +537,48 @@ def _observe(operator, keys, basis, moments):
 
 
 @jax.jit
-def _values_and_errors(exact, mean, deviation, count):
-    values = jax.tree.map(jnp.add, exact, mean)
-    errors = jax.tree.map(
+def _values_and_errors(moments):
+    """Values and standard errors out of their units."""
+    count = moments.count
+    value = jax.tree.map(jnp.add, moments.exact, moments.mean)
+    error = jax.tree.map(
         lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count).astype(d.dtype)),
-        deviation,
+        moments.deviation,
     )
-    return values, errors
+    found = {}
+    whole = _largest(moments.units)
+    for name in ("trace", "layers", "diagonal", "square", "rows"):
+        pair = value[name], error[name]
+        if name in ("square", "rows"):  # norms from their squares
+            pair = _root_of(*pair)
+        units = moments.units
+        if name in ("trace", "square"):
+            units = whole
+        found[name] = tuple(
+            jax.tree.map(lambda x, u: x * u.astype(x.dtype), tree, units)
+            for tree in pair
+        )
+    return found
 
 
-def _summarize(exact, moments, count):
-    _, mean, deviation = moments
-    values, errors = _values_and_errors(exact, mean, deviation, jnp.float32(count))
-    of = {name: Estimate(values[name], errors[name], count) for name in values}
+def _summarize(moments, count, factor):
+    found = {}
+    for name, (value, error) in _values_and_errors(moments).items():
+        error = jax.tree.map(lambda e: e * jnp.asarray(factor, e.dtype), error)
+        found[name] = Estimate(value, error, count)
+    norms = found["rows"]
+    unknown = jax.tree.map(lambda e: jnp.full_like(e, jnp.inf), norms.standard_error)
     return Probe(
-        trace=of["trace"],
-        diagonal=of["diagonal"],
-        frobenius_norm=_root(of["square"]),
-        layer_traces=of["layers"],
-        row_norms=_root(of["rows"]),
+        trace=found["trace"],
+        diagonal=found["diagonal"],
+        frobenius_norm=found["square"],
+        layer_traces=found["layers"],
+        row_norms=norms._replace(standard_error=unknown),
     )
 
 
-@jax.jit
 def _root_of(square, error):
+    """A norm and its error from those of its square."""
     value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square)
     error = jax.tree.map(
         lambda v, e: jnp.where(v > 0, e / jnp.where(v > 0, 2 * v, 1.0), jnp.sqrt(e)),
@@ -452,15 +586,3 @@ def _root_of(square, error):
         error,
     )
     return value, error
-
-
-def _root(square):
-    """The estimate of a norm from that of its square."""
-    return Estimate(*_root_of(square.value, square.standard_error), square.num_probes)
-
-
-@jax.jit
-def _square_norms(block):
-    return sum(
-        jnp.sum(x.reshape(len(x), -1) ** 2, axis=1) for x in jax.tree.leaves(block)
-    )

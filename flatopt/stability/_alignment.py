@@ -195,7 +195,7 @@ def _units(model_fn, params, data):
 
     The alignment depends on neither, and float32 squares neither 1e25 nor 1e-25.
     """
-    batch = next(iter(data)) if streams.is_stream(data) else data
+    batch = next(iter(data), None) if streams.is_stream(data) else data
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(
             "data must be pairs (inputs, targets), got a batch of type "
@@ -314,10 +314,11 @@ def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> E
     Example:
       >>> import jax.numpy as jnp
       >>> from flatopt import stability
-      >>> stability.batch_sharpness(
+      >>> found = stability.batch_sharpness(
       ...     lambda p, batch: jnp.mean(batch) * jnp.sum(p ** 2), jnp.ones(2),
-      ...     [jnp.ones(4), 3 * jnp.ones(4)]).value
-      Array(4., dtype=float32)
+      ...     [jnp.ones(4), 3 * jnp.ones(4)])
+      >>> print(f"{found:.1f}")
+      4.0 ± 2.0
     """
     if isinstance(batches, dict | str) or not hasattr(batches, "__iter__"):
         raise TypeError(

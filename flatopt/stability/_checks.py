@@ -34,9 +34,11 @@ def check_rate(rate, name="learning_rate"):
     if isinstance(rate, jax.core.Tracer):
         return
     if not math.isfinite(rate):
-        raise ValueError(f"{name} must be finite, got {rate}; write 0.1.")
+        raise ValueError(f"{name} must be finite, got {rate}; write a number.")
     if not rate > 0:
-        raise ValueError(f"{name} must be positive, got {rate}; else nothing moves.")
+        raise ValueError(
+            f"{name} must be positive, got {rate}; write a number above 0."
+        )
 
 
 def check_count(count, name, meaning):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import blocks, checks, trees
+from flatopt._core import blocks, trees
 from flatopt._core.risk import Risk, loss_of
 from flatopt.stability import _checks
 
@@ -141,7 +141,14 @@ def _check_updates(params, updates):
             f"updates must have the structure and shapes of params, got {shapes} for "
             f"{jax.tree.map(jnp.shape, params)}; give what optax.apply_updates adds."
         )
-    updates = blocks.widen(checks.check_params(updates))
+    updates = jax.tree.map(jnp.asarray, updates)
+    for leaf in jax.tree.leaves(updates):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"updates must be floating, got {leaf.dtype}; give what "
+                "optax.apply_updates adds."
+            )
+    updates = blocks.widen(updates)
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(updates))
     if not traced and not all(bool(jnp.isfinite(x).all()) for x in _leaves(updates)):
         raise ValueError(

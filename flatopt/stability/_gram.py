@@ -59,7 +59,7 @@ def _jacobian(model_fn, params, inputs, roots):
         )
         return mixed.reshape(-1, leaf.shape[2])
 
-    return [flatten(leaf) for leaf in jax.tree.leaves(rows)]
+    return [flatten(leaf) for leaf in jax.tree.leaves(rows) if leaf.size]
 
 
 @jax.jit

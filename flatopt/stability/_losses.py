@@ -67,9 +67,14 @@ def _check_examples(model_fn, params, inputs, outputs):
 
 def as_arrays(targets):
     """Targets with lists taken as arrays."""
-    if isinstance(targets, list):
+    if not isinstance(targets, list):
+        return targets
+    try:
         return np.asarray(targets)
-    return targets
+    except ValueError as error:
+        raise ValueError(
+            f"targets must be rows of one length, got a list whose rows differ; {error}"
+        ) from error
 
 
 def check_targets(outputs, targets):
@@ -81,6 +86,10 @@ def check_targets(outputs, targets):
             f"{jax.tree.map(jnp.shape, targets)}."
         )
     targets = jnp.asarray(targets)
+    if jnp.issubdtype(targets.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"targets must be real, got {targets.dtype}; give both parts as outputs."
+        )
     check_same_shape(outputs, targets)
     targets = targets.astype(trees.wide(outputs.dtype))
     if not bool(jnp.isfinite(targets).all()):
@@ -135,7 +144,8 @@ def scaled_model(model_fn, unit):
 
 
 def _times(unit, values):
-    return jnp.asarray(unit, values.dtype) * values
+    # The compiler would multiply two such constants by each other, out of range.
+    return jax.lax.optimization_barrier(jnp.asarray(unit, values.dtype) * values)
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,23 +242,25 @@ def best_constant_loss(loss_fn, outputs, targets):
     import scipy.optimize  # slow to import
 
     wide = trees.wide(outputs.dtype)
-    shape = outputs.shape[1:]
-
-    @jax.jit
-    def slope(constant):
-        return jax.value_and_grad(
-            lambda x: loss_fn(
-                jnp.broadcast_to(x.reshape(shape)[None], outputs.shape), targets
-            ).astype(wide)
-        )(constant)
+    targets = jax.tree.map(jnp.asarray, targets)
 
     def both(point):
-        value, grad = slope(jnp.asarray(point, wide))
+        point = jnp.asarray(point, wide)
+        value, grad = _constant_slope(loss_fn, outputs.shape, point, targets)
         return float(value), np.asarray(grad, "f8")
 
-    start = np.zeros(max(1, math.prod(shape)))
+    start = np.zeros(math.prod(outputs.shape[1:]))
     found = scipy.optimize.minimize(both, start, jac=True, method="L-BFGS-B")
     return float(found.fun)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _constant_slope(loss_fn, shape, constant, targets):
+    def loss(constant):
+        outputs = jnp.broadcast_to(constant.reshape(1, *shape[1:]), shape)
+        return trees.widen(loss_fn(outputs, targets))
+
+    return jax.value_and_grad(loss)(constant)
 
 
 def expand(loss_fn, outputs, targets):

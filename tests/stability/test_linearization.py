@@ -1,5 +1,6 @@
 """Linearizations that hide nothing: flat directions, confident softmax, any scale."""
 
+import json
 import os
 
 import jax
@@ -184,8 +185,13 @@ def test_a_confident_softmax_has_its_gauss_newton_matrix(factor):
     )
     values = np.linalg.eigvalsh(dense)[::-1]
     np.testing.assert_allclose(lin.eigenvalues[:4], values[:4], rtol=2e-3)
-    grads = jax.grad(lambda p: _cross_entropy(_classifier(p, inputs), labels))(params)
-    np.testing.assert_allclose(lin.gradient_norm, optax.tree.norm(grads), rtol=1e-3)
+    with jax.enable_x64(True):
+        wide, x = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a, "f8")), (params, inputs)
+        )
+        grads = jax.grad(lambda p: _cross_entropy(_classifier(p, x), labels))(wide)
+        norm = np.asarray(optax.tree.norm(grads))
+    np.testing.assert_allclose(lin.gradient_norm, norm, rtol=2e-3)
     assert np.isfinite(stability.thresholds(lin, 4).mean_square)
 
 
@@ -221,14 +227,17 @@ def test_a_loss_that_casts_by_itself_is_expanded_in_float32():
 
 def test_the_report_of_a_classifier_says_what_the_theory_does_not(standard_promotion):
     params, inputs, labels = _trained(2.0)
-    found = stability.report(
-        _classifier, params, inputs, labels, 0.1, 4, loss_fn=_cross_entropy
-    )
+    arguments = _classifier, params, inputs, labels, 0.1, 4
+    found = stability.report(*arguments, loss_fn=_cross_entropy)
+    with count_compilations() as compiled:
+        stability.report(*arguments, loss_fn=_cross_entropy)
+    assert not compiled
     counts = np.bincount(labels, minlength=4) / 30
     entropy = -np.sum(counts[counts > 0] * np.log(counts[counts > 0]))
     np.testing.assert_allclose(found.constant_loss, entropy, rtol=1e-3)
     assert found.loss_scale is None
     assert "no squared error" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["thresholds"]["rank_one"] > 0
     whole = curvature.hessian(
         lambda p, b: _cross_entropy(_classifier(p, b[0]), b[1]),
         params,
@@ -547,3 +556,16 @@ def test_wrong_batches_are_one_sentence():
         stability.batch_sharpness(
             _square, jnp.zeros(4), [(batches[0][0], batches[0][1][:, None].T)]
         )
+
+
+def test_the_tables_of_a_report_are_aligned():
+    params, inputs, targets = _flat_problem(0.1, n=20)
+    found = stability.report(_linear, params, inputs, targets, 0.1, 2, loss_scale=2.0)
+    head, *tables = str(found).split("\n\n")
+    assert head.startswith("SGD, learning rate 0.1, batch size 2: ")
+    assert [len(table.splitlines()) for table in tables] == [15, 9]
+    for table in tables:
+        lines = table.splitlines()
+        starts = {line.index(line.split("  ")[-1].strip()) for line in lines}
+        assert len(starts) == 1, lines  # the column of meanings
+    assert "in the convention of loss_scale 2" in tables[0]

@@ -235,3 +235,37 @@ def test_a_report_needs_the_convention_of_the_loss():
     assert found.loss_scale == 2
     np.testing.assert_allclose(found.constant_loss, np.var(targets), rtol=1e-5)
     np.testing.assert_allclose(found.loss, _mean_square(_flat(params, inputs), targets))
+
+
+def test_odd_containers_are_one_sentence():
+    params, inputs, targets = _data()
+    for given, error, match in (
+        (
+            {"y": targets},
+            TypeError,
+            "targets must be one array of the shape of the out",
+        ),
+        (None, TypeError, "targets must be one array of the shape of the outputs"),
+        ([[1.0], [1.0, 2.0]], ValueError, "targets must be rows of one length"),
+        (targets.astype(complex), TypeError, "targets must be real, got complex64"),
+    ):
+        with pytest.raises(error, match=match):
+            stability.linearize(_flat, params, inputs, given)
+    with pytest.raises(TypeError, match="model_fn must return one array .*, got tuple"):
+        stability.linearize(lambda p, x: (x @ p, 1), params, inputs, targets)
+    for data in (None, [], {"x": inputs, "y": targets}):
+        with pytest.raises(ValueError, match=r"data must be pairs \(inputs, targets\)"):
+            stability.estimate_alignment(_flat, params, data, KEY)
+
+
+def test_leaves_of_size_zero_change_nothing():
+    params, inputs, targets = _data()
+    expected = stability.linearize(_flat, params, inputs, targets).eigenvalues
+    tree = {"none": jnp.zeros((0, 3)), "w": params}
+    found = stability.linearize(lambda p, x: x @ p["w"], tree, inputs, targets)
+    np.testing.assert_allclose(found.eigenvalues, expected)
+    crossing = stability.critical_learning_rate(
+        lambda p: jnp.sum(p["w"] ** 2), tree, jax.tree.map(jnp.negative, tree)
+    )
+    low, high = crossing.bracket
+    assert low <= 2 <= high
