@@ -1,6 +1,7 @@
 """Sharpness measures against closed forms on quadratics, and their invariances."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -272,6 +273,68 @@ def test_measures_on_the_normalized_network_do_not_see_rescaled_layers():
         for point in (params, rescaled)
     ]
     np.testing.assert_allclose(adaptive[0], adaptive[1], rtol=1e-3)
+
+
+def _layers(first_bias, later_bias, normalize=False):
+    keys = jax.random.split(jax.random.key(3), 5)
+    params = {
+        "a": {"kernel": jax.random.normal(keys[0], (4, 5))},
+        "b": {"kernel": jax.random.normal(keys[1], (5, 2))},
+    }
+    if first_bias:
+        params["a"]["bias"] = jax.random.normal(keys[2], (5,))
+    if later_bias:
+        params["b"]["bias"] = jax.random.normal(keys[3], (2,))
+
+    def layer(params, x):
+        bias = params.get("bias")
+        return x @ params["kernel"] + (0.0 if bias is None else bias[None])
+
+    def loss_fn(params, batch):
+        hidden = layer(params["a"], batch)
+        if normalize:
+            hidden = hidden / jnp.sqrt(jnp.mean(hidden**2, axis=1, keepdims=True))
+        return jnp.mean(layer(params["b"], jax.nn.relu(hidden)) ** 2)
+
+    return params, loss_fn, jax.random.normal(keys[4], (16, 4))
+
+
+def _rescaled(params, factor, normalize):
+    """The same function: a layer times a factor, the next over it unless normalized."""
+    later = params["b"] | {
+        "kernel": params["b"]["kernel"] / (1.0 if normalize else factor)
+    }
+    return {"a": jax.tree.map(lambda x: factor * x, params["a"]), "b": later}
+
+
+@pytest.mark.parametrize(
+    ("first_bias", "later_bias", "normalize", "is_invariant"),
+    [
+        (False, False, False, True),
+        (True, False, False, True),
+        (True, True, False, False),  # as the docstring says
+        (False, True, True, True),
+        (True, True, True, True),
+    ],
+)
+def test_for_which_networks_filter_units_remove_the_scale(
+    first_bias, later_bias, normalize, is_invariant
+):
+    params, loss_fn, x = _layers(first_bias, later_bias, normalize)
+    traces, adaptive = [], []
+    for factor in (1.0, 10.0, 0.1):
+        point = _rescaled(params, factor, normalize)
+        np.testing.assert_allclose(loss_fn(point, x), loss_fn(params, x), rtol=1e-4)
+        normalized, restore = sharpness.normalize_filters(point)
+        flat, unravel = jax.flatten_util.ravel_pytree(normalized)
+        hessian = jax.hessian(lambda v: loss_fn(restore(unravel(v)), x))(flat)  # noqa: B023
+        traces.append(float(jnp.trace(hessian)))
+        adaptive.append(
+            sharpness.average_case_adaptive(loss_fn, point, KEY, data=x).value
+        )
+    np.testing.assert_allclose(adaptive, adaptive[0], rtol=1e-3)
+    change = max(traces) / min(traces) - 1
+    assert (change < 1e-3) == is_invariant
 
 
 def test_report_computes_every_measure_and_prints_a_table():
