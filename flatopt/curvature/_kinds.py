@@ -5,16 +5,21 @@ A kind is a hashable description, so that compiled code is kept by it.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt._core import blocks, checks, jaxprs, risk
 
 
 class Kind(abc.ABC):
     """The contract of a curvature matrix: a mean over batches, and how to finish it."""
+
+    looks_at_data = False  # whether check() does anything
 
     @property
     @abc.abstractmethod
@@ -31,6 +36,10 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def quadratic(self, params, batch, vector):
         """A tuple of numbers whose means over batches give the quadratic form."""
+
+    def check(self, params, batch):
+        """Reject a loss that this matrix is not defined for, seen on one batch."""
+        del params, batch
 
     def finish(self, products, shared, vectors):
         """The products of all data from means over batches."""
@@ -164,6 +173,7 @@ class _ModelLoss:
 class EmpiricalFisher(Kind):
     """The mean over examples of gradient times gradient, not centered."""
 
+    looks_at_data: ClassVar[bool] = True
     loss_fn: Callable
     weight_fn: Callable | None = None
 
@@ -196,6 +206,17 @@ class EmpiricalFisher(Kind):
         batch = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
         values = jax.vmap(loss, in_axes=(axes,))(batch)
         return values, (weights / weights.sum()).astype(values.dtype)
+
+    def check(self, params, batch):
+        """Reject a loss that is no mean over examples, such as BatchNorm in training."""
+        alone, size, together = map(float, _both_losses(self, params, batch))
+        allowed = 1e-2 * size + 1e-6 if np.isfinite(alone + together) else np.inf
+        if abs(alone - together) > allowed:
+            raise ValueError(
+                "loss_fn must be the mean of its losses on single examples, got "
+                f"{together:g} on a batch and {alone:g} on its examples one by one; put "
+                "BatchNorm in evaluation mode, or give the weight_fn of the mean."
+            )
 
     def linearize(self, params, batch):
         def losses(params):
@@ -242,6 +263,14 @@ class EmpiricalFisher(Kind):
         return forward_or_reverse(
             forward, reverse, lambda p: self.losses(p, batch), params
         )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _both_losses(kind, params, batch):
+    """The mean loss of single examples, that of its magnitude, the loss of the batch."""
+    values, weights = kind.losses(params, batch)
+    together = risk.loss_of(kind.loss_fn, params, batch)
+    return jnp.sum(weights * values), jnp.sum(weights * jnp.abs(values)), together
 
 
 @dataclasses.dataclass(frozen=True)

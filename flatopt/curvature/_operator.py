@@ -40,6 +40,7 @@ class Operator:
 
     def __init__(self, kind, risk):
         self.kind, self.risk = kind, risk
+        self.is_checked = False  # whether the kind has looked at a batch
 
     @property
     def like(self):
@@ -157,8 +158,21 @@ def finish_products(kind, shardings, products, shared, block):
     return treedef.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
 
 
+def _check_once(operator, rows):
+    leaves = jax.tree.leaves((operator, rows))
+    if operator.is_checked or any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return
+    operator.is_checked = True
+    batch = operator.batch
+    if operator.stream is not None and operator.kind.looks_at_data:
+        batch, _ = next(operator.risk.batches("first batch"), (None, 0.0))
+    if batch is not None:
+        operator.kind.check(operator.like, batch)
+
+
 def products(operator, block):
     """Products with every row of a block, one pass over the data."""
+    _check_once(operator, block)
     kind, params = operator.kind, operator.like
     found, shared = operator.risk.mean(Products(kind), block)
     return finish_products(kind, block_shardings(params), found, shared, block)
@@ -197,6 +211,7 @@ class Quadratics:
 
 def quadratics(operator, rows, make=_given, basis=None):
     """Quadratic forms of vectors made from rows, shape (rows,), in one pass."""
+    _check_once(operator, rows)
     kind = operator.kind
     return kind.finish_quadratic(
         operator.risk.mean(Quadratics(kind, make), rows, basis)

@@ -119,7 +119,8 @@ def empirical_fisher(
       An :class:`Operator`.
 
     Raises:
-      TypeError, ValueError: as :func:`hessian`.
+      TypeError, ValueError: as :func:`hessian`, and where the loss of a batch is not the
+        mean of the losses of its examples, as with BatchNorm in training mode.
 
     Example:
       >>> import jax.numpy as jnp
@@ -158,7 +159,8 @@ def gradient_covariance(
       An :class:`Operator`.
 
     Raises:
-      TypeError, ValueError: as :func:`hessian`.
+      TypeError, ValueError: as :func:`hessian`, and where the loss of a batch is not the
+        mean of the losses of its examples, as with BatchNorm in training mode.
 
     Example:
       >>> import jax.numpy as jnp

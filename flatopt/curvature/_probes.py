@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, loops, trees
+from flatopt._core import blocks, checks, loops
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
 from flatopt.curvature._operator import (

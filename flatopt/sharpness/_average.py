@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from flatopt import kernels
-from flatopt._core import binding, blocks, checks, random, streams, trees
+from flatopt._core import binding, blocks, checks, random, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
 from flatopt.curvature._draws import probe_keys
-from flatopt.sharpness._solve import check_positive, solve
-from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.sharpness._solve import check_number, check_positive, solve
 
 
 class PACBayes(NamedTuple):
@@ -51,8 +50,18 @@ ISOTROPIC, ELEMENTWISE = kernels.isotropic(), kernels.elementwise()
 def rises(risk, key, scale, num_samples, kernel, base=None):
     """Loss at random perturbations less the loss, shape (num_samples,)."""
     base = risk.value if base is None else base
+    checks.check_random_key(key)
     keys = probe_keys(key, 0, num_samples)
     return risk.losses(noise_move(kernel), keys, jnp.float32(scale)) - base
+
+
+def mean_rise(risk, key, scale, num_samples, kernel, name, base=None):
+    """The mean of :func:`rises`, which must be a number."""
+    found = rises(risk, key, scale, num_samples, kernel, base)
+    advice = (
+        f"it is nan at some perturbations of scale {scale}, so choose a smaller one."
+    )
+    return Estimate.of(check_number(found, name, advice))
 
 
 def low_pass(
@@ -105,7 +114,7 @@ def low_pass(
     checks.check_count(num_samples)
     risk = Risk.of(loss_fn, params, data, weight_fn)
     kernel = ISOTROPIC if kernel is None else kernel
-    return Estimate.of(rises(risk, key, sigma, num_samples, kernel))
+    return mean_rise(risk, key, sigma, num_samples, kernel, "low_pass")
 
 
 def average_case_adaptive(
@@ -144,7 +153,8 @@ def average_case_adaptive(
     check_positive(rho, "rho")
     checks.check_count(num_samples)
     risk = Risk.of(loss_fn, params, data, weight_fn)
-    return Estimate.of(rises(risk, key, rho, num_samples, ELEMENTWISE))
+    name = "average_case_adaptive"
+    return mean_rise(risk, key, rho, num_samples, ELEMENTWISE, name)
 
 
 def pac_bayes(
@@ -165,7 +175,7 @@ def pac_bayes(
     .. math:: \frac{\|\theta - \theta_0\|^2}{4 \sigma^2} + \log \frac{2n}{\delta}, \qquad
         E_U[L(\theta + \sigma U)] - L(\theta) = \epsilon
 
-    The scale is found by bisection on the same draws at each scale, so that the rise is a
+    The scale is found by root finding on the same draws at each scale, so that the rise is a
     smooth function of it. The authors' code replaces the initialization that it is given by
     zeros; this does not.
 
@@ -202,6 +212,7 @@ def pac_bayes(
     risk = Risk.of(loss_fn, params, data, weight_fn)
     if num_examples is None:
         num_examples = _count_examples(risk)
+    checks.check_random_key(key)
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (initial_params, params)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -271,11 +282,13 @@ def local_entropy(
 
 
 def entropy_of(rises):
+    """The negative local entropy from rises of the loss, error by the delta method."""
+    advice = "it is nan at some perturbations, so choose a larger gamma."
+    check_number(rises, "local_entropy", advice)
     count = len(rises)
     value = math.log(count) - jax.scipy.special.logsumexp(-rises)
     weights = jnp.exp(value - rises)  # their mean is 1
-    error = jnp.std(weights, ddof=1) / count**0.5 if count > 1 else jnp.inf
-    return Estimate(value, error, count)
+    return Estimate.of(weights)._replace(value=value)
 
 
 def local_entropy_gradient(
@@ -289,8 +302,19 @@ def local_entropy_gradient(
     inner_learning_rate: float = 0.1,
     noise_scale: float = 1e-4,
     decay: float = 0.75,
+    weight_fn: Callable[[Any], Any] | None = None,
 ) -> float:
-    r"""Mean over batches of :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop.
+    r"""The norm :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop on all data.
+
+    .. math:: \theta' \leftarrow \theta' - \eta \left(\nabla L(\theta') + \gamma (\theta' -
+        \theta)\right) + \sqrt{\eta}\, \epsilon\, U, \qquad
+        \mu \leftarrow \alpha \mu + (1 - \alpha) \theta'
+
+    Each step follows the gradient of all data, so that the value does not depend on how the
+    data are split into batches; the authors' code walks on one batch after another, and its
+    mean over batches grows with the noise between them.
+
+    Cost: ``num_steps`` gradients of all data.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``.
@@ -299,13 +323,19 @@ def local_entropy_gradient(
       data: one batch, or a re-iterable of batches.
       gamma, num_steps, inner_learning_rate, noise_scale, decay: see
         :func:`flatopt.entropy_sgd_gradients`.
+      weight_fn: weight of a batch; default: its number of examples.
 
     Returns:
-      The mean norm.
+      The norm.
+
+    Raises:
+      ValueError: without data, or where the walk meets a loss that is not a number.
 
     References:
       Bisla, Wang, Choromanska, `Low-Pass Filtering SGD for Recovering Flat Optima
-      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4.
+      <https://arxiv.org/abs/2201.08025>`_, AISTATS 2022, section 4; the loop after
+      Chaudhari et al., `Entropy-SGD <https://arxiv.org/abs/1611.01838>`_, ICLR 2017,
+      Algorithm 1.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -316,27 +346,37 @@ def local_entropy_gradient(
       >>> found < 1e-3  # at a minimum only the noise moves the walk
       True
     """
-    risk = Risk.of(loss_fn, params, data)
+    checks.check_random_key(key)
+    checks.check_count(num_steps, "num_steps")
+    checks.check_scale(gamma, "gamma")
+    checks.check_scale(inner_learning_rate, "inner_learning_rate")
+    checks.check_scale(noise_scale, "noise_scale")
+    checks.check_decay(decay)
+    risk = Risk.of(loss_fn, params, data, weight_fn)
     if risk.batch is None and risk.stream is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
-    settings = gamma, num_steps, inner_learning_rate, noise_scale, decay
-    total = count = 0
-    batches = [risk.batch] if risk.stream is None else risk.stream.batches
-    for count, batch in enumerate(batches, 1):
-        batch = jax.tree.map(jnp.asarray, batch)
-        step_key = random.fold_in(key, count)
-        total += _walk_length(loss_fn, settings, risk.like, batch, step_key)
-    if not count:
-        raise ValueError("data must hold batches, got none; give a loader that yields.")
-    return float(total / count)
+    settings = gamma, inner_learning_rate, noise_scale, decay
+    settings = jnp.asarray(settings, jnp.float32)
+    center = point = mean = blocks.widen(risk.params)
+    _, grads = risk.value_and_gradient()
+    for index in range(num_steps):
+        if index:
+            _, grads = risk.at(point).value_and_gradient(check=False)
+        point, mean = _walk(settings, center, point, mean, grads, key, jnp.int32(index))
+    advice = "it is nan along the walk, so choose a smaller inner_learning_rate."
+    _, length = vectors.normalize(blocks.subtract(center, mean))
+    return float(check_number(length, "local_entropy_gradient", advice))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _walk_length(loss_fn, settings, params, batch, key):
-    tx = entropy_sgd_gradients(*settings, key=key)
-    value_fn = lambda params, batch: loss_fn(params, batch)  # noqa: E731
-    grads, _ = tx.update(None, tx.init(params), params, value_fn=value_fn, batch=batch)
-    return jnp.sqrt(blocks.dot(grads, grads))
+@jax.jit
+def _walk(settings, center, point, mean, grads, key, index):
+    """One inner step of Entropy-SGD, and the moving average of the points."""
+    gamma, rate, noise_scale, decay = settings
+    noise = binding.bind(ISOTROPIC, key, center)(random.fold_in(key, index))
+    drift = vectors.add(grads, gamma, blocks.subtract(point, center))
+    point = vectors.add(point, -rate, drift)
+    point = vectors.add(point, jnp.sqrt(rate) * noise_scale, noise)
+    return point, vectors.add(vectors.scale(decay, mean), 1 - decay, point)
 
 
 def _count_examples(risk):

@@ -11,7 +11,7 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
-from flatopt.sharpness._solve import check_positive
+from flatopt.sharpness._solve import check_number, check_positive
 
 
 def fisher_rao_hessian(
@@ -41,7 +41,7 @@ def fisher_rao_hessian(
       4.0
     """
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
-    return float(operator.quadratic_form(operator.like))
+    return _form(operator)
 
 
 def fisher_rao_gauss_newton(
@@ -75,7 +75,7 @@ def fisher_rao_gauss_newton(
     operator = curvature.gauss_newton(
         model_fn, loss_fn, params, data, weight_fn=weight_fn
     )
-    return float(operator.quadratic_form(operator.like))
+    return _form(operator)
 
 
 def fisher_rao_empirical(
@@ -105,7 +105,13 @@ def fisher_rao_empirical(
       4.0
     """
     operator = curvature.empirical_fisher(loss_fn, params, data, weight_fn=weight_fn)
-    return float(operator.quadratic_form(operator.like))
+    return _form(operator)
+
+
+def _form(operator):
+    found = operator.quadratic_form(operator.like)
+    advice = "look at the gradient and the curvature at these parameters first."
+    return float(check_number(found, "fisher_rao", advice))
 
 
 def shannon_entropy(model_fn: Callable[..., Any], params: Any, inputs: Any) -> float:
@@ -141,7 +147,8 @@ def shannon_entropy(model_fn: Callable[..., Any], params: Any, inputs: Any) -> f
         raise ValueError(
             "inputs must hold examples, got none; give at least one batch."
         )
-    return float(total / count)
+    advice = "look at the outputs of model_fn first."
+    return float(check_number(total / count, "shannon_entropy", advice))
 
 
 @functools.partial(jax.jit, static_argnums=0)

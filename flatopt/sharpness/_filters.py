@@ -38,8 +38,15 @@ def normalize_filters(
     norm of each filter of a kernel, plus the magnitudes of what has one value a filter (a
     ``bias``, the ``scale`` of a normalization). A filter of size zero is left alone. With
     ``normalized, restore = normalize_filters(params)``, measure
-    ``lambda q, batch: loss_fn(restore(q), batch)`` at ``normalized``: rescaling layers no
-    longer matters.
+    ``lambda q, batch: loss_fn(restore(q), batch)`` at ``normalized``.
+
+    Rescaling layers then no longer matters where every filter that is rescaled takes its
+    own bias along: in ReLU networks without biases, or with biases in the first layer
+    alone, and for a layer with its bias in front of a normalization. It still matters where
+    a later layer has a bias that is not zero: a layer times a and the next kernel over a
+    keep the function with that bias as it is, so that its filter's size does not go with
+    the kernel. There use :func:`average_case_adaptive` or :func:`worst_case` with
+    ``adaptive=True``, which no rescaling changes.
 
     Args:
       params: the parameters.

@@ -1,6 +1,9 @@
-"""What measures share: positive arguments, the scale at which a rise is reached."""
+"""What measures share: checks of arguments, the scale at which a rise is reached."""
 
 import math
+
+import jax
+import jax.numpy as jnp
 
 from flatopt._core import checks
 
@@ -11,20 +14,35 @@ def check_positive(value, name):
         raise ValueError(f"{name} must be greater than 0, got {value}.")
 
 
-def solve(rise, target, start, largest):
-    """The scale at which a rise reaches a target: bracket, then bisect to 1e-4.
+def check_number(value, name, advice):
+    """Reject a measure that is not a number; traced values pass unseen."""
+    if not isinstance(value, jax.core.Tracer) and bool(jnp.isnan(value).any()):
+        raise ValueError(f"{name} met a loss that is not a number; {advice}")
+    return value
 
-    What is not a number counts as risen.
+
+def solve(rise, target, start, largest):
+    """The scale at which a rise reaches a target, to 1e-4 of itself: some ten rises.
+
+    A bracket grows by fives; what is not a number counts as risen.
     """
+    import scipy.optimize  # slow to import, and seldom needed
+
+    known = {0.0: -target}
+
+    def excess(scale):
+        if scale not in known:
+            # Far beyond the target a value says no more than that.
+            found = rise(scale)
+            known[scale] = 9 * target if math.isnan(found) else found - target
+            known[scale] = max(min(known[scale], 9 * target), -9 * target)
+        return known[scale]
+
     low, high = 0.0, start
-    while rise(high) < target:
+    while excess(high) < 0:
         low, high = high, 5 * high
         if high > largest:
             return math.inf
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2
-        if rise(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    if excess(high) == 0:
+        return high
+    return scipy.optimize.toms748(excess, low, high, xtol=1e-12 * high, rtol=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import binding, blocks, checks, streams, trees
+from flatopt._core import binding, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, along
 from flatopt.sharpness._average import ISOTROPIC
@@ -52,7 +52,7 @@ def epsilon_sharpness(
     if math.isnan(found):
         raise ValueError(
             "params must have a gradient to follow, got one of norm 0 or not a number; at an "
-            "exact minimum use worst_case or max_eigenvalue."
+            "exact minimum use worst_case or curvature.eigenpairs."
         )
     return found
 
@@ -60,10 +60,9 @@ def epsilon_sharpness(
 def epsilon_sharpness_of(risk, epsilon):
     """As :func:`epsilon_sharpness`; not a number where there is no gradient to follow."""
     value, grads = risk.value_and_gradient()
-    length = float(jnp.sqrt(blocks.dot(grads, grads)))
-    if not length > 0:
+    direction, length = vectors.normalize(grads)
+    if not float(length) > 0:
         return math.nan
-    direction = jax.tree.map(lambda g: g / length, grads)
 
     def rise(distance):
         steps = jnp.full(1, distance, jnp.float32)
@@ -127,6 +126,7 @@ def worst_case(
     """
     check_positive(rho, "rho")
     checks.check_count(num_steps, "num_steps")
+    checks.check_random_key(key)
     if norm not in NORMS:
         raise ValueError(f"norm must be 'l2' or 'linf', got {norm!r}.")
     risk = Risk.of(loss_fn, params, data, weight_fn)
@@ -165,9 +165,7 @@ def _times(tree, other):
 @functools.partial(jax.jit, static_argnums=4)
 def _farthest(params, units, direction, rho, is_l2):
     if is_l2:
-        length = jnp.sqrt(blocks.dot(direction, direction))
-        safe = jnp.where(length == 0, 1.0, length)
-        step = jax.tree.map(lambda d: d / safe.astype(d.dtype), direction)
+        step, _ = vectors.normalize(direction)
     else:
         step = jax.tree.map(jnp.sign, direction)
     return jax.tree.map(

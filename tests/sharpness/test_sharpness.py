@@ -1,6 +1,7 @@
 """Sharpness measures against closed forms on quadratics, and their invariances."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -274,6 +275,68 @@ def test_measures_on_the_normalized_network_do_not_see_rescaled_layers():
     np.testing.assert_allclose(adaptive[0], adaptive[1], rtol=1e-3)
 
 
+def _layers(first_bias, later_bias, normalize=False):
+    keys = jax.random.split(jax.random.key(3), 5)
+    params = {
+        "a": {"kernel": jax.random.normal(keys[0], (4, 5))},
+        "b": {"kernel": jax.random.normal(keys[1], (5, 2))},
+    }
+    if first_bias:
+        params["a"]["bias"] = jax.random.normal(keys[2], (5,))
+    if later_bias:
+        params["b"]["bias"] = jax.random.normal(keys[3], (2,))
+
+    def layer(params, x):
+        bias = params.get("bias")
+        return x @ params["kernel"] + (0.0 if bias is None else bias[None])
+
+    def loss_fn(params, batch):
+        hidden = layer(params["a"], batch)
+        if normalize:
+            hidden = hidden / jnp.sqrt(jnp.mean(hidden**2, axis=1, keepdims=True))
+        return jnp.mean(layer(params["b"], jax.nn.relu(hidden)) ** 2)
+
+    return params, loss_fn, jax.random.normal(keys[4], (16, 4))
+
+
+def _rescaled(params, factor, normalize):
+    """The same function: a layer times a factor, the next over it unless normalized."""
+    later = params["b"] | {
+        "kernel": params["b"]["kernel"] / (1.0 if normalize else factor)
+    }
+    return {"a": jax.tree.map(lambda x: factor * x, params["a"]), "b": later}
+
+
+@pytest.mark.parametrize(
+    ("first_bias", "later_bias", "normalize", "is_invariant"),
+    [
+        (False, False, False, True),
+        (True, False, False, True),
+        (True, True, False, False),  # as the docstring says
+        (False, True, True, True),
+        (True, True, True, True),
+    ],
+)
+def test_for_which_networks_filter_units_remove_the_scale(
+    first_bias, later_bias, normalize, is_invariant
+):
+    params, loss_fn, x = _layers(first_bias, later_bias, normalize)
+    traces, adaptive = [], []
+    for factor in (1.0, 10.0, 0.1):
+        point = _rescaled(params, factor, normalize)
+        np.testing.assert_allclose(loss_fn(point, x), loss_fn(params, x), rtol=1e-4)
+        normalized, restore = sharpness.normalize_filters(point)
+        flat, unravel = jax.flatten_util.ravel_pytree(normalized)
+        hessian = jax.hessian(lambda v: loss_fn(restore(unravel(v)), x))(flat)  # noqa: B023
+        traces.append(float(jnp.trace(hessian)))
+        adaptive.append(
+            sharpness.average_case_adaptive(loss_fn, point, KEY, data=x).value
+        )
+    np.testing.assert_allclose(adaptive, adaptive[0], rtol=1e-3)
+    change = max(traces) / min(traces) - 1
+    assert (change < 1e-3) == is_invariant
+
+
 def test_report_computes_every_measure_and_prints_a_table():
     point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
     found = sharpness.report(
@@ -387,3 +450,157 @@ def test_losses_that_are_not_numbers_count_as_risen_or_are_errors():
         sharpness.worst_case(loss_fn, point, KEY, rho=0.5)
     found = sharpness.worst_case(lambda p: -jnp.sum(p**2), ZERO, KEY, rho=0.1)
     assert found == 0.0
+
+
+# The same data in other batches, losses that are not numbers, keys, the table
+
+
+def _fit(params, batch):
+    inputs, targets = batch
+    return jnp.mean((inputs @ params - targets) ** 2)
+
+
+def _splits():
+    x = jnp.asarray(RNG.normal(size=(24, SIZE)), jnp.float32)
+    y = jnp.asarray(RNG.normal(size=24), jnp.float32)
+    cut = lambda *ends: [(x[a:b], y[a:b]) for a, b in zip(ends, ends[1:], strict=False)]  # noqa: E731
+    return {
+        "one batch": (x, y),
+        "a list of one": cut(0, 24),
+        "two": cut(0, 12, 24),
+        "ragged": cut(0, 5, 6, 20, 24),
+        "lists": [list(batch) for batch in cut(0, 10, 24)],
+    }
+
+
+def test_measures_do_not_depend_on_how_the_data_are_split():
+    point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
+    measures = {
+        "local entropy gradient": lambda data: sharpness.local_entropy_gradient(
+            _fit, point, KEY, data
+        ),
+        "low pass": lambda data: (
+            sharpness.low_pass(_fit, point, KEY, sigma=0.1, data=data).value
+        ),
+        "worst case": lambda data: sharpness.worst_case(
+            _fit, point, KEY, rho=0.1, data=data
+        ),
+        "epsilon": lambda data: sharpness.epsilon_sharpness(_fit, point, data=data),
+        "Fisher-Rao": lambda data: sharpness.fisher_rao_hessian(_fit, point, data=data),
+        "Shannon": lambda data: sharpness.shannon_entropy(
+            lambda params, batch: batch[0] * params[None], point, data
+        ),
+    }
+    for name, measure in measures.items():
+        found = {split: float(measure(data)) for split, data in _splits().items()}
+        for split, value in found.items():
+            np.testing.assert_allclose(
+                value, found["one batch"], rtol=2e-4, err_msg=f"{name}, {split}"
+            )
+
+
+def _nan(params, batch):
+    return jnp.log(-jnp.sum(params**2)) + 0 * jnp.mean(batch)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_loss_that_is_not_a_number_is_one_sentence(streamed):
+    data = jnp.ones((4, SIZE))
+    data, point = [data] if streamed else data, jnp.ones(SIZE)
+    options = {"data": data}
+    operator = curvature.hessian(_nan, point, data)
+    measures = [
+        lambda: curvature.trace(operator, KEY),
+        lambda: curvature.probe(operator, KEY),
+        lambda: curvature.eigenpairs(operator, KEY),
+        lambda: curvature.spectral_density(operator, KEY),
+        lambda: operator.matvec(point),
+        lambda: operator.quadratic_form(point),
+        lambda: sharpness.low_pass(_nan, point, KEY, **options),
+        lambda: sharpness.average_case_adaptive(_nan, point, KEY, **options),
+        lambda: sharpness.local_entropy(_nan, point, KEY, **options),
+        lambda: sharpness.local_entropy_gradient(_nan, point, KEY, data),
+        lambda: sharpness.pac_bayes(
+            _nan, point, KEY, initial_params=point, num_examples=4, **options
+        ),
+        lambda: sharpness.epsilon_sharpness(_nan, point, **options),
+        lambda: sharpness.worst_case(_nan, point, KEY, rho=0.1, **options),
+        lambda: sharpness.fisher_rao_hessian(_nan, point, **options),
+        lambda: sharpness.effective_dimension(_nan, point, KEY, **options),
+        lambda: sharpness.report(_nan, point, KEY, data),
+    ]
+    if not streamed:
+        measures.append(lambda: curvature.xtrace(operator, KEY, 8))
+    for measure in measures:
+        with pytest.raises(ValueError, match="the loss over all data is nan"):
+            measure()
+
+
+def test_a_loss_that_is_not_a_number_nearby_names_the_measure():
+    point = jnp.full(3, 0.1)
+    loss_fn = lambda p: -jnp.sum(jnp.log(p))  # noqa: E731
+    with pytest.raises(ValueError, match="low_pass met a loss that is not a number"):
+        sharpness.low_pass(loss_fn, point, KEY, sigma=1.0)
+    with pytest.raises(ValueError, match="local_entropy met a loss that is not a"):
+        sharpness.local_entropy(loss_fn, point, KEY, gamma=1.0)
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.zeros(()), jax.random.split(KEY, 2)])
+def test_what_is_no_key_is_one_sentence(key):
+    operator = curvature.hessian(quadratic, ZERO, DATA["batch"])
+    streamed = curvature.hessian(quadratic, ZERO, DATA["stream"])
+    args = quadratic, ZERO, key
+    for measure in (
+        lambda: curvature.trace(operator, key),
+        lambda: curvature.probe(operator, key),
+        lambda: curvature.eigenpairs(operator, key),
+        lambda: curvature.spectral_density(operator, key),
+        lambda: curvature.xtrace(operator, key, 8),
+        lambda: curvature.population_frobenius_norm(streamed, key),
+        lambda: sharpness.low_pass(*args, data=DATA["batch"]),
+        lambda: sharpness.average_case_adaptive(*args, data=DATA["batch"]),
+        lambda: sharpness.local_entropy(*args, data=DATA["batch"]),
+        lambda: sharpness.local_entropy_gradient(*args, DATA["batch"]),
+        lambda: sharpness.pac_bayes(*args, initial_params=ZERO, data=DATA["batch"]),
+        lambda: sharpness.worst_case(*args, rho=0.1, data=DATA["batch"]),
+        lambda: sharpness.m_sharpness(*args, DATA["stream"], rho=0.1),
+        lambda: sharpness.effective_dimension(*args, data=DATA["batch"]),
+        lambda: sharpness.report(*args, DATA["batch"]),
+    ):
+        with pytest.raises(TypeError, match="key must be one JAX random key, got"):
+            measure()
+
+
+def test_the_table_is_aligned_and_an_empty_one_prints():
+    assert str(sharpness.Report({})) == "measure  value  standard error  meaning"
+    found = sharpness.Report(
+        {"trace": curvature.Estimate(2.0, 0.25, 8), "worst_case": 1e-6}
+    )
+    header, first, second = str(found).splitlines()
+    start = header.index("meaning")
+    assert first[start - 1] == second[start - 1] == " "
+    assert " " not in (first[start], second[start])
+    assert found.to_dict() == {
+        "trace": 2.0,
+        "trace_standard_error": 0.25,
+        "worst_case": 1e-6,
+    }
+
+
+def test_the_rise_is_found_in_few_passes():
+    from flatopt.sharpness._solve import solve
+
+    for power, target, scale in ((1, 0.1, 3.0), (2, 0.1, 1e-2), (4, 0.1, 20.0)):
+        calls = []
+
+        def rise(x, power=power, scale=scale, calls=calls):
+            calls.append(x)
+            return (x / scale) ** power
+
+        found = solve(rise, target, 1e-3, 1e6)
+        np.testing.assert_allclose(found, scale * target ** (1 / power), rtol=2e-4)
+        assert len(calls) <= 18
+    # A cliff of what is not a number.
+    found = solve(lambda x: np.nan if x > 0.3 else 0.0, 0.1, 1e-3, 1e6)
+    np.testing.assert_allclose(found, 0.3, rtol=2e-4)
+    assert solve(lambda x: 0.0, 0.1, 1e-3, 1e6) == np.inf
