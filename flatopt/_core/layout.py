@@ -49,10 +49,12 @@ def split_batch(kwargs, names, num_samples):
             "give all array leaves the same leading axis."
         )
     for size in sizes:
-        if size % num_samples:
+        if not size or size % num_samples:
             raise ValueError(
                 f"a batch of {size} examples does not divide into num_samples="
-                f"{num_samples} chunks; choose a batch size that is a multiple of it."
+                f"{num_samples} chunks; choose a batch size that is a multiple of it, and "
+                "drop the last batch of an epoch (drop_last=True) or pad it and give the "
+                "padding weight 0 (weight_fn)."
             )
 
     def reshape(leaf):
