@@ -116,6 +116,32 @@ def test_batch_that_does_not_divide():
         )
 
 
+@pytest.mark.parametrize("size", [0, 5])
+def test_the_ragged_last_batch_of_an_epoch(size):
+    with _raises(
+        ValueError,
+        f"a batch of {size} examples .*drop_last=True.*weight 0 .weight_fn",
+    ):
+        _update(
+            flatopt.lpf_sgd(0.1),
+            jnp.ones(2),
+            value_fn=lambda p, batch: (batch @ p).mean(),
+            batch=jnp.ones((size, 2)),
+        )
+
+
+def test_leaves_of_size_zero():
+    params = {"w": jnp.ones((3, 2)), "e": jnp.ones((0, 2)), "z": jnp.ones(0)}
+    for sampler in (kernels.normal, kernels.signs, kernels.laplace):
+        for make in (kernels.isotropic, kernels.filterwise, kernels.elementwise):
+            f = smooth_value_and_grad(
+                lambda p: (p["w"] ** 2).mean() + p["e"].sum(), 0.1, make(sampler)
+            )
+            value, grads = f(KEY, params)
+            assert jnp.isfinite(value)
+            assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+
+
 def test_batch_leaves_that_disagree():
     with _raises(
         ValueError, "batch leaves disagree: 4 examples in 'batch', 6 in 'batch'"

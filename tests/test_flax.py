@@ -459,29 +459,37 @@ def test_linen_train_state_recipe():
         ).mean()
 
     class TrainState(train_state.TrainState):
-        def apply_gradients(self, *, grads=None, **extra_args):
+        batch_stats: dict
+
+        def apply_gradients(self, *, grads=None, **kwargs):
+            names = [name for name in kwargs if name in self.__dataclass_fields__]
+            fields = {name: kwargs.pop(name) for name in names}
             updates, opt_state = self.tx.update(
-                grads, self.opt_state, self.params, **extra_args
+                grads, self.opt_state, self.params, **kwargs
             )
             return self.replace(
                 step=self.step + 1,
                 params=optax.apply_updates(self.params, updates),
                 opt_state=opt_state,
+                **fields,
             )
 
     params = model.init(jax.random.key(0), inputs)["params"]
     state = TrainState.create(
-        apply_fn=model.apply, params=params, tx=flatopt.lpf_sgd(0.5)
+        apply_fn=model.apply, params=params, tx=flatopt.lpf_sgd(0.5), batch_stats={}
     )
     batch = {"images": inputs, "labels": jnp.arange(BATCH) % 3}
 
     @jax.jit
     def step(state, batch):
-        return state.apply_gradients(value_fn=value_fn, batch=batch)
+        return state.apply_gradients(
+            value_fn=value_fn, batch=batch, batch_stats={"mean": jnp.ones(2)}
+        )
 
     first = value_fn(state.params, batch)
     for _ in range(50):
-        state = step(state, batch)
+        state = step(state.replace(batch_stats={}), batch)
+    assert state.batch_stats["mean"].tolist() == [1.0, 1.0]
     assert value_fn(state.params, batch) < 0.8 * first
     assert state.step == 50
 

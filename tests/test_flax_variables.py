@@ -1,6 +1,8 @@
 """NNX: what is trained is ``wrt``, what a pass leaves alone is not touched or copied."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -500,3 +502,95 @@ def test_flax_supplies_the_filter_axes_of_the_model():
         kernels.masked(kernels.filterwise(), True),
     ):
         np.testing.assert_allclose(measured(kernel), right, rtol=1e-5)
+
+
+# Noise on frozen weights, and models as functions
+
+
+def test_noise_on_frozen_weights_alone():
+    model = nnx.LoRALinear(4, 3, lora_rank=2, use_bias=False, rngs=nnx.Rngs(0))
+    model.lora.lora_b[...] = jnp.ones((2, 3))
+    base = model.kernel[...]
+    frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+
+    def merged(params):
+        low = params["lora"]["lora_a"][...] @ params["lora"]["lora_b"][...]
+        return {"kernel": params["kernel"][...] + low}
+
+    f = flatopt.flax.value_and_grad(
+        loss_fn, 0.2, kernels.filterwise(norms_of=merged), num_samples=2,
+        wrt=nnx.LoRAParam, noise_wrt=frozen,
+    )  # fmt: skip
+    loss, grads = f(KEY, model, INPUTS)
+    np.testing.assert_array_equal(model.kernel[...], base)
+
+    norms = np.linalg.norm(merged(nnx.state(model, nnx.Param))["kernel"], axis=0)
+    losses, total = [], 0.0
+    for j in range(2):
+        moved = _copy(model)
+        draw = kernels.isotropic()(jax.random.fold_in(KEY, j), {"kernel": base})
+        moved.kernel[...] += 0.2 * norms[None] * draw["kernel"]
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        value, grad = nnx.value_and_grad(loss_fn, argnums=wrt)(moved, INPUTS)
+        losses.append(value)
+        total = jax.tree.map(lambda g, t=total: g / 2, grad) if j == 0 else jax.tree.map(
+            lambda g, t: t + g / 2, grad, total
+        )  # fmt: skip
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    assert_close(grads, total)
+
+    # The same with the noise in the optimizer, by masks.
+    adapters = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, _: "lora" in jax.tree_util.keystr(path), params
+    )
+    others = lambda params: jax.tree.map(lambda x: not x, adapters(params))  # noqa: E731
+    tx = flatopt.lpf_sgd(0.1, 0.2, 2, batch_argnames=("inputs",), weight_decay=0.1,
+                         mask=adapters, noise_mask=others)  # fmt: skip
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = model.lora.lora_b[...]
+    flatopt.flax.update(optimizer, model, loss_fn, inputs=INPUTS)
+    np.testing.assert_array_equal(model.kernel[...], base)
+    assert (model.lora.lora_b[...] != before).all()
+    with pytest.raises(ValueError, match="noise_wrt names no variable of the model"):
+        flatopt.flax.value_and_grad(loss_fn, 0.1, noise_wrt=Weight)(KEY, model, INPUTS)
+
+
+def test_functional_is_the_loss_with_statistics_as_constants():
+    model = Normed(nnx.Rngs(0))
+    model.norm.mean[...] = jnp.array([0.3, -0.2])
+    model.dense.bias[...] = jnp.array([1.0, 2.0])
+    model.eval()
+    params, value_fn = flatopt.flax.functional(model, loss_fn)
+    np.testing.assert_allclose(value_fn(params, INPUTS), loss_fn(model, INPUTS), 1e-6)
+    grads = jax.grad(value_fn)(params, INPUTS)
+    assert_close(grads, nnx.to_pure_dict(nnx.grad(loss_fn)(model, INPUTS)))
+    before = _values(model)
+    model.train()
+    params, value_fn = flatopt.flax.functional(model, loss_fn)
+    value_fn(params, INPUTS)
+    jax.tree.map(np.testing.assert_array_equal, _values(model), before)
+
+
+def test_missing_flax_is_one_sentence():
+    code = (
+        "import sys; sys.modules['flax'] = None\n"
+        "try: import flatopt.flax\n"
+        "except ImportError as error: print(error)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert out == (
+        "flatopt.flax needs Flax, which is not installed; run "
+        "pip install 'flatopt[flax]'.\n"
+    )
+
+
+@pytest.mark.parametrize("kernel", [kernels.filterwise, kernels.signs])
+def test_what_is_no_kernel(kernel):
+    with pytest.raises(TypeError, match="kernel must be a function .* got"):
+        flatopt.flax.value_and_grad(loss_fn, 0.1, kernel)
+    with pytest.raises(TypeError, match="key must be one JAX random key, got 0; write"):
+        flatopt.flax.value_and_grad(loss_fn, 0.1)(
+            0, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), INPUTS
+        )

@@ -285,3 +285,71 @@ def test_one_layer_takes_the_users_layers():
         noise = kernel(jax.random.key(seed), params)
         moved = {name for name, leaf in noise.items() if (leaf != 0).all()}
         assert moved in ({"enc_w", "enc_b"}, {"dec_w"})
+
+
+# Filters told by names and shapes
+
+
+def _linen_attention(use_bias):
+    from flax import linen
+
+    model = linen.MultiHeadDotProductAttention(4, use_bias=use_bias)
+    params = model.init(jax.random.key(0), jnp.ones((2, 3, 16)))["params"]
+    # Biases start at zero, where every convention gives the same noise.
+    return jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_attention_has_one_filter_for_each_output(use_bias):
+    params = _linen_attention(use_bias)
+    noise = kernels.filterwise(kernels.signs)(jax.random.key(1), params)
+    for name in ("query", "key", "value"):
+        kernel = np.asarray(params[name]["kernel"])  # (in, heads, head features)
+        expected = np.broadcast_to(np.linalg.norm(kernel, axis=0), kernel.shape)
+        np.testing.assert_allclose(np.abs(noise[name]["kernel"]), expected, rtol=1e-5)
+        if use_bias:
+            whole = np.linalg.norm(params[name]["bias"])
+            np.testing.assert_allclose(np.abs(noise[name]["bias"]), whole, rtol=1e-5)
+    kernel = np.asarray(params["out"]["kernel"])  # (heads, head features, out)
+    expected = np.sqrt((kernel**2).sum(axis=(0, 1)))
+    expected = np.broadcast_to(expected, kernel.shape)
+    np.testing.assert_allclose(np.abs(noise["out"]["kernel"]), expected, rtol=1e-5)
+
+
+def test_stacked_layers_have_filters_of_their_own():
+    params = {
+        "dense": {"kernel": (3, 4, 5), "bias": (3, 5)},
+        "conv": {"kernel": (3, 2, 2, 4, 5), "bias": (3, 5)},
+        "norm": {"scale": (3, 5), "bias": (3, 5)},
+        "plain": {"kernel": (2, 4, 5), "bias": (5,)},
+    }
+    params = jax.tree.map(
+        lambda shape: jax.random.normal(jax.random.key(sum(shape)), shape),
+        params,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    together = kernels.filterwise(kernels.signs)(jax.random.key(0), params)
+    for layer in ("dense", "conv", "norm"):
+        for i in range(3):
+            one = {layer: jax.tree.map(lambda x, i=i: x[i], params[layer])}
+            alone = kernels.filterwise(kernels.signs)(jax.random.key(0), one)
+            for name, leaf in alone[layer].items():
+                np.testing.assert_allclose(
+                    np.abs(together[layer][name][i]), np.abs(leaf), rtol=1e-5
+                )
+    last = np.sqrt((np.asarray(params["plain"]["kernel"]) ** 2).sum(axis=(0, 1)))
+    found = np.abs(together["plain"]["kernel"])
+    np.testing.assert_allclose(found, np.broadcast_to(last, found.shape), rtol=1e-5)
+
+
+def test_a_layer_that_can_be_read_in_two_ways_needs_filter_axes():
+    params = {"mix": {"kernel": jnp.ones((4, 4, 5)), "bias": jnp.ones((4, 5))}}
+    with pytest.raises(ValueError, match="filter_axes is needed for the layer 'mix'"):
+        kernels.filterwise()(jax.random.key(0), params)
+    noise = kernels.filterwise(filter_axes=-1)(jax.random.key(0), params)
+    assert noise["mix"]["kernel"].shape == (4, 4, 5)
+    query = {"query": params["mix"]}
+    found = kernels.filterwise(kernels.signs)(jax.random.key(0), query)
+    np.testing.assert_allclose(np.abs(found["query"]["kernel"]), 2.0, rtol=1e-6)

@@ -51,11 +51,11 @@ def split_batch(kwargs, names, num_samples, count_name="num_samples"):
             "give all array leaves the same leading axis."
         )
     for size in sizes:
-        if size % num_samples:
+        if not size or size % num_samples:
             raise ValueError(
                 f"a batch of {size} examples does not divide into {count_name}="
                 f"{num_samples} chunks; choose a batch size that is a multiple of it, and "
-                "drop the last batch of an epoch (drop_last) or pad it"
+                "drop the last batch of an epoch (drop_last=True) or pad it"
                 + (
                     " with examples of weight 0 for weight_fn."
                     if count_name == "num_samples"

@@ -41,25 +41,45 @@ class Pass:
 
     Attributes:
       roots: the model, then the NNX objects among the arguments.
-      params: the variables of the model to differentiate, an ``nnx.State``.
+      wrt: filter of the variables of the model to differentiate or perturb.
+      params: these variables, an ``nnx.State``.
       rest: all other variables of the roots, an ``nnx.State``.
     """
 
-    def __init__(self, loss_fn: Callable[..., Any], model, objects, wrt):
+    def __init__(
+        self, loss_fn: Callable[..., Any], model, objects, wrt, noise_wrt=None
+    ):
         self.loss_fn = loss_fn
         self.roots = (model, *objects)
-        self.params = nnx.state(model, wrt)
-        if not jax.tree.leaves(self.params):
-            kinds = {type(v).__name__ for _, v in nnx.to_flat_state(nnx.state(model))}
-            raise ValueError(
-                f"wrt names no variable of the model, got {wrt!r} for variables of the "
-                f"types {', '.join(sorted(kinds)) or 'none at all'}; name those to train."
-            )
-        predicate = filterlib.to_predicate(wrt)
+        self.wrt = wrt if noise_wrt is None else nnx.Any(wrt, noise_wrt)
+        for name, given in {"wrt": wrt, "noise_wrt": noise_wrt}.items():
+            if given is not None:
+                _check_filter(name, given, model)
+        self.params = nnx.state(model, self.wrt)
+        predicate = filterlib.to_predicate(self.wrt)
         self.graphdef, _, self.rest = nnx.split(
             self.roots, lambda path, x: path[0] == 0 and predicate(path[1:], x), ...
         )
         self._trained = {(0, *path) for path, _ in nnx.to_flat_state(self.params)}
+
+    def flags(self, wrt):
+        """A mask of ``params`` by a filter; None where it names them all."""
+        predicate, flat = filterlib.to_predicate(wrt), nnx.to_flat_state(self.params)
+        named = [bool(predicate(path, v)) for path, v in flat]
+        if all(named):
+            return None
+        masks = [
+            (path, _with_value(v, jax.tree.map(lambda _, flag=flag: flag, value_of(v))))
+            for (path, v), flag in zip(flat, named, strict=True)
+        ]
+        return nnx.from_flat_state(masks)
+
+    def select(self, grads, wrt):
+        """Of a tree like ``params`` what a filter names."""
+        if self.flags(wrt) is None:
+            return grads
+        predicate, flat = filterlib.to_predicate(wrt), nnx.to_flat_state(grads)
+        return nnx.from_flat_state([(p, v) for p, v in flat if predicate(p, v)])
 
     def may_change(self) -> bool:
         """Whether there is any variable that a pass may change."""
@@ -88,10 +108,10 @@ class Pass:
     def write(self, change: Change) -> None:
         """Bring a change into the roots."""
         live = self._kept(self.roots)
-        flat = []
-        for path, value in zip(change.paths, change.values, strict=True):
-            is_variable = isinstance(live[path], nnx.Variable)
-            flat.append((path, live[path].replace(value) if is_variable else value))
+        flat = [
+            (path, _with_value(live[path], value))
+            for path, value in zip(change.paths, change.values, strict=True)
+        ]
         nnx.update(self.roots, nnx.from_flat_state(flat))
 
     def variables(self) -> dict[tuple[Any, ...], Any]:
@@ -172,6 +192,19 @@ def _is_object(x):
 
 def value_of(x):
     return x.get_raw_value() if isinstance(x, nnx.Variable) else x
+
+
+def _with_value(x, value):
+    return x.replace(value) if isinstance(x, nnx.Variable) else value
+
+
+def _check_filter(name, given, model):
+    if not jax.tree.leaves(nnx.state(model, given)):
+        kinds = {type(v).__name__ for _, v in nnx.to_flat_state(nnx.state(model))}
+        raise ValueError(
+            f"{name} names no variable of the model, got {given!r} for variables of the "
+            f"types {', '.join(sorted(kinds)) or 'none at all'}; name those to train."
+        )
 
 
 def _leaves(x):

@@ -26,6 +26,7 @@ def value_and_grad(
     batch_norm: Literal["perturbed", "clean"] = "perturbed",
     weight_fn: Callable[[Any], jax.Array] | None = None,
     wrt: Any = nnx.Param,
+    noise_wrt: Any = None,
     strategy: smoothing.Strategy = "auto",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
@@ -61,7 +62,9 @@ def value_and_grad(
         gives all other variables too.
       weight_fn: weight of a chunk, in the loss and in running statistics, see
         :func:`flatopt.smooth_value_and_grad`.
-      wrt: filter of the variables to perturb and differentiate.
+      wrt: filter of the variables to differentiate.
+      noise_wrt: filter of the variables to perturb; None: those of ``wrt``. For noise on
+        frozen weights with gradients for their adapters alone.
       strategy: layout of the samples, see :func:`flatopt.smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over: loss, gradient and running
         statistics; ``aux`` stays each device's own. Do not average again.
@@ -101,7 +104,7 @@ def value_and_grad(
 
     def smoothed(key, model, /, *args, **kwargs):
         objects, (args, kwargs) = _passes.take_out((args, kwargs))
-        source = _passes.Pass(loss_fn, model, objects, wrt)
+        source = _passes.Pass(loss_fn, model, objects, wrt, noise_wrt)
         paths = []
 
         def with_change(params, rest, args, kwargs):
@@ -115,7 +118,7 @@ def value_and_grad(
             paths[:] = change.paths
             return loss, (aux, change.values, weight)
 
-        with filters.model_axes(_axes.filter_axes(model, wrt=wrt)):
+        with filters.model_axes(_axes.filter_axes(model, wrt=source.wrt)):
             (loss, (aux, values, weights)), grads = smoothing.smooth_value_and_grad(
                 _value_fn(with_change, source),
                 scale,
@@ -125,6 +128,8 @@ def value_and_grad(
                 batch_argnames=batch_argnames,
                 weight_fn=weight_fn,
                 has_aux=True,
+                mask=source.flags(wrt),
+                noise_mask=source.flags(wrt if noise_wrt is None else noise_wrt),
                 strategy=strategy,
                 axis_name=axis_name,
             )(key, source.params, *args, **kwargs)
@@ -135,6 +140,7 @@ def value_and_grad(
             _, change = source.run(source.params, source.rest, args, given)
             change, weights = _changes.alone(change), jnp.ones(1)
         source.write(_changes.combine(source, change, weights, axis_name))
+        grads = source.select(grads, wrt)
         return ((loss, aux), grads) if has_aux else (loss, grads)
 
     return smoothed

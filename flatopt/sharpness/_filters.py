@@ -67,8 +67,8 @@ def normalize_filters(
       >>> normalized["bias"], restore(normalized)["bias"]
       (Array([0.5], dtype=float32), Array([5.], dtype=float32))
     """
-    norm = filters.filter_norm(filter_axes)
-    axes_of = filters.filter_axes_function(filter_axes)
+    norm = filters.filter_norm(filter_axes, params)
+    axes_of = filters.filter_axes_function(filter_axes, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     layers, sizes = {}, []
     for path, leaf in leaves:

@@ -15,14 +15,16 @@ from flatopt.transforms._sam import Scalar
 
 
 def adaptive(name, rho, eta, size_of, options):
-    """SAM in units of ``size_of(path, leaf) + eta``."""
+    """SAM in units of ``size_of(path, leaf, params) + eta``."""
     checks.check_scale(eta, "eta")
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
         value, grads = value_and_grad(params)
         sizes = jax.tree_util.tree_map_with_path(
-            lambda path, p: size_of(trees.path_name(path), trees.widen(p)) + eta,
+            lambda path, p: (
+                size_of(trees.path_name(path), trees.widen(p), params) + eta
+            ),
             params,
         )
         sizes = jax.tree.map(lambda s, g: s.astype(g.dtype), sizes, grads)
@@ -80,7 +82,7 @@ def asam_gradients(
         "asam_gradients",
         rho,
         eta,
-        lambda path, leaf: jnp.abs(leaf),
+        lambda path, leaf, params: jnp.abs(leaf),
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
@@ -134,9 +136,9 @@ def filterwise_asam_gradients(
       >>> [round(float(u), 3) for u in updates]
       [-0.374, -0.575]
     """
-    norm = filters.filter_norm(filter_axes)
 
-    def size_of(path, leaf):
+    def size_of(path, leaf, params):
+        norm = filters.filter_norm(filter_axes, params)
         return norm(path, leaf) if leaf.ndim > 1 else jnp.abs(leaf)
 
     return adaptive(
