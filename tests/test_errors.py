@@ -268,8 +268,8 @@ def test_sparse_batch_that_is_not_split():
             "num_samples",
             "pad it with examples of weight 0 for weig",
         ),
-        ("sam_gradients", "num_microbatches", r"\(drop_last\) or pad it\."),
-        ("entropy_sgd_gradients", "num_steps", r"\(drop_last\) or pad it\."),
+        ("sam_gradients", "num_microbatches", r"\(drop_last=True\) or pad it\."),
+        ("entropy_sgd_gradients", "num_steps", r"\(drop_last=True\) or pad it\."),
     ],
 )
 def test_last_batch_of_an_epoch(name, count, advice):
