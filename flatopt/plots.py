@@ -4,7 +4,6 @@ Each function draws into ``ax``, or into a new figure, and returns the axes.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from flatopt import curvature, kernels, stability
 from flatopt._core import binding, trees
 from flatopt._core.risk import Risk
+from flatopt._core.types import KernelFn, LossFn, Sampling, WeightFn
 from flatopt.stability import _checks
 
 try:
@@ -139,15 +139,15 @@ def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
 
 
 def loss_line(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     radius: float = 1.0,
     num_points: int = 41,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
     ax: Any = None,
 ):
     """The loss along a random direction through the parameters.
@@ -192,15 +192,15 @@ def loss_line(
 
 
 def loss_plane(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     radius: float = 1.0,
     num_points: int = 21,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
     ax: Any = None,
 ):
     """The loss over the plane of two random directions, as filled contours.
@@ -240,7 +240,7 @@ def stability_thresholds(
     batch_sizes: Any = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
     ax: Any = None,
 ):
     """The largest stable learning rate against the batch size, by each theory.
@@ -330,7 +330,7 @@ def stability_plane(
     batch_sizes: Any = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
     ax: Any = None,
 ):
     r"""The Frobenius norm over its bound, for each learning rate and batch size.
@@ -401,7 +401,7 @@ def stability_losses(
     num_steps: int = 100,
     num_runs: int = 200,
     key: jax.Array | None = None,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
     ax: Any = None,
 ):
     """Losses of linearized SGD: the exact mean, and the median and spread of runs.
@@ -457,7 +457,7 @@ def stability_report(
     learning_rate: float,
     batch_size: int,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ):
     """Thresholds, norms and losses at one setting, side by side.
 

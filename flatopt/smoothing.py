@@ -7,21 +7,20 @@ strategy; it changes speed and memory, never the result.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flatopt import kernels
 from flatopt._core import binding, checks, layout, random, sharding, signatures, trees
-
-Strategy = Literal["auto", "vmap", "scan", "unroll"] | int
+from flatopt._core.types import AxisName, KernelFn, LossFn, Mask, Strategy, WeightFn
 
 
 def smooth(
-    value_fn: Callable[..., Any],
+    value_fn: LossFn,
     scale: jax.typing.ArrayLike,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     *,
     num_samples: int = 1,
     antithetic: bool = False,
@@ -84,19 +83,19 @@ def smooth(
 
 
 def smooth_value_and_grad(
-    value_fn: Callable[..., Any],
+    value_fn: LossFn,
     scale: jax.typing.ArrayLike,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     *,
     num_samples: int = 1,
     antithetic: bool = False,
     batch_argnames: tuple[str, ...] = (),
-    weight_fn: Callable[[Any], jax.Array] | None = None,
+    weight_fn: WeightFn | None = None,
     has_aux: bool = False,
-    mask: Any = None,
+    mask: Mask = None,
     noise_mask: Any = None,
     strategy: Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     r"""Return the smoothed value and its gradient: the drop-in for value_and_grad.
 

@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
         """
         xp = np if isinstance(samples, np.ndarray) else jnp
         samples = xp.asarray(samples)
-        count = len(samples)
+        count = xp.shape(samples)[0]
         if not count:
             raise ValueError("samples must hold at least one value, got none.")
         mean = xp.mean(samples, axis=0)
@@ -70,9 +70,10 @@ class Estimate(NamedTuple):
             raise ValueError(
                 f"confidence must lie between 0 and 1, got {confidence}; write 0.95."
             )
-        import scipy.stats  # slow to import, and seldom needed
+        import scipy.special  # slow to import, and seldom needed
 
-        factor = scipy.stats.t.ppf((1 + confidence) / 2, max(self.num_probes - 1, 1))
+        freedom = max(self.num_probes - 1, 1)
+        factor = scipy.special.stdtrit(freedom, (1 + confidence) / 2)
         low = jax.tree.map(
             lambda v, e: jnp.asarray(v - factor * e), self.value, self.standard_error
         )
@@ -82,9 +83,7 @@ class Estimate(NamedTuple):
         return low, high
 
     def __format__(self, spec: str) -> str:
-        if jax.tree.structure(self.value) != jax.tree.structure(0) or jnp.ndim(
-            self.value
-        ):
+        if not jax.tree_util.all_leaves([self.value]) or jnp.ndim(self.value):
             if spec:
                 raise TypeError(
                     f"a format such as {spec!r} is for an Estimate of one number, got "

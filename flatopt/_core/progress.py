@@ -4,11 +4,14 @@ import contextlib
 import contextvars
 import sys
 import time
+from typing import Any
 
 try:
-    import tqdm
-except ImportError:  # a progress bar is a comfort, not a need
-    tqdm = None
+    import tqdm as _tqdm
+except ImportError:
+    tqdm: Any = None  # a progress bar is a comfort, not a need
+else:
+    tqdm = _tqdm
 
 _OUTER = contextvars.ContextVar("progress of the bar around this one", default=None)
 

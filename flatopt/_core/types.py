@@ -34,22 +34,14 @@ SpectrumEnd: TypeAlias = Literal["largest", "smallest", "magnitude"]
 BallNorm: TypeAlias = Literal["l2", "linf"]
 BatchNormSource: TypeAlias = Literal["perturbed", "clean"]
 
+LossFn: TypeAlias = Callable[..., Any]
+"""A mean loss: ``loss_fn(params, ...) -> scalar``."""
+
+ModelFn: TypeAlias = Callable[[Any, Any], Any]
+"""A model: ``model_fn(params, inputs) -> outputs``."""
+
 WeightFn: TypeAlias = Callable[[Any], Any]
 """The weight of a batch or of a chunk, a scalar."""
-
-
-class LossFn(Protocol):
-    """A mean loss: ``loss_fn(params, ...) -> scalar``."""
-
-    def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """The value."""
-
-
-class ModelFn(Protocol):
-    """A model: ``model_fn(params, inputs) -> outputs``."""
-
-    def __call__(self, params: Any, inputs: Any, /) -> Any:
-        """The outputs."""
 
 
 class KernelFn(Protocol):

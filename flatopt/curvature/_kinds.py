@@ -19,7 +19,7 @@ from flatopt._core import blocks, checks, jaxprs, risk
 class Kind(abc.ABC):
     """The contract of a curvature matrix: a mean over batches, and how to finish it."""
 
-    looks_at_data = False  # whether check() does anything
+    looks_at_data: ClassVar[bool] = False  # whether check() does anything
 
     @property
     @abc.abstractmethod

@@ -13,6 +13,7 @@ import numpy as np
 
 from flatopt._core import blocks, checks
 from flatopt._core.estimates import Estimate
+from flatopt._core.types import SpectrumEnd
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
 from flatopt.curvature._probes import check_operator, is_traced
@@ -224,7 +225,7 @@ class _Krylov:
 class _Goal(NamedTuple):
     """What is looked for, and for how long."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count
     which: str
     rtol: float
     max_matvecs: int
@@ -236,7 +237,7 @@ def eigenpairs(
     key: jax.Array,
     k: int = 1,
     *,
-    which: str = "largest",
+    which: SpectrumEnd = "largest",
     start: Eigenpairs | None = None,
     rtol: float = 1e-3,
     max_matvecs: int = 400,

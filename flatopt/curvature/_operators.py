@@ -1,20 +1,20 @@
 """The four curvature operators."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flatopt._core import streams
 from flatopt._core.risk import Risk
+from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.curvature import _kinds
 from flatopt.curvature._operator import Operator
 
 
 def hessian(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     data: Any = None,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Operator:
     r"""The Hessian of a mean loss.
 
@@ -55,12 +55,12 @@ def hessian(
 
 
 def gauss_newton(
-    model_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any],
+    model_fn: ModelFn,
+    loss_fn: LossFn,
     params: Any,
     data: Any,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Operator:
     r"""The Gauss-Newton part of the Hessian: positive semidefinite for a convex loss.
 
@@ -100,11 +100,11 @@ def gauss_newton(
 
 
 def empirical_fisher(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     data: Any,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Operator:
     r"""The mean over examples of :math:`g_i g_i^\top`, not centered.
 
@@ -136,11 +136,11 @@ def empirical_fisher(
 
 
 def gradient_covariance(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     data: Any,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Operator:
     r"""The covariance of the examples' gradients: that of SGD's noise at batch size 1.
 

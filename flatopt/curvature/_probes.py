@@ -243,13 +243,13 @@ def population_frobenius_norm(
             "operator must be on a re-iterable of at least two batches, got a single "
             "batch; split it, as in [batch[:50], batch[50:]]."
         )
-    samples = []
+    groups = []
     for start in range(0, num_probes, GROUP):
         signs = draw_signs(
             operator, probe_keys(key, start, min(GROUP, num_probes - start))
         )
-        samples.append(_cross_products(operator, signs))
-    samples = np.concatenate(samples)
+        groups.append(_cross_products(operator, signs))
+    samples = np.concatenate(groups)
     check_finite(operator, np.sum(samples))
     unit = float(blocks.power_of_two(np.sqrt(np.abs(samples))))
     square = Estimate.of(samples / unit**2)  # float64 squares, float32 in units
@@ -404,7 +404,7 @@ class _Moments(NamedTuple):
     So squares and fourth powers of entries stay within float32, whatever the scale.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     units: Any
     exact: Any
     mean: Any

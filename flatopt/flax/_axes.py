@@ -33,7 +33,7 @@ def filter_axes(model: nnx.Module, *, wrt: Any = nnx.Param) -> dict[str, Any]:
       ((1, 2), (2,), ())
     """
     modules = dict(nnx.iter_modules(model))
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, wrt)):
         *parents, name = path
         parent = modules.get(tuple(parents))

@@ -5,11 +5,12 @@ from typing import Any
 
 from flax import nnx
 
+from flatopt._core.types import LossFn
 from flatopt.flax import _passes
 
 
 def functional(
-    model: nnx.Module, loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param
+    model: nnx.Module, loss_fn: LossFn, *, wrt: Any = nnx.Param
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
     """The parameters of an NNX model and its loss as a function of them.
 

@@ -5,7 +5,6 @@ The variables of the model that ``wrt`` names are differentiated; all others are
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from flax import errors, nnx
 from flax.nnx import filterlib
 
 from flatopt._core import signatures
+from flatopt._core.types import LossFn
 
 
 class Change(NamedTuple):
@@ -46,9 +46,7 @@ class Pass:
       rest: all other variables of the roots, an ``nnx.State``.
     """
 
-    def __init__(
-        self, loss_fn: Callable[..., Any], model, objects, wrt, noise_wrt=None
-    ):
+    def __init__(self, loss_fn: LossFn, model, objects, wrt, noise_wrt=None):
         self.loss_fn = loss_fn
         self.roots = (model, *objects)
         self.wrt = wrt if noise_wrt is None else nnx.Any(wrt, noise_wrt)
@@ -57,9 +55,10 @@ class Pass:
                 _check_filter(name, given, model)
         self.params = nnx.state(model, self.wrt)
         predicate = filterlib.to_predicate(self.wrt)
-        self.graphdef, _, self.rest = nnx.split(
+        parts: tuple[Any, ...] = nnx.split(
             self.roots, lambda path, x: path[0] == 0 and predicate(path[1:], x), ...
         )
+        self.graphdef, _, self.rest = parts
         self._trained = {(0, *path) for path, _ in nnx.to_flat_state(self.params)}
 
     def flags(self, wrt):

@@ -11,24 +11,25 @@ from flax import nnx
 
 from flatopt import smoothing
 from flatopt._core import checks, filters, random, sharding, signatures
+from flatopt._core.types import AxisName, KernelFn, LossFn, Strategy, WeightFn
 from flatopt.flax import _axes, _changes, _passes
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     scale: jax.typing.ArrayLike,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     *,
     num_samples: int = 1,
     antithetic: bool = False,
     batch_argnames: tuple[str, ...] = (),
     has_aux: bool = False,
     batch_norm: Literal["perturbed", "clean"] = "perturbed",
-    weight_fn: Callable[[Any], jax.Array] | None = None,
+    weight_fn: WeightFn | None = None,
     wrt: Any = nnx.Param,
     noise_wrt: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """Return the smoothed loss and its gradient: the drop-in for nnx.value_and_grad.
 
@@ -149,10 +150,10 @@ def value_and_grad(
 def update(
     optimizer: nnx.Optimizer,
     model: nnx.Module,
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     *,
     has_aux: bool = False,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
     **kwargs,
 ) -> Any:
     """Make one step with an optimizer whose chain holds flatopt's links.

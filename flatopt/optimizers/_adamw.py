@@ -1,12 +1,10 @@
 """Recipes that end in AdamW."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
-from flatopt import smoothing
+from flatopt._core.types import AxisName, KernelFn, Key, Mask, Strategy, WeightFn
 from flatopt.optimizers import _masks
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 
@@ -16,7 +14,7 @@ def lpf_adamw(
     gamma: optax.ScalarOrSchedule = 5e-4,
     num_samples: int | None = None,
     *,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -26,12 +24,12 @@ def lpf_adamw(
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
     batch_argnames: tuple[str, ...] = ("batch",),
-    weight_fn: Callable[[Any], jax.Array] | None = None,
-    mask: Any = None,
+    weight_fn: WeightFn | None = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-pass filtering with AdamW: :func:`lpf_sgd` with another optimizer after it.
 
@@ -101,7 +99,7 @@ def nso_adamw(
     sigma: optax.ScalarOrSchedule = 0.01,
     num_perturbations: int | None = None,
     *,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -110,11 +108,11 @@ def nso_adamw(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
-    mask: Any = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Noise stability optimization with AdamW: for fine-tuning.
 

@@ -1,12 +1,10 @@
 """Recipes that end in SGD with momentum."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
-from flatopt import smoothing
+from flatopt._core.types import AxisName, KernelFn, Key, Mask, Strategy, WeightFn
 from flatopt.optimizers import _masks
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._sam import sam_gradients
@@ -18,19 +16,19 @@ def lpf_sgd(
     gamma: optax.ScalarOrSchedule = 5e-4,
     num_samples: int | None = None,
     *,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
     batch_argnames: tuple[str, ...] = ("batch",),
-    weight_fn: Callable[[Any], jax.Array] | None = None,
-    mask: Any = None,
+    weight_fn: WeightFn | None = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-pass-filtering SGD: one pass over the batch, each chunk at its own noise.
 
@@ -107,17 +105,17 @@ def nso_sgd(
     sigma: optax.ScalarOrSchedule = 0.01,
     num_perturbations: int | None = None,
     *,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
-    mask: Any = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Noise stability optimization: gradients at +U and -U, averaged.
 
@@ -195,9 +193,9 @@ def sam_sgd(
     weight_decay_mask: Any = None,
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization with SGD: two gradients a step.
 
@@ -261,9 +259,9 @@ def asam_sgd(
     weight_decay_mask: Any = None,
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive sharpness-aware minimization with SGD: two gradients a step.
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from flatopt import kernels
 from flatopt._core import binding, blocks, checks, random, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
+from flatopt._core.types import KernelFn, LossFn, WeightFn
 from flatopt.curvature._draws import probe_keys
 from flatopt.sharpness._solve import check_number, check_positive, solve
 
@@ -65,15 +65,15 @@ def mean_rise(risk, key, scale, num_samples, kernel, name, base=None):
 
 
 def low_pass(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     sigma: float = 0.01,
     num_samples: int = 100,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Estimate:
     r"""The mean loss under random perturbation, less the loss.
 
@@ -118,14 +118,14 @@ def low_pass(
 
 
 def average_case_adaptive(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     rho: float = 0.1,
     num_samples: int = 100,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Estimate:
     r"""The mean loss at :math:`\theta + \rho |\theta| \odot U`, less the loss.
 
@@ -158,7 +158,7 @@ def average_case_adaptive(
 
 
 def pac_bayes(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
@@ -168,7 +168,7 @@ def pac_bayes(
     num_samples: int = 10,
     delta: float = 1e-6,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> PACBayes:
     r"""Distance to the initialization, in units of the noise that the loss tolerates.
 
@@ -237,14 +237,14 @@ def pac_bayes(
 
 
 def local_entropy(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     gamma: float = 100.0,
     num_samples: int = 100,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Estimate:
     r"""The negative local entropy, relative to a flat loss.
 
@@ -292,7 +292,7 @@ def entropy_of(rises):
 
 
 def local_entropy_gradient(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     data: Any,
@@ -302,7 +302,7 @@ def local_entropy_gradient(
     inner_learning_rate: float = 0.1,
     noise_scale: float = 1e-4,
     decay: float = 0.75,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""The norm :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop on all data.
 
@@ -355,8 +355,9 @@ def local_entropy_gradient(
     risk = Risk.of(loss_fn, params, data, weight_fn)
     if risk.batch is None and risk.stream is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
-    settings = gamma, inner_learning_rate, noise_scale, decay
-    settings = jnp.asarray(settings, jnp.float32)
+    settings = jnp.asarray(
+        [gamma, inner_learning_rate, noise_scale, decay], jnp.float32
+    )
     center = point = mean = blocks.widen(risk.params)
     _, grads = risk.value_and_gradient()
     for index in range(num_steps):

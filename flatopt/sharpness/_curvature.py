@@ -1,7 +1,6 @@
 """Measures of sharpness that are read off the curvature or the outputs."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,15 +10,16 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
+from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.sharpness._solve import check_number, check_positive
 
 
 def fisher_rao_hessian(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     *,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""The Fisher-Rao norm :math:`\theta^\top H \theta` with the Hessian, as in the paper.
 
@@ -45,12 +45,12 @@ def fisher_rao_hessian(
 
 
 def fisher_rao_gauss_newton(
-    model_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any],
+    model_fn: ModelFn,
+    loss_fn: LossFn,
     params: Any,
     data: Any,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""The Fisher-Rao norm with the Gauss-Newton matrix: the Fisher for cross-entropy.
 
@@ -79,11 +79,11 @@ def fisher_rao_gauss_newton(
 
 
 def fisher_rao_empirical(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     data: Any,
     *,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""The Fisher-Rao norm with the empirical Fisher matrix.
 
@@ -114,7 +114,7 @@ def _form(operator):
     return float(check_number(found, "fisher_rao", advice))
 
 
-def shannon_entropy(model_fn: Callable[..., Any], params: Any, inputs: Any) -> float:
+def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
     r"""Minus the mean entropy of the predicted classes: larger is more certain.
 
     The paper tabulates the mean entropy itself; the sign is turned here so that larger
@@ -160,7 +160,7 @@ def _certainty(model_fn, params, batch):
 
 
 def effective_dimension(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
@@ -168,7 +168,7 @@ def effective_dimension(
     num_draws: int = 4,
     num_steps: int = 64,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Estimate:
     r"""The number of directions that the loss determines.
 

@@ -70,7 +70,8 @@ def normalize_filters(
     norm = filters.filter_norm(filter_axes, params)
     axes_of = filters.filter_axes_function(filter_axes, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    layers, sizes = {}, []
+    layers: dict[Any, Any] = {}
+    sizes: list[Any] = []
     for path, leaf in leaves:
         name = trees.path_name(path)
         layer, _, last = name.rpartition("/")
@@ -82,11 +83,11 @@ def normalize_filters(
         sizes.append((layer, shape, size))
         group = layers.setdefault((layer, shape), 0.0)
         layers[layer, shape] = group + size.reshape(shape)
-    scales = []
+    flat = []
     for layer, shape, size in sizes:
         total = layers[layer, shape]
-        scales.append(jnp.where(total == 0, 1.0, total).reshape(size.shape))
-    scales = treedef.unflatten(scales)
+        flat.append(jnp.where(total == 0, 1.0, total).reshape(size.shape))
+    scales = jax.tree.unflatten(treedef, flat)
 
     def restore(params):
         return jax.tree.map(

@@ -2,7 +2,6 @@
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from flatopt import curvature
 from flatopt._core import checks, random, tables
 from flatopt._core import progress as bars
 from flatopt._core.estimates import Estimate
+from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
@@ -95,17 +95,17 @@ class Report(NamedTuple):
 
 
 def report(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     data: Any,
     *,
-    model_fn: Callable[..., Any] | None = None,
+    model_fn: ModelFn | None = None,
     inputs: Any = None,
     initial_params: Any = None,
     sigma: float = 0.01,
     rho: float = 0.05,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
     progress: Any = None,
 ) -> Report:
     """All measures at one point, sharing what they can.

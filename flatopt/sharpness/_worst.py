@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,17 +10,18 @@ import jax.numpy as jnp
 from flatopt._core import binding, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, along
+from flatopt._core.types import BallNorm, LossFn, WeightFn
 from flatopt.sharpness._average import ISOTROPIC
 from flatopt.sharpness._solve import check_positive, solve
 
 
 def epsilon_sharpness(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     *,
     epsilon: float = 0.1,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""One over the distance along the gradient at which the loss has risen by epsilon.
 
@@ -77,16 +77,16 @@ NORMS = ("l2", "linf")
 
 
 def worst_case(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     *,
     rho: float,
-    norm: str = "l2",
+    norm: BallNorm = "l2",
     adaptive: bool = False,
     num_steps: int = 20,
     data: Any = None,
-    weight_fn: Callable[[Any], Any] | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> float:
     r"""The largest rise of the loss found in a ball.
 
@@ -177,13 +177,13 @@ def _farthest(params, units, direction, rho, is_l2):
 
 
 def m_sharpness(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     key: jax.Array,
     batches: Any,
     *,
     rho: float,
-    norm: str = "l2",
+    norm: BallNorm = "l2",
     adaptive: bool = False,
     num_steps: int = 20,
 ) -> Estimate:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from flatopt import curvature
 from flatopt._core import blocks, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
+from flatopt._core.types import LossFn, ModelFn
 from flatopt.curvature import _draws, _operator, _probes
 from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
@@ -113,7 +113,7 @@ def _ratios(product, square, noise_square, isotropic, twice):
 
 
 def estimate_alignment(
-    model_fn: Callable[..., Any],
+    model_fn: ModelFn,
     params: Any,
     data: Any,
     key: jax.Array,
@@ -285,7 +285,7 @@ def _along_gradient(loss_fn, params, batch):
     return trees.widen(value), norm, operator.quadratic_form(unit)
 
 
-def batch_sharpness(loss_fn: Callable[..., Any], params: Any, batches: Any) -> Estimate:
+def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
     r"""The curvature that SGD's own steps meet, which hovers at 2 / learning_rate.
 
     .. math:: E_B \left[ \frac{g_B^\top H_B\, g_B}{\|g_B\|^2} \right]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flatopt._core import blocks, trees
 from flatopt._core.risk import Risk, loss_of
+from flatopt._core.types import LossFn
 from flatopt.stability import _checks
 
 WIDTH = 1 / 16  # of the bracket, relative to its lower end
@@ -47,7 +48,7 @@ class CriticalRate(NamedTuple):
 
 
 def critical_learning_rate(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     params: Any,
     updates: Any,
     data: Any = None,
@@ -173,7 +174,7 @@ class _State(NamedTuple):
     fell: jax.Array  # whether a fall was seen
     unseen: jax.Array  # factors without a visible difference, one after another
     rate: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
 
 
 @jax.jit

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core.types import Sampling, SimulatedNoise
 from flatopt.stability import _checks, _moments
 from flatopt.stability._linearization import Linearization
 
@@ -21,7 +22,7 @@ def growth_rate(
     learning_rate: float,
     batch_size: int,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> float:
     r"""The factor by which SGD's second moment grows a step, in the long run.
@@ -62,7 +63,7 @@ def expected_losses(
     batch_size: int,
     num_steps: int,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ) -> jax.Array:
     r"""The exact expected loss along linearized SGD, from a random start of loss 1.
 
@@ -134,7 +135,7 @@ def escape_time(
     batch_size: int,
     *,
     factor: float = 10.0,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ) -> float:
     r"""Steps until the expected loss of linearized SGD has grown by a factor.
 
@@ -186,8 +187,8 @@ def simulate(
     num_steps: int,
     *,
     num_runs: int = 100,
-    noise: str = "sgd",
-    sampling: str = "without_replacement",
+    noise: SimulatedNoise = "sgd",
+    sampling: Sampling = "without_replacement",
 ) -> jax.Array:
     r"""Losses of linearized SGD, of gradient descent, or of it with isotropic noise.
 
@@ -321,7 +322,7 @@ def stationary_covariance(
     learning_rate: float,
     batch_size: int,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ) -> StationaryCovariance:
     r"""Where SGD settles around a minimum that does not fit its data exactly.
 

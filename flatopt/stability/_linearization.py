@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, trees
+from flatopt._core.types import LossFn, ModelFn
 from flatopt.stability import _checks, _gram, _losses, _moments
 
 CHUNK_VALUES = 1 << 26  # computed at once
@@ -47,13 +48,13 @@ class Linearization(NamedTuple):
 
 
 def linearize(
-    model_fn: Callable[..., Any],
+    model_fn: ModelFn,
     params: Any,
     inputs: Any,
     targets: Any,
     *,
     loss_scale: float = 1.0,
-    loss_fn: Callable[..., Any] | None = None,
+    loss_fn: LossFn | None = None,
     chunk_size: int | None = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
@@ -116,8 +117,8 @@ def linearize(
 
 
 def linearize_gauss_newton(
-    model_fn: Callable[..., Any],
-    loss_fn: Callable[..., Any],
+    model_fn: ModelFn,
+    loss_fn: LossFn,
     params: Any,
     inputs: Any,
     targets: Any,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
+from flatopt._core.types import LossFn, ModelFn, Sampling
 from flatopt.stability import _checks, _losses
 from flatopt.stability._alignment import Alignment, alignment
 from flatopt.stability._dynamics import growth_rate
@@ -218,7 +219,7 @@ def _columns(rows):
 
 
 def report(
-    model_fn: Callable[..., Any],
+    model_fn: ModelFn,
     params: Any,
     inputs: Any,
     targets: Any,
@@ -226,8 +227,8 @@ def report(
     batch_size: int,
     *,
     loss_scale: float | None = None,
-    loss_fn: Callable[..., Any] | None = None,
-    sampling: str = "without_replacement",
+    loss_fn: LossFn | None = None,
+    sampling: Sampling = "without_replacement",
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Report:
     """Everything about stability at one point, with a readable table.
@@ -270,6 +271,7 @@ def report(
     targets = _losses.as_arrays(targets)
     scale = _scale(outputs, targets, loss_scale, loss_fn)
     if scale is None:
+        assert loss_fn is not None  # _scale has seen to it
         lin = linearize_gauss_newton(
             model_fn, loss_fn, params, inputs, targets, progress=progress
         )
@@ -285,7 +287,6 @@ def report(
         constant = scale * float(_losses.half_square(means, targets))
     hessian = curvature.hessian(whole, params, (inputs, targets))
     top = curvature.eigenpairs(hessian, jax.random.key(0), 1)
-    setting = {"sampling": sampling, "progress": progress}
     return Report(
         learning_rate=float(learning_rate),
         batch_size=int(batch_size),
@@ -298,8 +299,10 @@ def report(
         trace=float(np.sum(np.asarray(lin.eigenvalues, "f8"))),
         frobenius_norm=float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8"))),
         alignment=alignment(lin) if np.any(np.asarray(lin.residuals)) else None,
-        thresholds=thresholds(lin, batch_size, **setting),
-        growth_rate=growth_rate(lin, learning_rate, batch_size, **setting),
+        thresholds=thresholds(lin, batch_size, sampling=sampling, progress=progress),
+        growth_rate=growth_rate(
+            lin, learning_rate, batch_size, sampling=sampling, progress=progress
+        ),
         smallest_batch_size=smallest_batch_size(lin, learning_rate, sampling=sampling),
         loss_scale=scale,
     )

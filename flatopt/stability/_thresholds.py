@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flatopt._core.types import Sampling
 from flatopt.stability import _checks, _moments
 from flatopt.stability._alignment import alignment
 from flatopt.stability._linearization import Linearization
@@ -70,7 +71,7 @@ def thresholds(
     lin: Linearization,
     batch_size: int,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Thresholds:
     r"""The largest stable learning rate of SGD at a minimum, by each theory.
@@ -172,7 +173,7 @@ def smallest_batch_size(
     lin: Linearization,
     learning_rate: float,
     *,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ) -> int | None:
     r"""The smallest batch size at which SGD with this learning rate can stay.
 
@@ -229,7 +230,7 @@ def sharpest_minimum(
     *,
     num_outputs: int = 1,
     mu: float = 1.0,
-    sampling: str = "without_replacement",
+    sampling: Sampling = "without_replacement",
 ) -> SharpestMinimum:
     r"""The sharpest minimum at which SGD with these settings could stay.
 

@@ -1,6 +1,6 @@
 """Anti-correlated noise as the last link of a chain."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 
 from flatopt import kernels
 from flatopt._core import binding, checks, random, trees
+from flatopt._core.types import Key, Mask, ScalarOrSchedule
 from flatopt.transforms import _link
 
 
@@ -27,16 +28,16 @@ class AntiPGDState(NamedTuple):
       Array(0, dtype=int32)
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
 
 
 def anti_pgd(
-    scale: jax.typing.ArrayLike | optax.Schedule,
+    scale: ScalarOrSchedule,
     sampler: kernels.Sampler | None = None,
     *,
-    mask: Any = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Anti-correlated noise: each step adds fresh noise and takes the last one away.
 

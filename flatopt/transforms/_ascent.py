@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flatopt._core import checks, layout, loops, random, trees
+from flatopt._core.types import AxisName
 from flatopt.transforms import _link
 from flatopt.transforms._states import AdversarialState
 
@@ -14,7 +15,7 @@ class Options(NamedTuple):
     batch_argnames: tuple[str, ...]
     start_step: int
     mask: Any
-    axis_name: str | tuple[str, ...] | None
+    axis_name: AxisName
     key: int | jax.Array
 
 

@@ -1,28 +1,27 @@
 """Entropy-SGD: the gradient of local entropy by an inner Langevin loop."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from flatopt import kernels
 from flatopt._core import binding, checks, layout, random, sharding, trees, vectors
+from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
 from flatopt.transforms import _link
 from flatopt.transforms._states import EntropySGDState
 
 
 def entropy_sgd_gradients(
-    gamma: jax.typing.ArrayLike | optax.Schedule = 1e-4,
+    gamma: ScalarOrSchedule = 1e-4,
     num_steps: int = 20,
     inner_learning_rate: jax.typing.ArrayLike = 0.1,
     noise_scale: jax.typing.ArrayLike = 1e-4,
     decay: float = 0.75,
     *,
     batch_argnames: tuple[str, ...] = (),
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Entropy-SGD: the distance to the mean of a Langevin walk around the parameters.
 

@@ -33,7 +33,7 @@ class Step(NamedTuple):
     arguments: dict[str, Any]
     chunks: dict[str, Any]
     key: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     memory: Any
 
     def value(self, params, key, chunk):
@@ -149,6 +149,12 @@ def _check_not_accumulated(name):
 def makes_gradient(update_fn, name):
     """Mark an ``update`` that does not read what comes in, with the link's name."""
     update_fn.makes_gradient = name
+    return update_fn
+
+
+def keeps_updates(update_fn):
+    """Mark an ``update`` that leaves what comes in as it is."""
+    update_fn.keeps_updates = True
     return update_fn
 
 

@@ -1,28 +1,35 @@
 """LPF-SGD and NSO as links: smooth_gradients with the papers' settings."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
-from flatopt import kernels, smoothing
+from flatopt import kernels
 from flatopt._core import checks
+from flatopt._core.types import (
+    AxisName,
+    KernelFn,
+    Key,
+    Mask,
+    ScalarOrSchedule,
+    Strategy,
+    WeightFn,
+)
 from flatopt.transforms._smooth import smoothed
 
 
 def lpf_gradients(
-    gamma: jax.typing.ArrayLike | optax.Schedule = 5e-4,
+    gamma: ScalarOrSchedule = 5e-4,
     num_samples: int | None = None,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     *,
     batch_argnames: tuple[str, ...] = ("batch",),
-    weight_fn: Callable[[Any], jax.Array] | None = None,
-    mask: Any = None,
+    weight_fn: WeightFn | None = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-pass filtering: one pass over the batch, each chunk at its own noise.
 
@@ -82,15 +89,15 @@ def lpf_gradients(
 
 
 def nso_gradients(
-    sigma: jax.typing.ArrayLike | optax.Schedule = 0.01,
+    sigma: ScalarOrSchedule = 0.01,
     num_perturbations: int | None = None,
-    kernel: Callable[..., Any] | None = None,
+    kernel: KernelFn | None = None,
     *,
-    mask: Any = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Noise stability optimization: gradients at +U and -U, averaged.
 

@@ -5,15 +5,13 @@ returns it for whatever follows in the chain. They differ in the ascent step or 
 they make of the two gradients. All take ``value_fn`` as :func:`smooth_gradients` does.
 """
 
-from typing import Any
-
-import jax
 import optax
 
 from flatopt._core import checks, vectors
+from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
 from flatopt.transforms import _ascent
 
-Scalar = jax.typing.ArrayLike | optax.Schedule
+Scalar = ScalarOrSchedule
 
 
 def sam_gradients(
@@ -22,9 +20,9 @@ def sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the gradient at :math:`\theta + \rho\, g/\|g\|`.
 
@@ -90,9 +88,9 @@ def usam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Unnormalized SAM: the gradient at :math:`\theta + \rho\, g`.
 
@@ -148,9 +146,9 @@ def gsam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Surrogate-gap SAM: SAM's gradient, less the clean one's part orthogonal to it.
 

@@ -1,13 +1,12 @@
 """Sharpness-aware minimization in other units than those of the parameters."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from flatopt import kernels
 from flatopt._core import checks, filters, trees, vectors
+from flatopt._core.types import AxisName, Key, Mask
 from flatopt._core.vectors import move, scaled_ascent
 from flatopt.transforms import _ascent
 from flatopt.transforms._ascent import adversarial
@@ -41,9 +40,9 @@ def asam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: an ascent step measured in units of each parameter.
 
@@ -97,9 +96,9 @@ def filterwise_asam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM filter by filter: :math:`T_f = \|\theta_f\|_2 + \eta`.
 
@@ -159,9 +158,9 @@ def fisher_sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fisher SAM: an ascent step in the metric of the diagonal empirical Fisher.
 

@@ -1,12 +1,11 @@
 """Sharpness-aware minimization that keeps a direction between steps."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, loops, trees, vectors
+from flatopt._core.types import AxisName, Key, Mask
 from flatopt.transforms import _ascent, _link
 from flatopt.transforms._sam import Scalar
 
@@ -19,9 +18,9 @@ def look_sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: SAM's direction, computed at every few steps and reused between.
 
@@ -110,9 +109,9 @@ def friendly_sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Friendly SAM: an ascent step along the batch's own part of the gradient.
 

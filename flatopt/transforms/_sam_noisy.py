@@ -1,12 +1,10 @@
 """Sharpness-aware minimization whose ascent step follows a gradient at noisy parameters."""
 
-from typing import Any
-
-import jax
 import optax
 
 from flatopt import kernels
 from flatopt._core import binding, checks
+from flatopt._core.types import AxisName, Key, Mask
 from flatopt._core.vectors import ascent, move, scale
 from flatopt.transforms import _ascent
 from flatopt.transforms._ascent import adversarial
@@ -34,9 +32,9 @@ def random_sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Random SAM, NSO's variant: an ascent step along a gradient at noisy parameters.
 
@@ -93,9 +91,9 @@ def bayesian_sam_gradients(
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
     start_step: int = 0,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bayesian SAM as NSO's authors compare with it; follow it with ``optax.adam``.
 

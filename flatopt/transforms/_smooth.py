@@ -1,30 +1,37 @@
 """The gradient of a smoothed loss as the first link of a chain."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from flatopt import kernels, smoothing
 from flatopt._core import checks
+from flatopt._core.types import (
+    AxisName,
+    KernelFn,
+    Key,
+    Mask,
+    ScalarOrSchedule,
+    Strategy,
+    WeightFn,
+)
 from flatopt.transforms import _link
 from flatopt.transforms._states import SmoothGradientsState
 
 
 def smooth_gradients(
-    scale: jax.typing.ArrayLike | optax.Schedule,
-    kernel: Callable[..., Any] | None = None,
+    scale: ScalarOrSchedule,
+    kernel: KernelFn | None = None,
     *,
     num_samples: int | None = None,
     antithetic: bool = False,
     batch_argnames: tuple[str, ...] = (),
-    weight_fn: Callable[[Any], jax.Array] | None = None,
-    mask: Any = None,
+    weight_fn: WeightFn | None = None,
+    mask: Mask = None,
     noise_mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    strategy: Strategy = "auto",
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the gradient by that of the loss averaged over perturbed parameters.
 

@@ -80,7 +80,7 @@ class SmoothGradientsState(NamedTuple):
       Array(0, dtype=int32)
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
     smoothed_value: jax.Array
     is_finite: Any = ()
@@ -116,7 +116,7 @@ class AdversarialState(NamedTuple):
       Array(0, dtype=int32)
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
     clean_value: jax.Array
     memory: Any = ()
@@ -150,7 +150,7 @@ class EntropySGDState(NamedTuple):
       Array(0, dtype=int32)
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
     clean_value: jax.Array
     is_finite: Any = ()

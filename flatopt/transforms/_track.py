@@ -19,6 +19,7 @@ from flatopt._core import (
     signatures,
     vectors,
 )
+from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
 from flatopt.curvature import _kinds, _operator
 from flatopt.transforms import _link
 
@@ -47,7 +48,7 @@ class TrackStabilityState(NamedTuple):
       Array(0, dtype=int32)
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
     direction: Any
     max_eigenvalue: jax.Array
@@ -68,14 +69,14 @@ class TrackStabilityState(NamedTuple):
 
 
 def track_stability(
-    learning_rate: jax.typing.ArrayLike | optax.Schedule,
+    learning_rate: ScalarOrSchedule,
     batch_size: int,
     *,
     every: int = 50,
     decay: float = 0.8,
-    mask: Any = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leave updates alone; keep curvature and stability margins in the state.
 
@@ -173,8 +174,9 @@ def track_stability(
         state = loops.cond(state.count % every == 0, measure, lambda: state)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
-    update_fn.keeps_updates = True
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, _link.keeps_updates(update_fn)
+    )
 
 
 def _hessian_product(value_of, params, arguments, key, axis_name):

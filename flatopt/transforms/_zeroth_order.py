@@ -1,25 +1,24 @@
 """Smoothed gradients from values alone, for losses without gradients."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import kernels, smoothing
+from flatopt import kernels
 from flatopt._core import binding, checks, layout, random, trees, vectors
+from flatopt._core.types import Key, Mask, ScalarOrSchedule, Strategy
 from flatopt.transforms import _link
 from flatopt.transforms._states import SmoothGradientsState
 
 
 def smooth_gradients_zeroth_order(
-    scale: jax.typing.ArrayLike | optax.Schedule,
+    scale: ScalarOrSchedule,
     sampler: kernels.Sampler | None = None,
     *,
     num_samples: int | None = None,
-    mask: Any = None,
-    strategy: smoothing.Strategy = "auto",
-    key: int | jax.Array = 0,
+    mask: Mask = None,
+    strategy: Strategy = "auto",
+    key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the gradient of the smoothed loss from two values a draw.
 
