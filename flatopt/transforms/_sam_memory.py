@@ -71,20 +71,18 @@ def look_sam_gradients(
         del key
         value, clean = value_and_grad(params)
 
+        uphill, norm = vectors.normalize(clean)
+
         def look():
-            step = vectors.ascent(clean, rho)
+            step = vectors.scale(rho, uphill)
             point = vectors.move(params, step)
             _, moved = value_and_grad(point)
-            # Twice: what the first time leaves along the gradient is rounding.
-            part = vectors.orthogonal(vectors.orthogonal(moved, clean), clean)
-            direction, length = vectors.normalize(part)
-            is_signal = _has_moved(params, point, step) & (
-                length > _rounding(moved, params)
-            )
-            return moved, vectors.scale(jnp.where(is_signal, 1.0, 0.0), direction)
+            direction, length, error = _across(moved, uphill, params)
+            is_signal = _has_moved(params, point, step, rho) & (length > error)
+            factor = jnp.where(is_signal, 1 / jnp.where(is_signal, length, 1), 0)
+            return moved, vectors.scale(factor, direction)
 
         def reuse():
-            _, norm = vectors.normalize(clean)
             return vectors.add(clean, alpha * norm, memory), memory
 
         grads, memory = loops.cond((count - start_step) % every == 0, look, reuse)
@@ -158,17 +156,19 @@ def friendly_sam_gradients(
         value, clean = value_and_grad(params)
         own = vectors.add(clean, -sigma, memory)
         errors = jax.tree.map(
-            lambda g, m, p: vectors.rounding_unit(p.dtype) * (jnp.abs(g) + jnp.abs(m)),
+            lambda g, m, p: (
+                vectors.rounding_unit(p.dtype)
+                * (vectors.largest(g) + vectors.scale(sigma, vectors.largest(m)))
+            ),
             clean,
-            vectors.scale(sigma, memory),
+            memory,
             params,
         )
         is_noise = vectors.largest(own) <= vectors.largest(errors)
         step = vectors.ascent(own, jnp.where(is_noise, 0.0, rho))
         _, grads = value_and_grad(vectors.move(params, step))
         # The first gradient starts the average, as in the authors' code.
-        _, length = vectors.normalize(memory)
-        kept = jnp.where(length == 0, 0.0, decay)
+        kept = jnp.where(vectors.largest(memory) == 0, 0.0, decay)
         memory = vectors.add(vectors.scale(kept, memory), 1 - kept, clean)
         return value, grads, memory
 
@@ -183,7 +183,26 @@ def friendly_sam_gradients(
     )
 
 
-def _has_moved(params, point, step):
+def _across(moved, uphill, params):
+    """The part of a gradient across the uphill direction, of its length 1.
+
+    Returns it, its length and the length of the rounding errors to expect.
+    """
+    across, _ = vectors.normalize(moved)
+    units = {vectors.rounding_unit(p.dtype) for p in jax.tree.leaves(params)}
+    error = max(units, default=0.0)
+    if len(units) > 1:
+        errors = jax.tree.map(
+            lambda g, p: vectors.rounding_unit(p.dtype) * g, across, params
+        )
+        error = jnp.sqrt(vectors.dot(errors, errors))
+    for _ in range(2):  # what the first time leaves along the gradient is rounding
+        across = vectors.add(across, -vectors.dot(across, uphill), uphill)
+    length = jnp.sqrt(vectors.dot(across, across))
+    return across, length, error
+
+
+def _has_moved(params, point, step, rho):
     """Whether the parameters took at least half of a step, as rounded as they are."""
     lost = jax.tree.map(
         lambda p, q, s: trees.widen(q) - trees.widen(p) - s.astype(trees.wide(p.dtype)),
@@ -191,13 +210,5 @@ def _has_moved(params, point, step):
         point,
         step,
     )
-    _, length = vectors.normalize(step)
-    return (length > 0) & (vectors.normalize(lost)[1] < length / 2)
-
-
-def _rounding(grads, params):
-    """The length of the rounding errors to expect of a gradient."""
-    errors = jax.tree.map(
-        lambda g, p: vectors.rounding_unit(p.dtype) * g, grads, params
-    )
-    return vectors.normalize(errors)[1]
+    square = vectors.dot(lost, lost)
+    return square < jnp.square(jnp.asarray(rho).astype(square.dtype)) / 4
