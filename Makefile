@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-floor test-newest lint format hooks doctest docs dist bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
+.PHONY: help demo test test-fast test-fuzz test-floor test-newest lint format hooks doctest docs dist bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
 	@echo "make test     run the tests; make test T='tests/test_kernels.py -k signs' runs some"
+	@echo "make test-fast    run the heart of every module: 2 minutes"
+	@echo "make test-fuzz    try 500 random uses of the links against NumPy"
 	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
 	@echo "make test-newest  the same on the newest Python that is found and the newest JAX"
 	@echo "make lint     check style, formatting and types"
@@ -43,6 +45,12 @@ INNER := curvature errors export flax jaxprs kernels optimizers schedules shardi
 find_tests = $(or $(shell find tests -name test_$(1).py -o -type d -name $(1)),\
 	$(error there are no tests named $(1)))
 INNER_TESTS = $(foreach name,$(INNER),$(call find_tests,$(name)))
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m heart
+
+test-fuzz: $(VENV)/.dev
+	FLATOPT_FUZZ=500 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 FLOOR := $(VENV)-floor
 
