@@ -18,7 +18,8 @@ from flatopt.curvature._operators import (
     gradient_covariance,
     hessian,
 )
-from flatopt.curvature._probes import Probe, population_frobenius_norm, probe, trace
+from flatopt.curvature._population import population_frobenius_norm
+from flatopt.curvature._probes import Probe, probe, trace
 from flatopt.curvature._xtrace import xtrace
 
 __all__ = [
