@@ -9,12 +9,8 @@ same, or as ``weight_fn(batch)`` says. On one batch everything but ``rtol=`` and
 """
 
 from flatopt._core.estimates import Estimate
-from flatopt.curvature._lanczos import (
-    Eigenpairs,
-    SpectralDensity,
-    eigenpairs,
-    spectral_density,
-)
+from flatopt.curvature._density import SpectralDensity, spectral_density
+from flatopt.curvature._lanczos import Eigenpairs, eigenpairs
 from flatopt.curvature._operator import Operator
 from flatopt.curvature._operators import (
     empirical_fisher,
@@ -22,7 +18,8 @@ from flatopt.curvature._operators import (
     gradient_covariance,
     hessian,
 )
-from flatopt.curvature._probes import Probe, population_frobenius_norm, probe, trace
+from flatopt.curvature._population import population_frobenius_norm
+from flatopt.curvature._probes import Probe, probe, trace
 from flatopt.curvature._xtrace import xtrace
 
 __all__ = [

@@ -1,35 +1,21 @@
-"""Eigenvalues and spectra of curvature operators by the Lanczos method.
+"""Extreme eigenvalues of curvature operators by the Lanczos method."""
 
-Vectors stay trees on the device; the small projected matrix is solved on the host in
-float64. Every new vector is orthogonalized twice against all earlier ones.
-"""
-
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks
-from flatopt._core.estimates import Estimate
+from flatopt._core import blocks
 from flatopt._core.types import SpectrumEnd
-from flatopt.curvature._draws import draw_normal, probe_keys
+from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
 from flatopt.curvature._operator import products
-from flatopt.curvature._probes import check_operator, is_traced
 
-ENDS = ("largest", "smallest", "magnitude")
-
-ROOM = (
-    24  # vectors beyond 2k: most spectra converge within, some 2k are kept at restarts
-)
+ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
 EXTRA = 8  # pairs kept beyond the wanted: their convergence is not lost at a restart
 PASSES = 20  # products that a run typically takes, for the progress bar
-DRAWS = 4  # random directions to try before the basis counts as the whole space
-DEPENDENT = 1e-2  # of a normal vector of length 1 a dimension: its rest is rounding
 INVARIANT = 1e-6  # some ten roundings of float32: what is left of a product is noise
 ROUNDING = 1e-6  # likewise for changes of eigenvalues
-STOPPED = 1e-5  # the same in spectral_density, where 64 steps let rounding add up
 FEWEST = 4  # steps of a fresh run; the first ones may see a flat bulk alone
 SHARE = 3e-3  # of a missing vector in a pair nearby: smaller once in 400 draws
 TANGENT = 30.0  # of the angle to a missing vector over root d: larger once in 40 draws
@@ -61,80 +47,6 @@ class Eigenpairs(NamedTuple):
     is_complete: bool = True
 
 
-class SpectralDensity(NamedTuple):
-    """A quadrature of the eigenvalue density, from :func:`spectral_density`.
-
-    Attributes:
-      nodes: shape (draws, steps).
-      weights: shape (draws, steps); those of each draw sum to 1.
-
-    Example:
-      >>> import numpy as np
-      >>> from flatopt import curvature
-      >>> found = curvature.SpectralDensity(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]]))
-      >>> found.density(np.array([2.0]), width=1.0).round(3)
-      array([0.242])
-    """
-
-    nodes: np.ndarray
-    weights: np.ndarray
-
-    def moment(self, power: int) -> Estimate:
-        """The mean of eigenvalues to a power: trace over dimension for 1.
-
-        Example:
-          >>> import numpy as np
-          >>> from flatopt import curvature
-          >>> nodes, weights = np.array([[1.0, 3.0]] * 2), np.full((2, 2), 0.5)
-          >>> float(curvature.SpectralDensity(nodes, weights).moment(2).value)
-          5.0
-        """
-        return Estimate.of((self.weights * self.nodes**power).sum(axis=1))
-
-    def density(self, points, width: float | None = None) -> np.ndarray:
-        """The density at points, each node blurred to a Gaussian of a width.
-
-        The default width is a hundredth of the range of the nodes.
-
-        Example:
-          >>> import numpy as np
-          >>> from flatopt import curvature
-          >>> found = curvature.SpectralDensity(np.zeros((1, 1)), np.ones((1, 1)))
-          >>> found.density(np.zeros(1), width=0.5).round(3)
-          array([0.798])
-        """
-        if width is None:
-            largest = np.abs(self.nodes).max()
-            width = max(np.ptp(self.nodes) / 100, 1e-6 * largest) or 1.0
-        distances = (np.asarray(points)[:, None] - self.nodes.ravel()) / width
-        heights = np.exp(-(distances**2) / 2) / (width * np.sqrt(2 * np.pi))
-        return heights @ self.weights.ravel() / len(self.weights)
-
-
-@jax.jit
-def _expand(basis, found):
-    """A block of one in a basis: coefficients, the direction of the rest, its length.
-
-    Coefficients and length are in units of a power of two, which comes last: squares of
-    tiny and of huge products stay within float32.
-    """
-    unit = blocks.unit(found)
-    rest, coefficients = blocks.row(blocks.divide(found, unit), 0), 0.0
-    for _ in range(2):
-        part = blocks.gram(blocks.single(rest), basis)[0]
-        rest = blocks.subtract(rest, blocks.combine(part, basis))
-        coefficients = coefficients + part
-    length = jnp.sqrt(blocks.dot(rest, rest))
-    rest = blocks.divide(rest, jnp.where(length == 0, 1.0, length))
-    return coefficients, rest, length, unit
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _append(basis, index, direction):
-    """The basis with one more direction, and that direction as a block of one."""
-    return blocks.set_row(basis, index, direction), blocks.single(direction)
-
-
 @jax.jit
 def _residuals(vectors, found):
     """Rayleigh quotients of unit vectors, residual vectors and their norms.
@@ -150,76 +62,6 @@ def _residuals(vectors, found):
         vectors,
     )
     return values, rest, jnp.sqrt(jnp.diagonal(blocks.gram(rest, rest))), units
-
-
-class _Krylov:
-    """A growing orthonormal basis with the operator's projection on it."""
-
-    def __init__(self, operator, key, capacity):
-        self.operator, self.key = operator, key
-        self.basis = blocks.zeros(operator.like, capacity)
-        self.projection = np.zeros((capacity, capacity))
-        self.size = self.used = 0
-        self.draws = 0
-
-    def restart(self, rows, values):
-        """Keep these orthonormal Ritz vectors alone."""
-        count = len(values)
-        self.basis = jax.tree.map(
-            lambda b, r: jnp.zeros_like(b).at[:count].set(r), self.basis, rows
-        )
-        self.projection[:] = 0
-        self.projection[:count, :count] = np.diag(values)
-        self.size = count
-
-    def rest_of(self, block):
-        """The direction of a block of one beyond the basis, and its length."""
-        _, rest, length, unit = _expand(self.basis, block)
-        return rest, float(length) * float(unit)
-
-    def random(self):
-        """A random direction orthogonal to the basis."""
-        for _ in range(DRAWS):
-            self.draws += 1
-            noise = draw_normal(self.operator, probe_keys(self.key, self.draws, 1))
-            rest, length = self.rest_of(noise)
-            if length > DEPENDENT:
-                break
-        return rest, length
-
-    def step(self, rest):
-        """Add a direction; return the next one, and its length."""
-        index = self.size
-        self.basis, block = _append(self.basis, index, rest)
-        found = products(self.operator, block)
-        coefficients, rest, length, unit = _expand(self.basis, found)
-        unit = float(unit)
-        coefficients = unit * np.asarray(coefficients, "f8")
-        if not np.isfinite(coefficients).all():
-            raise ValueError(
-                "the curvature is not finite; look at the loss and its gradient at these "
-                "parameters first."
-            )
-        self.size = index + 1
-        self.used += 1
-        self.projection[index, : self.size] = coefficients[: self.size]
-        self.projection[: self.size, index] = coefficients[: self.size]
-        return rest, unit * float(length)
-
-    def ritz(self, which, length=0.0):
-        """Ritz values from the wanted end inwards, coefficients, bounds of residuals."""
-        size = self.size
-        values, coefficients = np.linalg.eigh(self.projection[:size, :size])
-        order = _order(values, which)
-        coefficients = coefficients[:, order]
-        return values[order], coefficients, length * np.abs(coefficients[-1])
-
-    def rows(self, coefficients):
-        """Combinations of the basis, from columns of coefficients."""
-        padded = np.zeros((coefficients.shape[1], len(self.projection)))
-        padded[:, : self.size] = coefficients.T
-        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        return blocks.combine(jnp.asarray(padded, dtype), self.basis)
 
 
 class _Goal(NamedTuple):
@@ -290,9 +132,9 @@ def eigenpairs(
       >>> round(float(found.values[0]), 3)
       10.0
     """
-    size = _check_eigen(operator, key, k, which)
+    size = check_eigen(operator, key, k, which)
     goal = _Goal(k, which, rtol, max_matvecs, size)
-    krylov = _Krylov(operator, key, min(size, 2 * k + ROOM))
+    krylov = Krylov(operator, key, min(size, 2 * k + ROOM))
     expected = min(max_matvecs, PASSES + PASSES * k * (k > 1 or start is not None))
     with operator.risk.watched(progress, expected, "eigenpairs"):
         return _search(krylov, goal, start)
@@ -363,33 +205,6 @@ def _verify(krylov, coefficients, goal, scale, is_complete):
     return pairs, None
 
 
-def _check_eigen(operator, key, k, which):
-    check_operator(operator)
-    checks.check_random_key(key)
-    if is_traced(operator):
-        raise TypeError(
-            "operator must hold concrete arrays, got a call inside jax.jit; the Lanczos "
-            "method decides on the host, so call it outside."
-        )
-    checks.check_count(k, "k")
-    size = blocks.size(operator.like)
-    if k > size:
-        raise ValueError(
-            f"k must be at most the number of parameters, {size}, got {k}; ask for fewer."
-        )
-    if which not in ENDS:
-        raise ValueError(
-            f"which must be one of {', '.join(map(repr, ENDS))}, got {which!r}."
-        )
-    return size
-
-
-def _order(values, which):
-    if which == "largest":
-        return np.argsort(-values)
-    return np.argsort(values if which == "smallest" else -np.abs(values))
-
-
 def _warm_start(krylov, start, which):
     rows = blocks.orthonormalize(blocks.widen(start.vectors))
     found = products(krylov.operator, rows)
@@ -403,7 +218,7 @@ def _warm_start(krylov, start, which):
         return krylov.random()
     projection = projection[np.ix_(keep, keep)]
     values, coefficients = np.linalg.eigh((projection + projection.T) / 2)
-    order = _order(values, which)[: max(len(krylov.projection) - 1, 1)]
+    order = order_from(values, which)[: max(len(krylov.projection) - 1, 1)]
     turn = np.zeros((len(order), len(norms)))
     turn[:, keep] = coefficients[:, order].T
     rows, found = (
@@ -467,60 +282,3 @@ def _is_exhausted(values, bounds, goal, steps):
         return False
     tangent = TANGENT * goal.dimension**0.5 * (spread / gap) ** 0.5
     return steps >= 1 + np.arccosh(tangent) / np.arccosh(1 + 2 * gap / spread)
-
-
-def spectral_density(
-    operator, key: jax.Array, *, num_draws: int = 4, num_steps: int = 64
-) -> SpectralDensity:
-    r"""The density of eigenvalues, by stochastic Lanczos quadrature.
-
-    Each draw of a standard normal vector gives a Gauss quadrature: nodes and weights whose
-    moments up to order ``2 num_steps - 1`` are those of the spectrum as that vector sees
-    it.
-
-    Cost: ``num_draws * num_steps`` products, each a pass over streamed data. Memory:
-    ``num_steps`` vectors. Runs on the host, not inside ``jax.jit``.
-
-    Args:
-      operator: the matrix.
-      key: a JAX random key.
-      num_draws: number of start vectors.
-      num_steps: Lanczos steps for each, at most the number of parameters.
-
-    Returns:
-      :class:`SpectralDensity`.
-
-    Raises:
-      ValueError: for a curvature that is not finite.
-
-    References:
-      Ubaru, Chen, Saad, `Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature
-      <https://doi.org/10.1137/16M1104974>`_, SIAM J. Matrix Anal. 2017; Ghorbani,
-      Krishnan, Xiao, `An Investigation into Neural Net Optimization via Hessian Eigenvalue
-      Density <https://arxiv.org/abs/1901.10159>`_, ICML 2019.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import curvature
-      >>> operator = curvature.hessian(lambda p: jnp.sum(p ** 2), jnp.ones(5))
-      >>> found = curvature.spectral_density(operator, jax.random.key(0))
-      >>> round(float(found.moment(1).value), 3)
-      2.0
-    """
-    size = _check_eigen(operator, key, 1, "largest")
-    checks.check_count(num_draws, "num_draws")
-    checks.check_count(num_steps, "num_steps")
-    capacity = min(num_steps, size)
-    nodes, weights = np.zeros((2, num_draws, capacity))
-    for draw in range(num_draws):
-        krylov = _Krylov(operator, jax.random.fold_in(key, draw), capacity)
-        rest, _ = krylov.random()
-        while krylov.size < capacity:
-            rest, length = krylov.step(rest)
-            if length <= STOPPED * np.abs(krylov.projection).max():
-                break
-        values, coefficients, _ = krylov.ritz("smallest")
-        nodes[draw, : krylov.size] = values
-        nodes[draw, krylov.size :] = values[-1]
-        weights[draw, : krylov.size] = coefficients[0] ** 2
-    return SpectralDensity(nodes, weights)

@@ -12,11 +12,10 @@ import numpy as np
 from flatopt._core import blocks, checks, loops
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
+from flatopt.curvature._moments import start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
     Operator,
-    Products,
     drawn,
-    finish_products,
     like_params,
     products,
     quadratics,
@@ -185,7 +184,9 @@ def probe(
     passes = 3 * bool(num_deflated) + -(-num_probes // GROUP)
     with operator.risk.watched(progress, passes, "probe"):
         basis = leading_basis(operator, basis_key, num_deflated)
-        moments = _start(basis, products(operator, basis) if num_deflated else basis)
+        moments = start_moments(
+            basis, products(operator, basis) if num_deflated else basis
+        )
         count = look = 0
         while True:
             new = count or num_probes
@@ -198,109 +199,6 @@ def probe(
             if _is_met([found.trace, found.frobenius_norm], rtol):
                 return found
             look += 1
-
-
-def population_frobenius_norm(
-    operator: Operator, key: jax.Array, num_probes: int = 32
-) -> Estimate:
-    r"""The Frobenius norm of the mean matrix of which batches are independent samples.
-
-    :math:`E\|H_B v\|^2` on sampled batches exceeds :math:`\|H v\|^2` by the variance
-    between batches. Products of different batches do not:
-
-    .. math:: \|H\|_F^2 = E\, \frac{\|\sum_b w_b H_b v\|^2 - \sum_b w_b^2 \|H_b v\|^2}
-        {(\sum_b w_b)^2 - \sum_b w_b^2}
-
-    For data that is a sample of what is meant, such as some batches of a large data set;
-    on all data use :func:`probe`. The standard error is that of the probes for these
-    batches; other batches would give another value.
-
-    Args:
-      operator: a matrix on a re-iterable of at least two batches.
-      key: a JAX random key.
-      num_probes: number of random vectors, at least 2.
-
-    Returns:
-      An :class:`Estimate`; its value is 0 where the estimated square is negative.
-
-    Raises:
-      ValueError: for a single batch.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import curvature
-      >>> def loss_fn(params, batch):
-      ...     return jnp.mean(batch * params ** 2)
-      >>> batches = [jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0])]
-      >>> operator = curvature.hessian(loss_fn, jnp.ones(1), batches)
-      >>> curvature.population_frobenius_norm(operator, jax.random.key(0)).value
-      Array(4., dtype=float32)
-    """
-    check_probes(operator, num_probes)
-    checks.check_random_key(key)
-    if operator.stream is None:
-        raise ValueError(
-            "operator must be on a re-iterable of at least two batches, got a single "
-            "batch; split it, as in [batch[:50], batch[50:]]."
-        )
-    groups = []
-    for start in range(0, num_probes, GROUP):
-        signs = draw_signs(
-            operator, probe_keys(key, start, min(GROUP, num_probes - start))
-        )
-        groups.append(_cross_products(operator, signs))
-    samples = np.concatenate(groups)
-    check_finite(operator, np.sum(samples))
-    unit = float(blocks.power_of_two(np.sqrt(np.abs(samples))))
-    square = Estimate.of(samples / unit**2)  # float64 squares, float32 in units
-    value, error = _root_of(*map(jnp.asarray, square[:2]))
-    return Estimate(value * unit, error * unit, num_probes)
-
-
-def _cross_products(operator, signs):
-    """The sample of the squared norm from each row of signs, float64 on the host."""
-    total, squares, weights = None, 0.0, []
-    for batch, weight in operator.risk.batches("probes"):
-        arguments = (operator.like, batch, signs, jnp.float32(weight))
-        part, square = _weighted_products(operator.kind, *arguments)
-        total = part if total is None else _add_trees(total, part)
-        squares, weights = squares + _host(square), [*weights, weight]
-    if len(weights) < 2:
-        raise ValueError(
-            f"operator must be on at least two batches, got {len(weights)}; products "
-            "of different batches are what is averaged."
-        )
-    rest = float(sum(weights)) ** 2 - sum(w**2 for w in weights)
-    return (_host(_square_norms(total)) - squares) / rest
-
-
-def _host(scaled):
-    values, units = (np.asarray(x, "f8") for x in scaled)
-    return values * units**2
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weighted_products(kind, params, batch, block, weight):
-    _, (found, shared) = Products(kind)(params, batch, block)
-    found = finish_products(kind, None, found, shared, block)
-    found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
-    return found, _square_norms(found)
-
-
-@jax.jit
-def _square_norms(block):
-    """The squared norm of each row in units of a power of two, and these units."""
-    units = blocks.row_units(block)
-    scaled = blocks.divide_rows(block, units)
-    parts = [
-        jnp.sum(x.reshape(len(x), -1) ** 2, axis=1) for x in jax.tree.leaves(scaled)
-    ]
-    return sum(parts), units
-
-
-@jax.jit
-def _add_trees(tree, other):
-    return jax.tree.map(jnp.add, tree, other)
 
 
 def check_probes(operator, num_probes, num_deflated=0, rtol=None):
@@ -398,103 +296,6 @@ def leading_basis(operator, key, count):
 _project_out = jax.jit(blocks.project_out)
 
 
-class _Moments(NamedTuple):
-    """Running moments of the probes, in units: a power of two a leaf, the largest for all.
-
-    So squares and fourth powers of entries stay within float32, whatever the scale.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # tuple.count
-    units: Any
-    exact: Any
-    mean: Any
-    deviation: Any
-
-
-@jax.jit
-def _start(basis, found):
-    """Moments before the first probe: what lies within the span of the basis, exactly."""
-    units = jax.tree.map(_unit, found)
-    found = jax.tree.map(_over, found, units)
-    diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
-    rows = jax.tree.map(lambda h: jnp.sum(h * h, axis=0), found)
-    exact = _samples(units, diagonal, rows, jax.tree.map(jnp.sum, diagonal))
-    zeros = jax.tree.map(jnp.zeros_like, exact)
-    return _Moments(jnp.zeros(()), units, exact, zeros, zeros)
-
-
-def _unit(x):
-    """The power of two of the largest magnitude; 0 for zeros, which set no scale."""
-    return jnp.where(jnp.any(x != 0), blocks.power_of_two(x), 0.0)
-
-
-def _over(x, unit):
-    return x / jnp.where(unit == 0, 1.0, unit)
-
-
-def _largest(units):
-    leaves = jax.tree.leaves(units)
-    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in leaves] else jnp.float32
-    return jnp.max(jnp.stack([x.astype(dtype) for x in leaves]))
-
-
-def _samples(units, diagonal, rows, forms):
-    """What one probe says, in units; ``forms`` are the leaves' parts of the trace."""
-    top = _largest(units)
-    shares = jax.tree.map(lambda u: _over(u.astype(top.dtype), top), units)
-
-    def total(parts, power):
-        parts = jax.tree.map(lambda x, s: x.astype(s.dtype) * s**power, parts, shares)
-        return sum(jax.tree.leaves(parts))
-
-    return {
-        "trace": total(forms, 1),
-        "square": total(jax.tree.map(jnp.sum, rows), 2),
-        "layers": jax.tree.map(jnp.sum, diagonal),
-        "diagonal": diagonal,
-        "rows": rows,
-    }
-
-
-def _rescaled(sample, leaves, whole, power):
-    """A sample times powers of its units: a number a leaf, and one for the whole."""
-    each = lambda tree, n: jax.tree.map(  # noqa: E731
-        lambda x, r: x * (r ** (n * power)).astype(x.dtype), tree, leaves
-    )
-    return {
-        "trace": sample["trace"] * whole**power,
-        "square": sample["square"] * whole ** (2 * power),
-        "layers": each(sample["layers"], 1),
-        "diagonal": each(sample["diagonal"], 1),
-        "rows": each(sample["rows"], 2),
-    }
-
-
-def _update(moments, signs, vector, found):
-    """Running count, mean and sum of squared deviations (Welford) after one probe."""
-    old = moments.units
-    units = jax.tree.map(lambda u, x: jnp.maximum(u, _unit(x)), old, found)
-    ratios = jax.tree.map(_over, old, units)
-    whole = _over(_largest(old), _largest(units))
-    found = jax.tree.map(_over, found, units)
-    sample = _samples(
-        units,
-        jax.tree.map(jnp.multiply, signs, found),
-        jax.tree.map(jnp.square, found),
-        jax.tree.map(lambda v, x: jnp.sum(v * x), vector, found),
-    )
-    exact = _rescaled(moments.exact, ratios, whole, 1)
-    mean = _rescaled(moments.mean, ratios, whole, 1)
-    deviation = _rescaled(moments.deviation, ratios, whole, 2)
-    count = moments.count + 1
-    change = jax.tree.map(jnp.subtract, sample, mean)
-    mean = jax.tree.map(lambda m, c: m + c / count.astype(c.dtype), mean, change)
-    deviation = jax.tree.map(
-        lambda d, c, s, m: d + c * (s - m), deviation, change, sample, mean
-    )
-    return _Moments(count, units, exact, mean, deviation)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Observe:
     """Moments after some more probes of one batch that is all the data."""
@@ -512,7 +313,7 @@ class _Observe:
             found = product(like_params(blocks.row(vector, 0), params))
             found = blocks.single(blocks.widen(found))
             found = self.kind.finish(found, shared, vector)
-            return _update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
+            return update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
 
         return loss, loops.fold_rows(step, moments, keys)
 
@@ -520,7 +321,7 @@ class _Observe:
 @functools.partial(jax.jit, donate_argnums=0)
 def _observe_rows(moments, signs, vectors, found):
     def step(moments, rows):
-        return _update(moments, *rows)
+        return update(moments, *rows)
 
     return loops.fold_rows(step, moments, (signs, vectors, found))
 
@@ -536,34 +337,9 @@ def _observe(operator, keys, basis, moments):
     return moments
 
 
-@jax.jit
-def _values_and_errors(moments):
-    """Values and standard errors out of their units."""
-    count = moments.count
-    value = jax.tree.map(jnp.add, moments.exact, moments.mean)
-    error = jax.tree.map(
-        lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count).astype(d.dtype)),
-        moments.deviation,
-    )
-    found = {}
-    whole = _largest(moments.units)
-    for name in ("trace", "layers", "diagonal", "square", "rows"):
-        pair = value[name], error[name]
-        if name in ("square", "rows"):  # norms from their squares
-            pair = _root_of(*pair)
-        units = moments.units
-        if name in ("trace", "square"):
-            units = whole
-        found[name] = tuple(
-            jax.tree.map(lambda x, u: x * u.astype(x.dtype), tree, units)
-            for tree in pair
-        )
-    return found
-
-
 def _summarize(moments, count, factor):
     found = {}
-    for name, (value, error) in _values_and_errors(moments).items():
+    for name, (value, error) in values_and_errors(moments).items():
         error = jax.tree.map(lambda e: e * jnp.asarray(factor, e.dtype), error)
         found[name] = Estimate(value, error, count)
     norms = found["rows"]
@@ -575,14 +351,3 @@ def _summarize(moments, count, factor):
         layer_traces=found["layers"],
         row_norms=norms._replace(standard_error=unknown),
     )
-
-
-def _root_of(square, error):
-    """A norm and its error from those of its square."""
-    value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square)
-    error = jax.tree.map(
-        lambda v, e: jnp.where(v > 0, e / jnp.where(v > 0, 2 * v, 1.0), jnp.sqrt(e)),
-        value,
-        error,
-    )
-    return value, error

@@ -45,4 +45,6 @@ def solve(rise, target, start, largest):
             return math.inf
     if excess(high) == 0:
         return high
-    return scipy.optimize.toms748(excess, low, high, xtol=1e-12 * high, rtol=1e-4)
+    return float(
+        scipy.optimize.toms748(excess, low, high, xtol=1e-12 * high, rtol=1e-4)
+    )

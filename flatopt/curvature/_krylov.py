@@ -1,0 +1,142 @@
+"""A growing orthonormal basis of Lanczos vectors with the matrix projected on it.
+
+Vectors stay trees on the device; the small projected matrix is solved on the host in
+float64. Every new vector is orthogonalized twice against all earlier ones.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flatopt._core import blocks, checks
+from flatopt.curvature._draws import draw_normal, probe_keys
+from flatopt.curvature._operator import products
+from flatopt.curvature._probes import check_operator, is_traced
+
+ENDS = ("largest", "smallest", "magnitude")
+
+DRAWS = 4  # random directions to try before the basis counts as the whole space
+DEPENDENT = 1e-2  # of a normal vector of length 1 a dimension: its rest is rounding
+
+
+@jax.jit
+def _expand(basis, found):
+    """A block of one in a basis: coefficients, the direction of the rest, its length.
+
+    Coefficients and length are in units of a power of two, which comes last: squares of
+    tiny and of huge products stay within float32.
+    """
+    unit = blocks.unit(found)
+    rest, coefficients = blocks.row(blocks.divide(found, unit), 0), 0.0
+    for _ in range(2):
+        part = blocks.gram(blocks.single(rest), basis)[0]
+        rest = blocks.subtract(rest, blocks.combine(part, basis))
+        coefficients = coefficients + part
+    length = jnp.sqrt(blocks.dot(rest, rest))
+    rest = blocks.divide(rest, jnp.where(length == 0, 1.0, length))
+    return coefficients, rest, length, unit
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _append(basis, index, direction):
+    """The basis with one more direction, and that direction as a block of one."""
+    return blocks.set_row(basis, index, direction), blocks.single(direction)
+
+
+class Krylov:
+    """A growing orthonormal basis with the operator's projection on it."""
+
+    def __init__(self, operator, key, capacity):
+        self.operator, self.key = operator, key
+        self.basis = blocks.zeros(operator.like, capacity)
+        self.projection = np.zeros((capacity, capacity))
+        self.size = self.used = 0
+        self.draws = 0
+
+    def restart(self, rows, values):
+        """Keep these orthonormal Ritz vectors alone."""
+        count = len(values)
+        self.basis = jax.tree.map(
+            lambda b, r: jnp.zeros_like(b).at[:count].set(r), self.basis, rows
+        )
+        self.projection[:] = 0
+        self.projection[:count, :count] = np.diag(values)
+        self.size = count
+
+    def rest_of(self, block):
+        """The direction of a block of one beyond the basis, and its length."""
+        _, rest, length, unit = _expand(self.basis, block)
+        return rest, float(length) * float(unit)
+
+    def random(self):
+        """A random direction orthogonal to the basis."""
+        for _ in range(DRAWS):
+            self.draws += 1
+            noise = draw_normal(self.operator, probe_keys(self.key, self.draws, 1))
+            rest, length = self.rest_of(noise)
+            if length > DEPENDENT:
+                break
+        return rest, length
+
+    def step(self, rest):
+        """Add a direction; return the next one, and its length."""
+        index = self.size
+        self.basis, block = _append(self.basis, index, rest)
+        found = products(self.operator, block)
+        coefficients, rest, length, unit = _expand(self.basis, found)
+        unit = float(unit)
+        coefficients = unit * np.asarray(coefficients, "f8")
+        if not np.isfinite(coefficients).all():
+            raise ValueError(
+                "the curvature is not finite; look at the loss and its gradient at these "
+                "parameters first."
+            )
+        self.size = index + 1
+        self.used += 1
+        self.projection[index, : self.size] = coefficients[: self.size]
+        self.projection[: self.size, index] = coefficients[: self.size]
+        return rest, unit * float(length)
+
+    def ritz(self, which, length=0.0):
+        """Ritz values from the wanted end inwards, coefficients, bounds of residuals."""
+        size = self.size
+        values, coefficients = np.linalg.eigh(self.projection[:size, :size])
+        order = order_from(values, which)
+        coefficients = coefficients[:, order]
+        return values[order], coefficients, length * np.abs(coefficients[-1])
+
+    def rows(self, coefficients):
+        """Combinations of the basis, from columns of coefficients."""
+        padded = np.zeros((coefficients.shape[1], len(self.projection)))
+        padded[:, : self.size] = coefficients.T
+        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        return blocks.combine(jnp.asarray(padded, dtype), self.basis)
+
+
+def check_eigen(operator, key, k, which):
+    check_operator(operator)
+    checks.check_random_key(key)
+    if is_traced(operator):
+        raise TypeError(
+            "operator must hold concrete arrays, got a call inside jax.jit; the Lanczos "
+            "method decides on the host, so call it outside."
+        )
+    checks.check_count(k, "k")
+    size = blocks.size(operator.like)
+    if k > size:
+        raise ValueError(
+            f"k must be at most the number of parameters, {size}, got {k}; ask for fewer."
+        )
+    if which not in ENDS:
+        raise ValueError(
+            f"which must be one of {', '.join(map(repr, ENDS))}, got {which!r}."
+        )
+    return size
+
+
+def order_from(values, which):
+    if which == "largest":
+        return np.argsort(-values)
+    return np.argsort(values if which == "smallest" else -np.abs(values))

@@ -1,0 +1,141 @@
+"""Running moments of probes, in units of powers of two."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import blocks
+
+
+class Moments(NamedTuple):
+    """Running moments of the probes, in units: a power of two a leaf, the largest for all.
+
+    So squares and fourth powers of entries stay within float32, whatever the scale.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count
+    units: Any
+    exact: Any
+    mean: Any
+    deviation: Any
+
+
+@jax.jit
+def start_moments(basis, found):
+    """Moments before the first probe: what lies within the span of the basis, exactly."""
+    units = jax.tree.map(_unit, found)
+    found = jax.tree.map(_over, found, units)
+    diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
+    rows = jax.tree.map(lambda h: jnp.sum(h * h, axis=0), found)
+    exact = _samples(units, diagonal, rows, jax.tree.map(jnp.sum, diagonal))
+    zeros = jax.tree.map(jnp.zeros_like, exact)
+    return Moments(jnp.zeros(()), units, exact, zeros, zeros)
+
+
+def _unit(x):
+    """The power of two of the largest magnitude; 0 for zeros, which set no scale."""
+    return jnp.where(jnp.any(x != 0), blocks.power_of_two(x), 0.0)
+
+
+def _over(x, unit):
+    return x / jnp.where(unit == 0, 1.0, unit)
+
+
+def _largest(units):
+    leaves = jax.tree.leaves(units)
+    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in leaves] else jnp.float32
+    return jnp.max(jnp.stack([x.astype(dtype) for x in leaves]))
+
+
+def _samples(units, diagonal, rows, forms):
+    """What one probe says, in units; ``forms`` are the leaves' parts of the trace."""
+    top = _largest(units)
+    shares = jax.tree.map(lambda u: _over(u.astype(top.dtype), top), units)
+
+    def total(parts, power):
+        parts = jax.tree.map(lambda x, s: x.astype(s.dtype) * s**power, parts, shares)
+        return sum(jax.tree.leaves(parts))
+
+    return {
+        "trace": total(forms, 1),
+        "square": total(jax.tree.map(jnp.sum, rows), 2),
+        "layers": jax.tree.map(jnp.sum, diagonal),
+        "diagonal": diagonal,
+        "rows": rows,
+    }
+
+
+def _rescaled(sample, leaves, whole, power):
+    """A sample times powers of its units: a number a leaf, and one for the whole."""
+    each = lambda tree, n: jax.tree.map(  # noqa: E731
+        lambda x, r: x * (r ** (n * power)).astype(x.dtype), tree, leaves
+    )
+    return {
+        "trace": sample["trace"] * whole**power,
+        "square": sample["square"] * whole ** (2 * power),
+        "layers": each(sample["layers"], 1),
+        "diagonal": each(sample["diagonal"], 1),
+        "rows": each(sample["rows"], 2),
+    }
+
+
+def update(moments, signs, vector, found):
+    """Running count, mean and sum of squared deviations (Welford) after one probe."""
+    old = moments.units
+    units = jax.tree.map(lambda u, x: jnp.maximum(u, _unit(x)), old, found)
+    ratios = jax.tree.map(_over, old, units)
+    whole = _over(_largest(old), _largest(units))
+    found = jax.tree.map(_over, found, units)
+    sample = _samples(
+        units,
+        jax.tree.map(jnp.multiply, signs, found),
+        jax.tree.map(jnp.square, found),
+        jax.tree.map(lambda v, x: jnp.sum(v * x), vector, found),
+    )
+    exact = _rescaled(moments.exact, ratios, whole, 1)
+    mean = _rescaled(moments.mean, ratios, whole, 1)
+    deviation = _rescaled(moments.deviation, ratios, whole, 2)
+    count = moments.count + 1
+    change = jax.tree.map(jnp.subtract, sample, mean)
+    mean = jax.tree.map(lambda m, c: m + c / count.astype(c.dtype), mean, change)
+    deviation = jax.tree.map(
+        lambda d, c, s, m: d + c * (s - m), deviation, change, sample, mean
+    )
+    return Moments(count, units, exact, mean, deviation)
+
+
+@jax.jit
+def values_and_errors(moments):
+    """Values and standard errors out of their units."""
+    count = moments.count
+    value = jax.tree.map(jnp.add, moments.exact, moments.mean)
+    error = jax.tree.map(
+        lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count).astype(d.dtype)),
+        moments.deviation,
+    )
+    found = {}
+    whole = _largest(moments.units)
+    for name in ("trace", "layers", "diagonal", "square", "rows"):
+        pair = value[name], error[name]
+        if name in ("square", "rows"):  # norms from their squares
+            pair = root_of(*pair)
+        units = moments.units
+        if name in ("trace", "square"):
+            units = whole
+        found[name] = tuple(
+            jax.tree.map(lambda x, u: x * u.astype(x.dtype), tree, units)
+            for tree in pair
+        )
+    return found
+
+
+def root_of(square, error):
+    """A norm and its error from those of its square."""
+    value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square)
+    error = jax.tree.map(
+        lambda v, e: jnp.where(v > 0, e / jnp.where(v > 0, 2 * v, 1.0), jnp.sqrt(e)),
+        value,
+        error,
+    )
+    return value, error
