@@ -130,7 +130,7 @@ def _width(rank, most):
     """The largest rank there can be, or less in steps of a quarter of an octave."""
     width = most
     while most > FIXED_WIDTH:
-        most = math.ceil(most / 2**0.25)
+        most = int(most / 2**0.25)
         if most < rank:
             break
         width = most
