@@ -12,6 +12,7 @@ import scipy.sparse.linalg
 from helpers import count_compilations
 
 from flatopt import curvature, stability
+from flatopt.stability import _moments
 
 KEY = jax.random.key(0)
 
@@ -569,3 +570,48 @@ def test_the_tables_of_a_report_are_aligned():
         starts = {line.index(line.split("  ")[-1].strip()) for line in lines}
         assert len(starts) == 1, lines  # the column of meanings
     assert "in the convention of loss_scale 2" in tables[0]
+
+
+def _decaying(seed):
+    """A spectrum of six decades."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(14, 1, 9)) * 10.0 ** -np.arange(9)[None, None]
+    return rows.astype("f4")
+
+
+def _one_flat_example():
+    """All examples share a direction; one has another, flat on average, to itself."""
+    rows = np.zeros((40, 1, 4), "f4")
+    rows[:, 0, 0] = 1.0
+    rows[7, 0, 1] = 4.0  # 0.4 of H, and 16 of its own Hessian
+    rows[:, 0, 2:] = 1e-4 * np.random.default_rng(0).normal(size=(40, 2))
+    return rows
+
+
+@pytest.mark.parametrize("rows", [_decaying(0), _decaying(1), _one_flat_example()])
+def test_flat_directions_are_left_out_where_they_decide_nothing(rows, monkeypatch):
+    lin = stability.linearize(
+        lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+        jnp.zeros(rows.shape[2]),
+        jnp.asarray(rows),
+        jnp.zeros(rows.shape[:2]),
+    )
+
+    def measure():
+        rate = stability.thresholds(lin, 1).mean_square
+        growths = [stability.growth_rate(lin, x * rate, 1) for x in (0.5, 0.99, 1.5)]
+        return rate, *growths
+
+    whole = measure()
+    monkeypatch.setattr(_moments, "LARGE_RANK", 2)
+    monkeypatch.setattr(_moments, "FIXED_WIDTH", 2)
+    assert _moments.sharp_space(lin).rank < len(lin.eigenvalues)
+    np.testing.assert_allclose(measure(), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 600, 900, 1000])
+def test_widths_are_few_and_hold_the_rank(rank):
+    width = _moments._width(rank, 1000)
+    assert rank <= width <= 1000
+    assert width <= max(1.2 * rank, _moments.FIXED_WIDTH)
+    assert len({_moments._width(r, 1000) for r in range(1, 1001)}) <= 6
