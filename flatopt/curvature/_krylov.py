@@ -54,6 +54,9 @@ class Krylov:
         self.projection = np.zeros((capacity, capacity))
         self.size = self.used = 0
         self.draws = 0
+        dtypes = [x.dtype for x in jax.tree.leaves(self.basis)]
+        # Some ten roundings: of a product what is less is noise, not a direction.
+        self.noise = 8 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
     def restart(self, rows, values):
         """Keep these orthonormal Ritz vectors alone."""

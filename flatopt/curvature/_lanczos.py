@@ -14,8 +14,6 @@ from flatopt.curvature._operator import products
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
 EXTRA = 8  # pairs kept beyond the wanted: their convergence is not lost at a restart
 PASSES = 20  # products that a run typically takes, for the progress bar
-INVARIANT = 1e-6  # some ten roundings of float32: what is left of a product is noise
-ROUNDING = 1e-6  # likewise for changes of eigenvalues
 FEWEST = 4  # steps of a fresh run; the first ones may see a flat bulk alone
 SHARE = 3e-3  # of a missing vector in a pair nearby: smaller once in 400 draws
 TANGENT = 30.0  # of the angle to a missing vector over root d: larger once in 40 draws
@@ -144,7 +142,7 @@ def _search(krylov, goal, start):
     rest, length = (
         krylov.random() if start is None else _warm_start(krylov, start, goal.which)
     )
-    known = fresh = None
+    known = fresh = kept = None
     checks_copies = goal.count > 1 or start is not None
     while True:
         is_met, rest, length = _fill(krylov, rest, length, goal, fresh)
@@ -153,20 +151,25 @@ def _search(krylov, goal, start):
         wanted = values[: goal.count]
         is_whole = krylov.size == goal.dimension
         is_spent = krylov.used >= goal.max_matvecs
-        same = known is not None and _same(wanted, known, goal, scale)
+        tolerance = max(goal.rtol, krylov.noise) * scale
+        same = known is not None and np.abs(wanted - known).max() <= tolerance
         if fresh is not None and not (is_met or is_whole or is_spent):
             keep = _kept(krylov, goal)
             krylov.restart(krylov.rows(coefficients[:, :keep]), values[:keep])
             continue
-        if checks_copies and not (same or is_whole or is_spent):
-            vectors = krylov.rows(coefficients[:, : goal.count])
-            krylov.restart(vectors, wanted)
+        if checks_copies and is_met and not (same or is_whole or is_spent):
+            kept = krylov.rows(coefficients[:, : goal.count])
+            krylov.restart(kept, wanted)
             known, fresh = wanted, krylov.used
             rest, length = krylov.random()
             continue
         is_complete = not checks_copies or is_whole or (same and is_met)
-        pairs, worst = _verify(krylov, coefficients, goal, scale, is_complete)
-        fresh = None
+        # A run that changed nothing leaves the pairs of before it the better ones.
+        vectors = kept if same and kept is not None else None
+        if vectors is None:
+            vectors = krylov.rows(coefficients[:, : goal.count])
+        pairs, worst = _verify(krylov, vectors, goal, scale, is_complete)
+        fresh = kept = None
         if pairs is not None:
             return pairs
         keep = _kept(krylov, goal)
@@ -178,14 +181,8 @@ def _kept(krylov, goal):
     return min(goal.count + EXTRA, len(krylov.projection) - 2, krylov.size)
 
 
-def _same(values, known, goal, scale):
-    """Whether a fresh run has left the wanted eigenvalues as they were."""
-    return np.abs(values - known).max() <= max(goal.rtol, ROUNDING) * scale
-
-
-def _verify(krylov, coefficients, goal, scale, is_complete):
+def _verify(krylov, vectors, goal, scale, is_complete):
     """The pairs with bounds from products of their own, or the worst residual vector."""
-    vectors = krylov.rows(coefficients[:, : goal.count])
     values, rest, residuals, units = _residuals(
         vectors, products(krylov.operator, vectors)
     )
@@ -234,7 +231,7 @@ def _fill(krylov, rest, length, goal, fresh):
     """Grow the basis until it is full or the goal looks met: ``(is met, rest, length)``."""
     scale = np.abs(krylov.projection).max()
     while krylov.size < len(krylov.projection):
-        if length <= INVARIANT * scale or length == 0.0:
+        if length <= krylov.noise * scale or length == 0.0:
             rest, length = krylov.random()  # an invariant subspace: look elsewhere
             if length <= DEPENDENT:
                 break
@@ -244,7 +241,8 @@ def _fill(krylov, rest, length, goal, fresh):
         if krylov.size < min(goal.count + 2, goal.dimension):
             continue
         if bounds[: goal.count].max() <= goal.rtol * scale / 2 and (
-            fresh is None or _is_exhausted(values, bounds, goal, krylov.used - fresh)
+            fresh is None
+            or _is_exhausted(krylov, values, bounds, goal, krylov.used - fresh)
         ):
             return True, rest, length
         if krylov.used >= goal.max_matvecs:
@@ -252,7 +250,7 @@ def _fill(krylov, rest, length, goal, fresh):
     return False, rest, length
 
 
-def _is_exhausted(values, bounds, goal, steps):
+def _is_exhausted(krylov, values, bounds, goal, steps):
     """Whether a run from a fresh vector would have shown a pair that is missing.
 
     Either the best pair beyond the wanted ones has converged, so well that its residual
@@ -275,7 +273,7 @@ def _is_exhausted(values, bounds, goal, steps):
     # Whichever of these the run itself has found: it may be among the wanted already.
     scale, bound = np.abs(values).max(), bounds[: count + 1].max()
     distance = max(last - following, 3 * goal.rtol * scale)
-    if bound <= max(min(SHARE * distance, goal.rtol * scale / 2), ROUNDING * scale):
+    if bound <= max(min(SHARE * distance, goal.rtol * scale / 2), krylov.noise * scale):
         return True
     gap, spread = last - following - bound, last - far
     if gap <= 0:
