@@ -7,13 +7,15 @@ import jaxlib
 # Compiling is most of the time: it is done without expensive passes, in one piece, and by
 # the emitters that compile fastest. The doctests and the docs run with optimizations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later versions lack the flag
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # Later versions lack this flag, and would not start with it.
+        "--xla_cpu_use_fusion_emitters=false" * (jaxlib.__version__ < "0.11"),
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers share the cores
 
