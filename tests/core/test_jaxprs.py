@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import TRANSFORMATIONS, assert_close, transformation
@@ -174,3 +175,23 @@ def test_convolutions_out_of_reach_are_left_and_unrolled():
         jax.jit(f)(jax.random.key(0), params, **batch),
         jax.jit(g)(jax.random.key(0), params, **batch),
     )
+
+
+def test_what_cannot_be_rewritten_runs_as_jax_traced_it(monkeypatch):
+    def broken(*args, **params):
+        raise AttributeError("no such parameter")
+
+    monkeypatch.setattr(jaxprs, "_convolution", broken)
+    inputs, kernel = jnp.arange(16.0).reshape(1, 1, 4, 4), jnp.ones((1, 1, 2, 2))
+
+    def run(inputs, kernel):
+        return jax.lax.conv(inputs, kernel, (1, 1), "VALID")
+
+    traced, _ = jaxprs.trace(run, inputs, kernel)
+    with pytest.warns(
+        UserWarning, match="layout that JAX gave them.*no such parameter"
+    ):
+        result = traced(inputs, kernel)
+    sums = np.arange(16.0).reshape(4, 4)
+    expected = sums[:3, :3] + sums[1:, :3] + sums[:3, 1:] + sums[1:, 1:]
+    np.testing.assert_array_equal(result[0, 0], expected)

@@ -136,6 +136,15 @@ def test_a_link_after_anything_else_is_refused(name):
         flatopt.chain(optax.clip(1.0), optax.sgd(0.1), flatopt.chain(link))
 
 
+RECIPES = [n for n in MEASURE if n.endswith(("_sgd", "_adamw"))]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_after_anything_else_is_refused(name):
+    with pytest.raises(ValueError, match="must come first in a chain, got 1"):
+        flatopt.chain(optax.clip(1.0), transformation(name))
+
+
 def test_a_chain_in_order_is_that_of_optax():
     links = (flatopt.track_stability(0.1, 8), flatopt.sam_gradients(0.1))
     tx = flatopt.chain(*links, optax.sgd(0.1), flatopt.anti_pgd(0.1))
