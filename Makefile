@@ -129,5 +129,5 @@ endif
 
 clean:
 	rm -rf $(VENV) $(FLOOR) $(NEWEST) docs/_build docs/jupyter_execute jupyter_execute build dist
-	rm -rf *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf *.egg-info .hypothesis .jax_cache .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks docs examples flatopt tests -name __pycache__ -prune -exec rm -rf {} +

@@ -120,7 +120,7 @@ def test_batch_that_does_not_divide():
 def test_the_ragged_last_batch_of_an_epoch(size):
     with _raises(
         ValueError,
-        f"a batch of {size} examples .*drop_last=True.*weight 0 .weight_fn",
+        f"a batch of {size} examples .*drop_last=True.*weight 0 for weight_fn",
     ):
         _update(
             flatopt.lpf_sgd(0.1),
