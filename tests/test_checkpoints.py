@@ -150,6 +150,7 @@ def test_every_state_continues_bit_equal_from_a_file(store, runs, tmp_path):
         assert_close(continued, final[name], rtol=0, atol=0)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", CHAINS)
 def test_parameters_alone_do_not_continue_the_run(name, runs):
     saved, final = runs
@@ -159,6 +160,7 @@ def test_parameters_alone_do_not_continue_the_run(name, runs):
     assert np.abs(difference).max() > 1e-4
 
 
+@pytest.mark.heart
 def test_states_hold_numbers_only(runs):
     for leaf in jax.tree.leaves(runs[0]):
         assert isinstance(leaf, jax.Array)

@@ -179,6 +179,7 @@ def test_what_follows_us_is_given_the_smoothed_gradient(name, standard_promotion
     _check(carry[0], carry[2], 1e-4)
 
 
+@pytest.mark.heart
 def test_a_clip_in_front_of_us_clips_nothing():
     tx = optax.chain(optax.clip_by_global_norm(1e-6), _smooth(), optax.sgd(RATE))
     params, _ = _train(tx, 3)
@@ -306,6 +307,7 @@ def _schedule_free_by_hand(steps, decay=0.9):
     return y, x
 
 
+@pytest.mark.heart
 def test_schedule_free_around_us_follows_its_recurrences(standard_promotion):
     inner = optax.chain(_smooth(), optax.sgd(RATE))
     tx = optax.contrib.schedule_free(inner, RATE, b1=0.9)
@@ -404,6 +406,7 @@ def test_a_wrapper_that_takes_no_value_fn_says_so_outside_a_chain(wrap):
         _update(wrap(_smooth()), jnp.ones(2), value_fn=lambda p: p.sum())
 
 
+@pytest.mark.heart
 def test_lookahead_takes_the_gradient_of_smooth_value_and_grad(standard_promotion):
     start, inputs, labels = _data()
     tx = optax.lookahead(optax.sgd(RATE), sync_period=2, slow_step_size=0.5)

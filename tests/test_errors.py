@@ -56,6 +56,7 @@ def test_scale(make, scale, error, match):
         make(scale)
 
 
+@pytest.mark.heart
 def test_a_negative_value_of_a_schedule():
     with _raises(ValueError, "scale must be finite and not negative, got -1"):
         _update(smooth_gradients(lambda count: -1.0), jnp.ones(2), value_fn=total)
@@ -160,6 +161,7 @@ def test_batch_without_arrays():
         )(KEY, jnp.ones(2), batch=3.0)
 
 
+@pytest.mark.heart
 def test_batch_argnames_as_a_string():
     with _raises(
         TypeError, r"batch_argnames must be a tuple of names, got 'batch'; wri"
@@ -420,6 +422,7 @@ def test_key(name, key):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.heart
 def test_key_of_too_many_bits():
     with _raises(
         ValueError, "key must be an int of at most 64 bits, got 1180591620717"

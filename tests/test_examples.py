@@ -110,6 +110,7 @@ def read_metrics(folder):
 # Data
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("format_name", WRITERS)
 def test_every_format_gives_the_images_that_were_written(tmp_path, format_name):
     folder = write_cifar10(tmp_path / "cifar-10", WRITERS[format_name])
@@ -133,6 +134,7 @@ def test_a_folder_without_data_is_an_error_that_says_what_it_needs(tmp_path):
         cifar10_data.load(tmp_path)
 
 
+@pytest.mark.heart
 def test_without_folder_and_library_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(cifar10_data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="--data-dir"):
@@ -244,6 +246,7 @@ def test_in_bfloat16_parameters_and_logits_stay_float32():
     assert nnx.eval_shape(lambda model: model(images), model).dtype == jnp.float32
 
 
+@pytest.mark.heart
 def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     import cifar10
 

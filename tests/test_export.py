@@ -48,6 +48,7 @@ def test_a_step_lowers_for_accelerators_that_are_not_here(name):
     assert "lapack" not in exported.mlir_module()
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     "name", ["lpf_sgd", "sam_gradients", "track_stability", "smooth_gradients"]
 )
@@ -60,6 +61,7 @@ def test_an_exported_step_makes_the_step(name):
     assert_close(exported.call(*arguments), step(*arguments))
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", ["smooth", "smooth_value_and_grad"])
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 3])
 def test_the_functions_lower_under_every_layout(name, strategy):

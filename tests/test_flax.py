@@ -124,6 +124,7 @@ def test_perturbed_batch_norm_averages_the_perturbed_passes(jit, antithetic):
     assert jnp.abs(model.norm.var[...] - before).max() > 1e-3
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("jit", [False, True])
 def test_clean_batch_norm_is_that_of_one_clean_pass(jit):
     model = Network(nnx.Rngs(0))
@@ -181,6 +182,7 @@ def test_wrong_batch_norm_and_names():
         )
 
 
+@pytest.mark.heart
 def test_wrt_freezes_the_rest():
     model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
     f = flatopt.flax.value_and_grad(
@@ -278,6 +280,7 @@ def test_update_takes_the_sharpness_aware_links():
     assert value_fn(model, inputs) < before
 
 
+@pytest.mark.heart
 def test_update_without_our_links_and_closures_over_the_batch():
     model = Network(nnx.Rngs(0))
     with pytest.raises(

@@ -121,6 +121,7 @@ def test_perturbed_weights_are_never_written_back(wrt, options):
     assert type(grads) is type(expected)
 
 
+@pytest.mark.heart
 def test_a_bare_array_that_a_pass_sets():
     class Averages(nnx.Module):
         def __init__(self):
@@ -317,6 +318,7 @@ def test_metrics_that_cannot_be_put_together():
     np.testing.assert_allclose(metric.compute().mean, loss, rtol=1e-6)
 
 
+@pytest.mark.heart
 def test_another_model_as_an_argument_is_not_perturbed():
     teacher = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
@@ -431,6 +433,7 @@ def _expected(model, inputs):
     return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *results)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("batch_norm", ["perturbed", "clean"])
 def test_value_and_grad_over_devices(batch_norm):
     f = flatopt.flax.value_and_grad(

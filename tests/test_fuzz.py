@@ -273,6 +273,7 @@ OF_SMOOTH = {"scale", "kernel", "num_samples", "strategy", "weight_fn"}
 OF_ASCENT = {"rho", "num_microbatches", "start_step"}
 
 
+@pytest.mark.heart
 @fuzz
 @given(CASE, st.sampled_from(FAULTS))
 def test_a_fault_is_one_sentence_of_ours(case, fault):

@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+import pytest
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "flatopt"
 FLOORS = [
     {"_core", "schedules"},
@@ -29,6 +31,7 @@ def _rooms_imported(path):
                 assert not alias.name.startswith("flatopt"), f"{path}: {alias.name}"
 
 
+@pytest.mark.heart
 def test_imports_run_downward():
     for path in PACKAGE.rglob("*.py"):
         room = _room(path)
@@ -39,6 +42,16 @@ def test_imports_run_downward():
                 assert FLOOR[other] < FLOOR[room], f"{path} imports {other}"
 
 
+@pytest.mark.heart
 def test_every_room_has_a_floor():
     rooms = {_room(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
     assert rooms == set(FLOOR)
+
+
+WHOLE_PROGRAMS = {"test_examples.py", "test_processes.py", "test_reproduce.py"}
+
+
+def test_every_module_has_its_heart():
+    for path in pathlib.Path(__file__).parent.rglob("test_*.py"):
+        if path.name not in WHOLE_PROGRAMS | {"test_house.py", "test_training.py"}:
+            assert "@pytest.mark.heart\n" in path.read_text(), path

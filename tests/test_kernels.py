@@ -19,6 +19,7 @@ SAMPLERS = [
 FOURTH_MOMENTS = {"normal": 3.0, "signs": 1.0, "uniform": 9 / 5, "laplace": 6.0}
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_have_mean_zero_variance_one_and_their_own_fourth_moment(sampler):
     values = np.asarray(sampler(jax.random.key(0), (400, 500), jnp.float32), "f8")
@@ -126,6 +127,7 @@ def test_filterwise_normalizes_embeddings_by_row():
     np.testing.assert_allclose(jnp.abs(noise["embedding"]), [[1] * 3, [2] * 3, [3] * 3])
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     "filter_axes",
     [
@@ -192,6 +194,7 @@ def test_noise_is_constant_with_respect_to_params():
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 2))), np.zeros((2, 2)))
 
 
+@pytest.mark.heart
 def test_attribute_value_at_the_end_of_a_path_is_dropped():
     get = jax.tree_util.GetAttrKey
     key = jax.tree_util.DictKey

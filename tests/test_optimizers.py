@@ -59,6 +59,7 @@ def _check(params, expected):
         np.testing.assert_allclose(leaf, expected[name], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lpf_sgd_against_numpy(nesterov, weight_decay):
@@ -114,6 +115,7 @@ def test_nso_sgd_against_numpy(nesterov, weight_decay):
     _check(_run(tx), _reference(gradient, 0.3, 0.9, nesterov, weight_decay))
 
 
+@pytest.mark.heart
 def test_defaults_are_the_papers():
     import inspect
 

@@ -45,6 +45,7 @@ def _resolve(name):
     return value
 
 
+@pytest.mark.heart
 def test_dir_offers_what_is_public_and_nothing_else():
     assert set(dir(flatopt)) == {*flatopt.__all__, "flax", "plots", "__version__"}
     for name in dir(flatopt):
@@ -82,6 +83,7 @@ def test_readme_code_runs():
     assert loss_fn(params, namespace["batch"]) < 0.999
 
 
+@pytest.mark.heart
 def test_package_imports_without_its_extras():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['flax', 'matplotlib', 'tqdm'])); "

@@ -27,6 +27,7 @@ def loss_fn(params, batch):
     return jnp.mean(batch) * (jnp.sum(params["a"] ** 2) + 2 * jnp.sum(params["b"] ** 2))
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("data", [jnp.ones(3), [jnp.ones(2), jnp.ones(1)]])
 def test_lines_and_planes_go_along_draws_of_the_kernel(data):
     ax = plots.loss_line(loss_fn, PARAMS, KEY, radius=0.5, num_points=5, data=data)
@@ -57,6 +58,7 @@ def test_the_density_integrates_to_one():
     assert plots.spectral_density(same).lines
 
 
+@pytest.mark.heart
 def test_threshold_curves_are_the_thresholds():
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)

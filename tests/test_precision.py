@@ -39,6 +39,7 @@ def _half_square(params, centre):
 # bfloat16 parameters
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
 def test_noise_is_float32_and_rounded_once(strategy):
     params = {"w": jax.random.normal(jax.random.key(1), (40, 5), jnp.bfloat16)}
@@ -178,6 +179,7 @@ def _num_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", CHAINS)
 def test_donated_parameters_and_state_are_reused_in_place(name):
     params, batch = regression()

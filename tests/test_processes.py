@@ -73,6 +73,7 @@ def test_two_processes_train_as_one_device(seen, recipe, layout):
         assert np.abs(tree["first"] - params["first"]).max() > 1e-3
 
 
+@pytest.mark.heart
 def test_devices_of_two_processes_draw_as_those_of_one_do(seen):
     params, batch = process_worker.problem()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -63,6 +63,7 @@ def test_links_are_found_and_told_apart(text, found, absolute):
     assert is_absolute(found) == absolute
 
 
+@pytest.mark.heart
 def test_no_link_of_the_readme_is_relative():
     found = links(README)
     assert len(found) > 30
@@ -132,6 +133,7 @@ def test_the_sdist_is_all_that_the_tests_read(tmp_path):
 # Versions
 
 
+@pytest.mark.heart
 def test_package_changelog_and_citation_name_one_release():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## (.*)$", changelog, re.MULTILINE)

@@ -48,6 +48,7 @@ def test_the_figure_is_drawn_from_the_committed_results_alone(path, tmp_path):
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
 
 
+@pytest.mark.heart
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
     import common
@@ -152,6 +153,7 @@ def test_compare_tunes_on_one_seed_and_shares_cost_and_choice(monkeypatch):
     assert table["first"] != Method(two)
 
 
+@pytest.mark.heart
 def test_methods_are_compared_seed_by_seed_and_then_over_cells(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
     from common import cells

@@ -10,6 +10,7 @@ import pytest
 from flatopt import schedules
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("step", [0, 1, 37, 99, 100, 1000])
 def test_cosine_growth_follows_the_formula_then_stays(step):
     schedule = schedules.cosine_growth(5e-4, 15, 100)
@@ -18,6 +19,7 @@ def test_cosine_growth_follows_the_formula_then_stays(step):
     np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
+@pytest.mark.heart
 def test_cosine_growth_takes_numbers_of_steps_under_vmap():
     found = jax.vmap(lambda steps: schedules.cosine_growth(1.0, 3.0, steps)(5))(
         jnp.array([5, 10, 10**6])

@@ -83,6 +83,7 @@ def test_data_parallel_gives_the_result_of_one_device(axis_type, kernel, strateg
         assert_close(result, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
 def test_under_jit_a_sharded_batch_moves_no_more_than_a_gradient_a_chunk(strategy):
     params, batch = regression()
@@ -99,6 +100,7 @@ def test_under_jit_a_sharded_batch_moves_no_more_than_a_gradient_a_chunk(strateg
     assert size <= total <= 4 * (size + 1)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_under_shard_map_one_gradient_is_reduced_whatever_the_number_of_chunks(
     strategy,
@@ -182,6 +184,7 @@ def test_sharded_parameters_are_gathered_once_a_pass_and_their_noise_never(
     assert gathered(chunks) == 4 * plain
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_noise_of_sharded_parameters_is_drawn_in_place(axis_type, kernel):

@@ -122,6 +122,7 @@ def test_shared_magnitudes_have_the_variance_of_independent_draws(x64):
     np.testing.assert_allclose(measured["shared"], expected, rtol=0.04)
 
 
+@pytest.mark.heart
 def test_smoothed_value_adds_half_sigma_squared_times_the_trace(x64):
     diagonal = jnp.array([1.0, 2.0, -4.0])
     value = smooth(
@@ -267,6 +268,7 @@ def test_weighted_chunks_give_the_mean_over_tokens(strategy):
     assert_close(result, jax.value_and_grad(token_mean)(params, batch))
 
 
+@pytest.mark.heart
 def test_weight_fn_of_several_arguments_takes_a_dict():
     def value_fn(params, inputs, count):
         return (params * inputs).sum() / count.sum()
@@ -360,6 +362,7 @@ def test_auto_unrolls_only_convolutions_with_few_parameters_on_cpu():
     assert "scan[" not in text(convolve, many, smoothing=smooth)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["auto", "scan", "unroll", "vmap"])
 def test_value_fn_is_traced_once(strategy):
     params, batch = regression()

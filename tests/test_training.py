@@ -138,6 +138,7 @@ def test_an_nnx_loop_with_batch_norm_is_the_loop_by_hand(batch_norm):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.heart
 def test_an_nnx_loop_with_the_noise_in_the_optimizer_is_the_loop_by_hand():
     model = Network(nnx.Rngs(0))
     start = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -314,6 +315,7 @@ def _train_in_linen(batch):
     return params["dense"]["kernel"]
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     "train", [_train_with_value_and_grad, _train_with_update, _train_in_linen]
 )

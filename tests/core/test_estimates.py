@@ -7,6 +7,7 @@ import pytest
 from flatopt.curvature import Estimate
 
 
+@pytest.mark.heart
 def test_of_is_mean_and_standard_error():
     samples = np.array([[1.0, 2.0], [3.0, 8.0], [4.0, 5.0]])
     estimate = Estimate.of(samples)
@@ -24,6 +25,7 @@ def test_one_sample_has_an_infinite_error():
         Estimate.of(jnp.zeros(0))
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [

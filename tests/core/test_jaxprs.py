@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("case", CASES)
 def test_rewritten_convolutions_and_their_gradients_are_the_same(case):
     specs, inputs_shape, kernel_shape, options = CASES[case]
@@ -137,6 +138,7 @@ def test_jax_alone_leaves_slow_layouts_in_branches():
     assert set(_layouts(update, True, params, batch)) - {FAST}
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["scan", "vmap", 2])
 def test_loops_over_convolutions_agree_with_unrolling(strategy):
     params, batch, value_fn = _network()

@@ -5,6 +5,7 @@ import pytest
 from flatopt._core import progress
 
 
+@pytest.mark.heart
 def test_a_callable_sees_every_part():
     seen = []
     with progress.bar(lambda *report: seen.append(report), 3, "passes") as bar:
@@ -21,6 +22,7 @@ def test_a_total_that_was_too_small_grows():
     assert seen == [(0, 1), (1, 1), (2, 2)]
 
 
+@pytest.mark.heart
 def test_long_work_is_announced_once_and_short_work_never(monkeypatch, capsys):
     for seconds, expected in ((10.0, "passes will take about 2 minutes"), (0.1, "")):
         clock = iter([0.0, seconds, 2 * seconds, 3 * seconds])

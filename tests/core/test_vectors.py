@@ -9,6 +9,7 @@ from helpers import assert_close
 from flatopt._core import vectors
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("size", [1e-37, 1e-20, 1.0, 1e20, 1e37])
 def test_a_norm_neither_underflows_nor_overflows(size):
     unit, length = vectors.normalize(
@@ -26,6 +27,7 @@ def test_what_is_too_small_for_a_direction_has_none(value):
         assert length == 0
 
 
+@pytest.mark.heart
 def test_precisions_may_be_mixed(x64):
     tree = {
         "wide": jnp.full(4, 1e-60, jnp.float64),

@@ -249,6 +249,7 @@ def test_operators_equal_dense_matrices(kind, case, x64, standard_promotion):
 # Closed forms
 
 
+@pytest.mark.heart
 def test_linear_logistic_and_softmax_regression(x64):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(20, 5))
@@ -446,6 +447,7 @@ def test_eigenvalues_lie_within_their_bounds_and_the_largest_is_found(name):
     assert found_largest >= 99
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 def test_several_eigenpairs_from_either_end(which, x64):
     values = np.r_[np.linspace(-8, 3, 60), 30, 20, -9.5]
@@ -742,6 +744,7 @@ def _loss(params, batch):
     return jnp.mean((batch @ params) ** 2)
 
 
+@pytest.mark.heart
 def test_wrong_parameters_and_losses():
     with pytest.raises(TypeError, match="params must be floating point, got int32"):
         curvature.hessian(_loss, jnp.ones(3, jnp.int32), jnp.ones((2, 3)))

@@ -36,6 +36,7 @@ def _shifted(params, batch):
     return jnp.mean((x @ params - y) ** 2 + shift)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     ("loss_fn", "extra", "weight_fn"),
     [
@@ -56,6 +57,7 @@ def test_another_order_is_the_same_data(loss_fn, extra, weight_fn):
     np.testing.assert_allclose(found.value, expected, rtol=1e-4)
 
 
+@pytest.mark.heart
 def test_fitted_data_in_another_order_is_the_same_data():
     fitted = np.linalg.lstsq(X[:4], Y[:4])[0]
 

@@ -141,6 +141,7 @@ def test_what_may_be_missing_is_said():
     assert curvature.eigenpairs(operator, KEY, 36).is_complete  # the whole space
 
 
+@pytest.mark.heart
 def test_progress_counts_products_and_batches():
     operator = _operator(np.diag(np.arange(1.0, 40.0)))
     seen = []

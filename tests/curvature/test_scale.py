@@ -74,6 +74,7 @@ def test_probes_say_the_same_at_every_scale(kind):
             )
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 def test_eigenpairs_and_densities_are_honest_at_every_scale(kind):
     signs = np.where(np.arange(24) % 3, 1.0, -1.0) if kind == "hessian" else 1.0
@@ -114,6 +115,7 @@ def test_norms_of_a_population_at_every_scale():
     assert abs(expected.value - truth) < 4 * expected.standard_error
 
 
+@pytest.mark.heart
 def test_layers_of_scales_far_apart_keep_their_errors():
     matrix = INPUTS.T @ INPUTS / 24
 

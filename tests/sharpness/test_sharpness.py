@@ -91,6 +91,7 @@ def test_pac_bayes_on_a_quadratic(data):
     assert zero.value < found.value  # the initialization given is the one used
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("data", DATA)
 def test_worst_cases_on_a_quadratic(data):
     options = {"rho": 0.1, "data": DATA[data]}
@@ -337,6 +338,7 @@ def test_for_which_networks_filter_units_remove_the_scale(
     assert (change < 1e-3) == is_invariant
 
 
+@pytest.mark.heart
 def test_report_computes_every_measure_and_prints_a_table():
     point = jnp.asarray(RNG.normal(size=SIZE), jnp.float32)
     found = sharpness.report(
@@ -436,6 +438,7 @@ def test_small_moves_of_bfloat16_parameters_are_not_rounded_away():
     np.testing.assert_allclose(found.value, 0.04, rtol=0.02)
 
 
+@pytest.mark.heart
 def test_losses_that_are_not_numbers_count_as_risen_or_are_errors():
     def loss_fn(params):
         return -jnp.sum(jnp.log(params))

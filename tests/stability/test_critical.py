@@ -40,6 +40,7 @@ def _assert_brackets(found, expected):
     assert low <= float(found.rate) <= high
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_a_quadratic_gradient_descent_has_a_closed_form(seed, streamed):
@@ -162,6 +163,7 @@ def _with_offset(function):
     return lambda t, batch: function(t) + batch[0]
 
 
+@pytest.mark.heart
 def test_of_several_crossings_it_finds_one_next_to_the_start():
     def waves(t):
         return (

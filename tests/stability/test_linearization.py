@@ -58,6 +58,7 @@ def test_flat_directions_do_not_hide_a_reducible_loss(scale):
     )
 
 
+@pytest.mark.heart
 def test_a_bfloat16_model_does_not_hide_a_reducible_loss():
     params, inputs, targets = (x.astype(jnp.bfloat16) for x in _flat_problem(0.01))
     reducible, _ = _truth(params, inputs, targets)
@@ -318,6 +319,7 @@ def test_too_many_outputs_are_an_error_that_names_size_and_memory(monkeypatch):
     stability.linearize(lambda w, x: x @ w, jnp.ones(1), few, jnp.zeros(4))
 
 
+@pytest.mark.heart
 def test_an_eigenvalue_that_does_not_converge_is_one_sentence(monkeypatch):
     def fail(*args, **kwargs):
         raise scipy.sparse.linalg.ArpackNoConvergence("no", np.zeros(0), np.zeros(0))
@@ -504,6 +506,7 @@ def test_batches_may_be_lists_and_of_unequal_size():
     np.testing.assert_allclose(found.value, mean, rtol=1e-5)
 
 
+@pytest.mark.heart
 def test_fitted_batches_are_left_out():
     batches = _batches()
     batches[1] = np.zeros((8, 4), "f4"), np.zeros(8, "f4")

@@ -48,6 +48,7 @@ MISMATCHES = [
 ]
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(("model_fn", "change", "outputs", "targets"), MISMATCHES)
 def test_a_mismatch_is_an_error_that_names_both_shapes(
     model_fn, change, outputs, targets, standard_promotion
@@ -152,6 +153,7 @@ def test_rates_that_are_no_positive_number(rate, error, match, lin):
             call()
 
 
+@pytest.mark.heart
 def test_counts_and_words(lin):
     for size, match in (
         (

@@ -129,6 +129,7 @@ def test_exact_threshold_and_growth_equal_dense_kronecker_matrices(name, samplin
             )
 
 
+@pytest.mark.heart
 def test_orthogonal_examples_have_a_closed_form(x64):
     n, scale = 4, 2.0
     lin = _linear(np.sqrt(n) * scale * np.eye(n)[:, None])
@@ -302,6 +303,7 @@ def test_all_directions_deflated_the_alignment_is_exact(x64):
 # Minima that do not fit their data
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_stationary_covariance_solves_the_dense_equation(sampling, batch_size, x64):
@@ -564,6 +566,7 @@ def test_errors_within_rounding_count_as_zero():
     np.testing.assert_allclose(found.loss, 0.5e-10 * jnp.sum(outputs**2) / 30, rtol=0.1)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize(
     ("loss_fn", "factor"),
     [

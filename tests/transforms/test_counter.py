@@ -47,6 +47,7 @@ def test_the_cost_of_each_method(case, standard_promotion):
     assert counted.count == cost * SIZE
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_samples_are_counted_in_every_layout(strategy):
     params, batch = regression(SIZE)
@@ -64,6 +65,7 @@ def test_samples_are_counted_in_every_layout(strategy):
     assert all(map(jnp.array_equal, *map(jax.tree.leaves, (grads, same))))
 
 
+@pytest.mark.heart
 def test_gradients_in_the_users_own_loop_are_counted_and_values_are_not():
     params, batch = regression(SIZE)
     counted = flatopt.GradientCounter(loss_fn)

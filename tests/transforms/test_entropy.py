@@ -77,6 +77,7 @@ def test_ten_steps_follow_the_algorithm(split, x64):
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.heart
 def test_on_a_quadratic_without_noise_the_walk_has_a_closed_form():
     # theta' - theta shrinks to the minimum of L + gamma/2 |.|^2.
     curvature, gamma = 2.0, 0.5
@@ -120,6 +121,7 @@ def test_types_never_change(dtype, x64):
     assert types(new_state) == types(state)
 
 
+@pytest.mark.heart
 def test_jit_and_eager_agree_and_masked_leaves_stay():
     params, batch = regression()
     tx = flatopt.entropy_sgd_gradients(

@@ -54,6 +54,7 @@ def _gradients(key, params, scale, kernel, parts, signs, batch):
     return total
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("given", [None, "isotropic", "signs"])
 def test_links_against_the_papers_written_out(given):
     kernel = {
@@ -185,6 +186,7 @@ def test_accumulation_without_noise_is_one_big_batch(make):
     _check(params, expected, rtol=1e-4)
 
 
+@pytest.mark.heart
 @pytest.mark.usefixtures("standard_promotion")
 def test_accumulation_with_noise_is_the_loop_written_out():
     start, batch = regression(16)

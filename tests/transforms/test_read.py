@@ -65,6 +65,7 @@ def test_the_loss_through_wrappers(wrapper, standard_promotion):
     np.testing.assert_allclose(flatopt.loss(inside), 25)
 
 
+@pytest.mark.heart
 def test_the_loss_of_an_nnx_optimizer():
     model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, flatopt.sam_sgd(0.1), wrt=nnx.Param)
@@ -96,6 +97,7 @@ def test_no_loss_and_two():
             read(optax.chain(link, link).init(START))
 
 
+@pytest.mark.heart
 def test_metrics_are_what_each_link_measured():
     tx = optax.chain(
         flatopt.track_stability(0.1, 4, every=1),

@@ -176,6 +176,7 @@ def test_ten_steps_follow_the_formula(name, problem, x64):
         )
 
 
+@pytest.mark.heart
 def test_sam_is_optax_sam_with_normalize():
     params, batch = regression()
     ours = optax.chain(flatopt.sam_gradients(0.05), optax.sgd(0.1, momentum=0.9))
@@ -329,6 +330,7 @@ def test_python_numbers_masked_out_stay():
         assert optax.apply_updates(params, updates)["factor"] == 2.0
 
 
+@pytest.mark.heart
 def test_rho_may_be_a_schedule_and_a_hyperparameter():
     params, batch = regression()
     tx = flatopt.sam_gradients(lambda count: jnp.where(count == 0, 0.0, RHO))
@@ -580,6 +582,7 @@ def _direction(value_fn, params, x, rho):
     return part / jnp.linalg.norm(part)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("problem", NOISY)
 def test_look_sam_keeps_a_true_direction_or_none(problem, dtype, x64):

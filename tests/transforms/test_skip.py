@@ -108,6 +108,7 @@ def test_every_link_says_that_its_gradient_is_not_finite(name, bad):
     assert after.num_skipped == 1
 
 
+@pytest.mark.heart
 def test_a_loss_that_overflows_with_finite_gradients_is_skipped():
     tx = flatopt.skip_nonfinite(flatopt.sam_sgd(0.1))
     params = jnp.ones(2)
@@ -150,6 +151,7 @@ def test_states_of_integers_of_keys_and_of_nothing_pass():
     assert empty.update({}, empty.init({}), {})[1].num_skipped == 0
 
 
+@pytest.mark.heart
 def test_one_inside_of_another_counts_its_own():
     inner = flatopt.skip_nonfinite(flatopt.sam_sgd(0.1))
     blowing_up = optax.stateless(lambda updates, _: optax.tree.scale(jnp.inf, updates))

@@ -25,6 +25,7 @@ def _zeros(params):
     return optax.tree.zeros_like(params)
 
 
+@pytest.mark.heart
 def test_updates_are_the_gradient_of_smooth_value_and_grad_at_the_step_key():
     params, batch = regression()
     tx = smooth_gradients(
@@ -133,6 +134,7 @@ def test_masked_leaves_get_neither_noise_nor_gradient(mask):
     assert_close(masked["second"], expected["second"])
 
 
+@pytest.mark.heart
 def test_functions_and_integers_may_be_masked_out_of_recipes():
     params = {"w": jnp.ones(2), "steps": jnp.arange(2), "activation": jnp.tanh}
     mask = {"w": True, "steps": False, "activation": False}
@@ -243,6 +245,7 @@ def test_smoothed_value_is_read_by_optax():
     assert 0 < optax.tree.get(state, "smoothed_value") < 10
 
 
+@pytest.mark.heart
 def test_jitted_second_call_compiles_nothing():
     params, batch = regression()
     tx = flatopt.lpf_sgd(0.1)

@@ -38,6 +38,7 @@ def _run(tx, params, num_steps, value_fn=quadratic, **extra):
     return updates, state
 
 
+@pytest.mark.heart
 def test_values_converge_to_those_of_the_hessian_and_margins_follow():
     tx = flatopt.track_stability(0.1, 16, every=1, decay=0.98)
     updates, state = _run(tx, jnp.ones(30), 400)
@@ -127,6 +128,7 @@ def test_a_batch_without_curvature_leaves_no_trace(bad, when):
     np.testing.assert_allclose(state.frobenius_norm, 12**0.5, rtol=1e-6)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e25])
 def test_curvatures_of_every_size_are_measured(size):
     tx = flatopt.track_stability(0.1, 4, every=1)
@@ -243,6 +245,7 @@ def _mapped(check_vma, batch_axis="data", **options):
     return state, jax.hessian(value_fn)(params, inputs)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_devices_measure_the_curvature_of_the_whole_batch(check_vma):
     state, hessian = _mapped(check_vma, axis_name="data", decay=0.0)

@@ -30,6 +30,7 @@ def test_mean_is_the_gradient_of_the_smoothed_loss(x64):
     assert np.all(np.abs(grads.mean(axis=0) - plain) > 10 * error)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 2])
 def test_it_is_its_formula_on_the_same_noise(strategy):
     theta, sigma, num_samples = jnp.array([0.5, -1.0, 2.0]), 0.3, 4
@@ -64,6 +65,7 @@ def test_it_takes_two_values_a_draw_and_no_gradient():
     assert jnp.vdot(grads, params) > 0
 
 
+@pytest.mark.heart
 def test_it_trains_and_keeps_types():
     params = {"w": jnp.array([2.0, -3.0], jnp.bfloat16), "frozen": jnp.arange(2)}
     tx = optax.chain(
