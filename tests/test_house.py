@@ -53,5 +53,9 @@ WHOLE_PROGRAMS = {"test_examples.py", "test_processes.py", "test_reproduce.py"}
 
 def test_every_module_has_its_heart():
     for path in pathlib.Path(__file__).parent.rglob("test_*.py"):
-        if path.name not in WHOLE_PROGRAMS | {"test_house.py", "test_training.py"}:
+        if path.name not in WHOLE_PROGRAMS | {
+            "test_house.py",
+            "test_peers.py",
+            "test_training.py",
+        }:
             assert "@pytest.mark.heart\n" in path.read_text(), path
