@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    TRANSFORMATIONS,
     assert_close,
     count_compilations,
     loss_fn,
@@ -13,6 +14,7 @@ from helpers import (
     softmax_gradient,
     softmax_loss,
     softmax_regression,
+    takes,
     types,
 )
 
@@ -33,6 +35,15 @@ METHODS = {
     "fisher_sam": flatopt.fisher_sam_gradients(RHO, 0.5),
 }
 GRADIENTS = {name: 2 for name in METHODS}
+
+
+def test_every_sharpness_aware_link_has_its_formula_here():
+    registered = {
+        name
+        for name, row in TRANSFORMATIONS.items()
+        if takes(name, "rho") and not row.is_optimizer
+    }
+    assert registered == {f"{name}_gradients" for name in METHODS}
 
 
 # Two problems with gradients written out in NumPy
