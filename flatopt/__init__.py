@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from flatopt import curvature, kernels, schedules, sharpness, stability
+from flatopt import curvature, kernels, schedules
 from flatopt.optimizers import (
     asam_sgd,
     lpf_adamw,
@@ -92,19 +92,22 @@ __all__ = [
     "usam_gradients",
 ]
 
-# Imported when they are asked for: each needs an extra of its own.
-_OPTIONAL = ("flax", "plots")
+# Imported when they are asked for: analysis that a training script does not need, and two
+# modules that need an extra.
+_LAZY = ("flax", "plots", "sharpness", "stability")
 
 if TYPE_CHECKING:
     from flatopt import flax as flax
     from flatopt import plots as plots
+    from flatopt import sharpness as sharpness
+    from flatopt import stability as stability
 else:
 
     def __getattr__(name):
-        if name in _OPTIONAL:
+        if name in _LAZY:
             return importlib.import_module(f"flatopt.{name}")
         raise AttributeError(f"module 'flatopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_OPTIONAL, "__version__"]
+    return sorted({*__all__, *_LAZY, "__version__"})
