@@ -61,7 +61,7 @@ def spectral_density(
     """
     low, high = density.nodes.min(), density.nodes.max()
     if width is None:
-        width = max((high - low) / 100, 1e-12)
+        width = max((high - low) / 100, 1e-6 * max(abs(low), abs(high))) or 1.0
     points = np.linspace(low - 5 * width, high + 5 * width, num_points)
     ax = _axes(ax, xlabel="eigenvalue", ylabel="density", yscale="log")
     heights = density.density(points, width)
@@ -366,10 +366,14 @@ def stability_plane(
 def _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax):
     batch_sizes, found = list(found), list(found.values())
     if mu is None:
-        mu = float(stability.alignment(lin).mu) if float(lin.loss) > 0 else 1.0
+        mu = (
+            float(stability.alignment(lin).mu)
+            if np.any(np.asarray(lin.residuals))
+            else 1.0
+        )
     exact = np.array([f.mean_square for f in found])
     rates = np.geomspace(exact.min() / 10, 4 * found[0].gradient_descent, 60)
-    norm = float(jnp.linalg.norm(lin.eigenvalues))
+    norm = float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8")))
     n = len(lin.coordinates)
     bounds_at_one = np.array(
         [

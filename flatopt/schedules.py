@@ -38,7 +38,10 @@ def cosine_growth(
       >>> [round(float(gamma(t)), 5) for t in (0, 50, 100, 200)]
       [0.0005, 0.004, 0.0075, 0.0075]
     """
-    if not isinstance(transition_steps, jax.core.Tracer) and transition_steps < 1:
+    if (
+        not isinstance(transition_steps, jax.core.Tracer)
+        and float(transition_steps) < 1
+    ):
         raise ValueError(
             f"transition_steps must be at least 1, got {transition_steps}; give the number "
             "of optimizer steps of the whole training."

@@ -113,7 +113,7 @@ def test_wrong_settings_are_one_sentence():
         plots.stability_plane(lin, batch_sizes=[])
     with pytest.raises(ValueError, match="mu must be positive, got 0"):
         plots.stability_plane(lin, mu=0)
-    with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
+    with pytest.raises(TypeError, match="key must be one JAX random key, got 0"):
         plots.loss_line(loss_fn, PARAMS, 0, data=jnp.ones(3))
     with pytest.raises(ValueError, match="radius must be positive, got -1"):
         plots.loss_line(loss_fn, PARAMS, KEY, radius=-1, data=jnp.ones(3))

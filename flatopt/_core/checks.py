@@ -1,5 +1,6 @@
 """Checks of arguments, made while tracing: each error is one sentence."""
 
+import inspect
 import math
 import numbers
 
@@ -46,7 +47,7 @@ def check_scale(scale, name="scale"):
         )
     if isinstance(scale, jax.core.Tracer):
         return
-    if not math.isfinite(scale) or scale < 0:
+    if not math.isfinite(scale) or float(scale) < 0:
         raise ValueError(
             f"{name} must be finite and not negative, got {scale}; {advice}"
         )
@@ -54,7 +55,7 @@ def check_scale(scale, name="scale"):
 
 def check_decay(decay):
     check_scale(decay, "decay")
-    if not isinstance(decay, jax.core.Tracer) and decay >= 1:
+    if not isinstance(decay, jax.core.Tracer) and float(decay) >= 1:
         raise ValueError(
             f"decay must be less than 1, got {decay}; it is the weight of the past in a "
             "moving average."
@@ -68,7 +69,7 @@ def check_start_step(start_step):
     if isinstance(start_step, jax.Array):
         whole = start_step.shape == () and jnp.issubdtype(start_step.dtype, jnp.number)
     traced = isinstance(start_step, jax.core.Tracer)
-    if not whole or (not traced and start_step < 0):
+    if not whole or (not traced and int(start_step) < 0):
         raise ValueError(
             f"start_step must be an int of at least 0, got {start_step!r}; it counts the "
             "steps of plain gradients before the method begins."
@@ -202,11 +203,18 @@ def check_weight(weight):
     return jnp.asarray(weight)
 
 
+def raw_key_shape():
+    """The shape of the raw key of JAX's default generator."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+
+
 def check_random_key(key):
     """Reject what is not one JAX random key, typed or raw."""
     if isinstance(key, jax.Array | np.ndarray):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if (typed and key.shape == ()) or (key.dtype == np.uint32 and key.ndim == 1):
+        if (typed and key.shape == ()) or (
+            key.dtype == np.uint32 and key.shape == raw_key_shape()
+        ):
             return
         got = f"{key.dtype} of shape {key.shape}"
     else:
@@ -254,13 +262,24 @@ def check_kernel(kernel, name="kernel"):
 
 def check_sampler(sampler):
     """Reject what is not of the form of ``jax.random.normal``."""
-    if callable(sampler) and not hasattr(sampler, "bind"):
+    if callable(sampler) and not hasattr(sampler, "bind") and _takes(sampler, 3):
         return
+    got = getattr(sampler, "__name__", None) or repr(sampler)
     raise TypeError(
-        "sampler must be a function (key, shape, dtype) -> array, got "
-        f"{sampler!r}; write kernels.normal or kernels.signs, and set the size of the "
-        "noise by the scale."
+        f"sampler must be a function (key, shape, dtype) -> array, got {got}; write "
+        "kernels.normal or kernels.signs, and set the size of the noise by the scale."
     )
+
+
+def _takes(function, count):
+    """Whether a function can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
 
 
 def check_axis_name(axis_name):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks
+from flatopt._core import blocks, checks, streams
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_signs, probe_keys
 from flatopt.curvature._moments import root_of
@@ -73,17 +73,19 @@ def population_frobenius_norm(
 
 def _cross_products(operator, signs):
     """The sample of the squared norm from each row of signs, float64 on the host."""
-    total, squares, weights = None, 0.0, []
+    total, squares, losses, weights = None, 0.0, 0.0, []
     for batch, weight in operator.risk.batches("probes"):
         arguments = (operator.like, batch, signs, jnp.float32(weight))
-        part, square = _weighted_products(operator.kind, *arguments)
+        loss, part, square = _weighted_products(operator.kind, *arguments)
         total = part if total is None else _add_trees(total, part)
         squares, weights = squares + _host(square), [*weights, weight]
+        losses += weight * float(loss)
     if len(weights) < 2:
         raise ValueError(
             f"operator must be on at least two batches, got {len(weights)}; products "
             "of different batches are what is averaged."
         )
+    streams.check_finite(losses / sum(weights))
     rest = float(sum(weights)) ** 2 - sum(w**2 for w in weights)
     return (_host(_square_norms(total)) - squares) / rest
 
@@ -95,10 +97,10 @@ def _host(scaled):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weighted_products(kind, params, batch, block, weight):
-    _, (found, shared) = Products(kind)(params, batch, block)
+    loss, (found, shared) = Products(kind)(params, batch, block)
     found = finish_products(kind, None, found, shared, block)
     found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
-    return found, _square_norms(found)
+    return loss, found, _square_norms(found)
 
 
 @jax.jit

@@ -217,7 +217,8 @@ def update(
     if has_aux or source.may_change():
         given = signatures.forwarded(loss_fn, kwargs)
         given = _passes.given_sample_key(loss_fn, given, _clean_key(optimizer))
-        out, change = source.run(source.params, source.rest, (), given)
+        with signatures.naming_what_lacks(loss_fn, given, kwargs):
+            out, change = source.run(source.params, source.rest, (), given)
         aux = _loss_and_aux(out, has_aux)[1]
         change = _changes.combine(
             source, _changes.alone(change), jnp.ones(1), axis_name

@@ -285,9 +285,11 @@ def entropy_of(rises):
     """The negative local entropy from rises of the loss, error by the delta method."""
     advice = "it is nan at some perturbations, so choose a larger gamma."
     check_number(rises, "local_entropy", advice)
-    count = len(rises)
-    value = math.log(count) - jax.scipy.special.logsumexp(-rises)
-    weights = jnp.exp(value - rises)  # their mean is 1
+    # Less their smallest, and from one: rises far below the rounding of 1 stay exact.
+    least = jnp.min(rises)
+    least = jnp.where(jnp.isfinite(least), least, 0.0)
+    value = least - jnp.log1p(jnp.mean(jnp.expm1(least - rises)))
+    weights = jnp.expm1(value - rises)  # less one, so that their mean is 0
     return Estimate.of(weights)._replace(value=value)
 
 

@@ -153,9 +153,13 @@ def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _certainty(model_fn, params, batch):
-    logs = jax.nn.log_softmax(
-        jnp.asarray(model_fn(params, batch), jnp.float32), axis=-1
-    )
+    logits = jnp.asarray(model_fn(params, batch), jnp.float32)
+    if logits.ndim < 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"model_fn must return logits of shape (n, classes), got {logits.shape}; for "
+            "one logit z of two classes give (0, z)."
+        )
+    logs = jax.nn.log_softmax(logits, axis=-1)
     return jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core import checks
+
 SAMPLINGS = ("without_replacement", "with_replacement", "bernoulli")
 NUMBERS = numbers.Real | np.ndarray | jax.Array
 
@@ -69,8 +71,5 @@ def check_batch(batch_size, num_examples, sampling):
 
 
 def check_key(key):
-    """Reject what is no JAX random key, such as an int."""
-    if not isinstance(key, jax.Array):
-        raise TypeError(
-            f"key must be a JAX random key, got {key!r}; write jax.random.key(0)."
-        )
+    """Reject what is no JAX random key, such as an int or several keys."""
+    checks.check_random_key(key)

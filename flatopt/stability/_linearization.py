@@ -102,6 +102,7 @@ def linearize(
     """
     _checks.check_rate(loss_scale, "loss_scale")
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
+    _gram.check_size(outputs.size)
     targets = _losses.check_targets(outputs, targets)
     if loss_fn is not None:
         _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
@@ -163,6 +164,7 @@ def linearize_gauss_newton(
       Array([0.125, 0.125], dtype=float32)
     """
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
+    _gram.check_size(outputs.size)
     *parts, loss = _losses.expand(loss_fn, outputs, targets)
     roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
     return _linearize(

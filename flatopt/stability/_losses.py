@@ -122,6 +122,27 @@ def is_mistaken_for_outputs(outputs, targets):
     return math.prod(jnp.shape(targets)) == outputs.size
 
 
+def is_broadcast_square(loss_fn, outputs, targets):
+    """Whether a loss is a squared error between floating arrays that it broadcasts."""
+    if not checks.is_numeric(targets) or jnp.ndim(targets) != outputs.ndim:
+        return False
+    is_float = jnp.issubdtype(jnp.result_type(targets), jnp.floating)
+    same = len(targets) == len(outputs) and 1 in (targets.shape[-1], outputs.shape[-1])
+    if not is_float or not same or targets.shape == outputs.shape:
+        return False
+    # At equal columns: outputs as targets of their own shape.
+    column = jnp.asarray(targets, trees.wide(outputs.dtype))[:, :1]
+    fixed = jnp.broadcast_to(column, targets.shape)
+    return (
+        square_scale(
+            lambda moved, _: loss_fn(moved, fixed),
+            jnp.broadcast_to(column, outputs.shape),
+            jnp.broadcast_to(column, outputs.shape),
+        )
+        is not None
+    )
+
+
 def half_square(outputs, targets):
     """Half the squared error, mean over examples."""
     check_same_shape(outputs, targets)
@@ -182,17 +203,19 @@ def square_scale(loss_fn, outputs, targets):
     """The ``loss_scale`` of a loss that is a squared error, or None where it is none.
 
     Read off errors of a size that rounding does not reach, so that it is known at a
-    fitted minimum too: small ones of all examples, twice as large ones, those of the first
-    example alone, and the outputs' own.
+    fitted minimum too: small ones of all examples, twice as large ones, uneven ones of all
+    and of the first example alone, which weights show in, and the outputs' own.
     """
     wide = trees.wide(outputs.dtype)
     targets = jnp.asarray(targets, wide)
     shape = outputs.shape
     size = max(float(jnp.sqrt(jnp.mean(targets**2))) / 32, 2.0**-30)
     signs = np.where(np.arange(math.prod(shape)) % 3, 1.0, -1.0).reshape(shape)
+    uneven = np.random.default_rng(0).uniform(0.5, 2.0, shape)
     first = np.zeros(shape)
-    first[0] = 1.0
-    tried = [targets + jnp.asarray(size * x, wide) for x in (signs, 2 * signs, first)]
+    first[0] = uneven[0]
+    patterns = signs, 2 * signs, uneven * signs, first
+    tried = [targets + jnp.asarray(size * x, wide) for x in patterns]
     outputs = outputs.astype(wide)
     errors = float(jnp.sqrt(jnp.mean((outputs - targets) ** 2)))
     rounding = float(jnp.finfo(wide).eps * jnp.sqrt(jnp.mean(outputs**2)))
@@ -331,7 +354,15 @@ def _check_mean(loss_fn, outputs, targets):
                 "targets must be finite, got NaN or an infinity; leave these examples out."
             )
     wide = trees.widen(outputs)
-    loss = trees.widen(checks.check_value(loss_fn(wide, targets), "loss_fn"))
+    try:
+        loss = loss_fn(wide, targets)
+    except (TypeError, ValueError) as error:
+        shapes = jax.tree.map(jnp.shape, targets)
+        raise ValueError(
+            f"loss_fn must take outputs of shape {outputs.shape} with targets {shapes}, "
+            f"got an error from it: {error}"
+        ) from error
+    loss = trees.widen(checks.check_value(loss, "loss_fn"))
     flat = wide.reshape(n, -1)
     each = _values(loss_fn, outputs.shape[1:], flat, targets)
     at_zero = _values(loss_fn, outputs.shape[1:], jnp.zeros_like(flat), targets)

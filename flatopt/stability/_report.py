@@ -80,7 +80,8 @@ class Report(NamedTuple):
         output, and the Hessian's largest eigenvalue is within a tenth of that of H.
         """
         apart = abs(self.hessian_eigenvalue - self.max_eigenvalue)
-        is_close = self.reducible_loss <= 0.01 * self.constant_loss
+        is_close = self.reducible_loss < 0.01 * self.constant_loss
+        is_close = is_close or self.gradient_norm == 0  # losses may underflow to 0
         return is_close and apart <= 0.1 * self.max_eigenvalue
 
     @property
@@ -325,6 +326,8 @@ def _scale(outputs, targets, loss_scale, loss_fn):
         )
     found = None
     if _losses.is_mistaken_for_outputs(outputs, targets):
+        _losses.check_same_shape(outputs, targets)
+    if _losses.is_broadcast_square(loss_fn, outputs, targets):
         _losses.check_same_shape(outputs, targets)
     if _losses.has_square_targets(outputs, targets):
         found = _losses.square_scale(loss_fn, outputs, targets)

@@ -3,6 +3,7 @@
 import optax
 
 from flatopt._core import checks
+from flatopt.transforms import _chain
 
 
 def accumulate(
@@ -47,5 +48,7 @@ def accumulate(
       0.15
     """
     checks.check_count(num_microbatches, "num_microbatches")
+    for given in (link, optimizer):
+        _chain.check_transformation(given, "accumulate")
     steps = optax.MultiSteps(optimizer, every_k_schedule=num_microbatches)
-    return optax.chain(link, steps.gradient_transformation())
+    return _chain.chain(link, steps.gradient_transformation())

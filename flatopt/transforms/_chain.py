@@ -35,7 +35,7 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     """
     before = 0
     for transformation in transformations:
-        _check_transformation(transformation)
+        check_transformation(transformation)
         name = getattr(transformation.update, "makes_gradient", None)
         if name is not None and before:
             plural = "" if before == 1 else "s"
@@ -55,10 +55,10 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     )
 
 
-def _check_transformation(given):
+def check_transformation(given, name="chain"):
     if not isinstance(given, optax.GradientTransformation):
         raise TypeError(
-            "chain takes gradient transformations, got "
+            f"{name} takes gradient transformations, got "
             f"{getattr(given, '__name__', None) or type(given).__name__}; call what makes "
             "one, and write optax.MultiSteps(...).gradient_transformation()."
         )

@@ -183,10 +183,8 @@ def check_key(key):
     whole = isinstance(key, int | np.integer) and not isinstance(key, bool)
     arrays = isinstance(key, jax.Array | np.ndarray) and (
         (_is_typed(key) and key.shape == ())
-        or (
-            jnp.issubdtype(key.dtype, jnp.integer)
-            and key.shape in ((), _raw_shape(key))
-        )
+        or (jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ())
+        or (key.dtype == jnp.uint32 and key.shape == checks.raw_key_shape())
     )
     if not (whole or arrays):
         got = repr(key)
@@ -196,18 +194,11 @@ def check_key(key):
             f"key must be an int or a single JAX random key, got {got}; write key=0 or "
             "key=jax.random.key(0)."
         )
-    if whole and not -(2**63) <= key < 2**64:
+    if whole and not -(2**63) <= key < 2**63:
         raise ValueError(
             f"key must be an int of at most 64 bits, got {key}; write key=0 or "
             "key=jax.random.key(0)."
         )
-
-
-def _raw_shape(key):
-    """The shape of the raw key of JAX's default generator, for an array that may be one."""
-    if key.ndim != 1:
-        return ()
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def key_data(key):

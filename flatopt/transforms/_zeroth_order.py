@@ -101,7 +101,7 @@ def smooth_gradients_zeroth_order(
 
 def _check_positive(scale):
     checks.check_scale(scale)
-    if not isinstance(scale, jax.core.Tracer) and scale == 0:
+    if not isinstance(scale, jax.core.Tracer) and float(scale) == 0:
         raise ValueError(
             "scale must be greater than 0, got 0; differences of values need a distance."
         )

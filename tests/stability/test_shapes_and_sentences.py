@@ -178,10 +178,10 @@ def test_counts_and_words(lin):
         stability.simulate(lin, KEY, 0.1, 2, 3, num_runs=0)
     with pytest.raises(ValueError, match="sampling must be one of .*, got 'epoch'"):
         stability.smallest_batch_size(lin, 0.1, sampling="epoch")
-    with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
+    with pytest.raises(TypeError, match="key must be one JAX random key, got 0"):
         stability.simulate(lin, 0, 0.1, 2, 3)
     params, *data = _data()
-    with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
+    with pytest.raises(TypeError, match="key must be one JAX random key, got 0"):
         stability.estimate_alignment(_flat, params, tuple(data), 0)
     with pytest.raises(TypeError, match="progress must be None, a bool or a function"):
         stability.thresholds(lin, 2, progress=3)
