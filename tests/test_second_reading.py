@@ -119,3 +119,6 @@ def test_accumulate_refuses_what_is_no_link():
     late = flatopt.accumulate(flatopt.sam_gradients(0.1), optax.sgd(0.1), 2)
     with pytest.raises(ValueError, match="sam_gradients must come first"):
         flatopt.chain(optax.sgd(0.1), late)
+    for recipe in (flatopt.lpf_sgd(0.1), flatopt.nso_adamw(0.1), flatopt.sam_sgd(0.1)):
+        with pytest.raises(ValueError, match="link must be a link, got a whole opti"):
+            flatopt.accumulate(recipe, optax.sgd(0.1), 2)

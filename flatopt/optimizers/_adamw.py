@@ -6,7 +6,6 @@ import optax
 
 from flatopt._core.types import AxisName, KernelFn, Key, Mask, Strategy, WeightFn
 from flatopt.optimizers import _masks
-from flatopt.transforms import chain
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 
 
@@ -67,7 +66,7 @@ def lpf_adamw(
       >>> [round(float(u), 3) for u in updates]
       [-0.1, 0.1]
     """
-    return chain(
+    return _masks.recipe(
         lpf_gradients(
             gamma,
             num_samples,
@@ -148,7 +147,7 @@ def nso_adamw(
       >>> [round(float(u), 3) for u in updates]
       [-0.1, 0.1]
     """
-    return chain(
+    return _masks.recipe(
         nso_gradients(
             sigma,
             num_perturbations,

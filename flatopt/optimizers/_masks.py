@@ -4,6 +4,14 @@ import jax
 import optax
 
 from flatopt._core import trees
+from flatopt.transforms import chain
+
+
+def recipe(*transformations):
+    """A chain that is a whole optimizer, and says so to what would put another after it."""
+    tx = chain(*transformations)
+    tx.update.is_optimizer = True
+    return tx
 
 
 def sgd(learning_rate, *, weight_decay, weight_decay_mask, mask, **options):

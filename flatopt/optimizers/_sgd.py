@@ -6,7 +6,6 @@ import optax
 
 from flatopt._core.types import AxisName, KernelFn, Key, Mask, Strategy, WeightFn
 from flatopt.optimizers import _masks
-from flatopt.transforms import chain
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._sam import sam_gradients
 from flatopt.transforms._sam_adaptive import asam_gradients
@@ -76,7 +75,7 @@ def lpf_sgd(
       >>> updates
       Array([0.2, 0.2], dtype=float32)
     """
-    return chain(
+    return _masks.recipe(
         lpf_gradients(
             gamma,
             num_samples,
@@ -160,7 +159,7 @@ def nso_sgd(
       >>> [round(float(u), 4) for u in updates]
       [-0.3, -0.4]
     """
-    return chain(
+    return _masks.recipe(
         nso_gradients(
             sigma,
             num_perturbations,
@@ -227,7 +226,7 @@ def sam_sgd(
       >>> [round(float(u), 3) for u in updates]
       [-0.303, -0.404]
     """
-    return chain(
+    return _masks.recipe(
         sam_gradients(
             rho,
             num_microbatches=num_microbatches,
@@ -294,7 +293,7 @@ def asam_sgd(
       >>> [round(float(u), 3) for u in updates]
       [-0.374, -0.575]
     """
-    return chain(
+    return _masks.recipe(
         asam_gradients(
             rho,
             eta,

@@ -32,7 +32,8 @@ def accumulate(
       An optax transformation.
 
     Raises:
-      TypeError, ValueError: if ``num_microbatches`` is no int of at least 1.
+      TypeError, ValueError: if ``num_microbatches`` is no int of at least 1, or ``link`` is
+        a whole optimizer such as :func:`lpf_sgd`.
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt
@@ -50,5 +51,10 @@ def accumulate(
     checks.check_count(num_microbatches, "num_microbatches")
     for given in (link, optimizer):
         _chain.check_transformation(given, "accumulate")
+    if getattr(link.update, "is_optimizer", False):
+        raise ValueError(
+            "link must be a link, got a whole optimizer, whose steps another would turn "
+            "around; write flatopt.accumulate(flatopt.lpf_gradients(), optax.sgd(0.1), 4)."
+        )
     steps = optax.MultiSteps(optimizer, every_k_schedule=num_microbatches)
     return _chain.chain(link, steps.gradient_transformation())
