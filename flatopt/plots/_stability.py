@@ -1,0 +1,272 @@
+"""Figures of the stability of SGD: thresholds, norms over their bounds, losses."""
+
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from flatopt import stability
+from flatopt._core.types import Sampling
+from flatopt.plots._axes import new_axes
+from flatopt.stability import _checks
+
+
+def stability_thresholds(
+    lin: stability.Linearization,
+    *,
+    batch_sizes: Any = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    sampling: Sampling = "without_replacement",
+    ax: Any = None,
+):
+    """The largest stable learning rate against the batch size, by each theory.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      batch_sizes: the batch sizes; default: powers of two up to all examples.
+      learning_rate: with ``batch_size``, a setting to mark.
+      batch_size: with ``learning_rate``, a setting to mark.
+      sampling: see :func:`flatopt.stability.thresholds`.
+      ax: matplotlib axes to draw into.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_thresholds(lin)
+      >>> ax.get_xlabel()
+      'batch size'
+    """
+    _check_mark(learning_rate, batch_size, lin)
+    found = _thresholds(lin, batch_sizes, sampling)
+    return _draw_thresholds(found, learning_rate, batch_size, ax)
+
+
+def stability_plane(
+    lin: stability.Linearization,
+    *,
+    mu: float | None = None,
+    batch_sizes: Any = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    sampling: Sampling = "without_replacement",
+    ax: Any = None,
+):
+    r"""The Frobenius norm over its bound, for each learning rate and batch size.
+
+    Colors show :math:`\|H\|_F` over :math:`1 / (\eta \sqrt{p \mu})`, which is
+    :math:`\sqrt{B / \mu} / \eta` for much data; above the thin line, where they are equal,
+    the theory of Wu, Wang and Su has SGD leave. The thick line is the exact threshold.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      mu: the alignment; default: that of ``lin``, or 1 at zero loss.
+      batch_sizes, learning_rate, batch_size, sampling, ax: see
+        :func:`stability_thresholds`.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_plane(lin)
+      >>> ax.get_ylabel()
+      'learning rate'
+    """
+    _check_mark(learning_rate, batch_size, lin)
+    found = _thresholds(lin, batch_sizes, sampling)
+    return _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax)
+
+
+def stability_losses(
+    lin: stability.Linearization,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    num_steps: int = 100,
+    num_runs: int = 200,
+    key: jax.Array | None = None,
+    sampling: Sampling = "without_replacement",
+    ax: Any = None,
+):
+    """Losses of linearized SGD: the exact mean, and the median and spread of runs.
+
+    Rare runs carry the mean: it can grow while a typical run shrinks.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      learning_rate: the step size.
+      batch_size: B.
+      num_steps: number of steps.
+      num_runs: number of runs.
+      key: a JAX random key for the runs; default: ``jax.random.key(0)``.
+      sampling, ax: see :func:`stability_thresholds`.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> ax = plots.stability_losses(lin, 3.0, 1, num_steps=3)
+      >>> round(float(ax.lines[0].get_ydata()[-1]), 3)  # 2.5 to the third
+      15.625
+    """
+    arguments = learning_rate, batch_size, num_steps
+    exact = stability.expected_losses(lin, *arguments, sampling=sampling)
+    key = jax.random.key(0) if key is None else key
+    runs = np.asarray(
+        stability.simulate(lin, key, *arguments, num_runs=num_runs, sampling=sampling)
+    )
+    ax = new_axes(ax, xlabel="step", ylabel="loss, linearized", yscale="log")
+    ax.plot(exact, linewidth=2, label="mean, exact")
+    (line,) = ax.plot(np.median(runs, axis=0), "--", label="median run")
+    low, high = np.quantile(runs, [0.05, 0.95], axis=0)
+    ax.fill_between(
+        np.arange(num_steps + 1),
+        low,
+        high,
+        alpha=0.2,
+        color=line.get_color(),
+        label="nine runs of ten",
+    )
+    ax.legend(fontsize="small")
+    return ax
+
+
+def stability_report(
+    lin: stability.Linearization,
+    learning_rate: float,
+    batch_size: int,
+    *,
+    sampling: Sampling = "without_replacement",
+):
+    """Thresholds, norms and losses at one setting, side by side.
+
+    Args:
+      lin: from :func:`flatopt.stability.linearize`.
+      learning_rate: the step size.
+      batch_size: B.
+      sampling: see :func:`flatopt.stability.thresholds`.
+
+    Returns:
+      The three axes, of :func:`stability_thresholds`, :func:`stability_plane` and
+      :func:`stability_losses`.
+
+    Example:
+      >>> import matplotlib; matplotlib.use("agg")
+      >>> import jax.numpy as jnp
+      >>> from flatopt import plots, stability
+      >>> lin = stability.linearize(
+      ...     lambda w, x: x @ w, jnp.ones(2), jnp.eye(2), jnp.ones(2))
+      >>> len(plots.stability_report(lin, 1.0, 1))
+      3
+    """
+    _check_mark(learning_rate, batch_size, lin)
+    _, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    setting = learning_rate, batch_size
+    found = _thresholds(lin, None, sampling)
+    _draw_thresholds(found, *setting, axes[0])
+    _draw_plane(lin, found, None, *setting, sampling, axes[1])
+    stability_losses(lin, *setting, sampling=sampling, ax=axes[2])
+    return tuple(axes)
+
+
+def _thresholds(lin, batch_sizes, sampling):
+    """Thresholds by batch size."""
+    if batch_sizes is not None and not np.size(batch_sizes):
+        raise ValueError("batch_sizes must hold batch sizes, got none; write [1, 8].")
+    if batch_sizes is None:
+        n = len(lin.coordinates)
+        batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
+    sizes = np.atleast_1d(batch_sizes).tolist()
+    return {b: stability.thresholds(lin, b, sampling=sampling) for b in sizes}
+
+
+def _setting_axes(ax):
+    return new_axes(
+        ax, xlabel="batch size", ylabel="learning rate", xscale="log", yscale="log"
+    )
+
+
+def _draw_thresholds(found, learning_rate, batch_size, ax):
+    ax = _setting_axes(ax)
+    batch_sizes, found = list(found), list(found.values())
+    for name in found[0].rates:
+        rates = np.array([f.rates[name] for f in found])
+        rates[~np.isfinite(rates)] = np.nan
+        exact = name == "mean_square"
+        ax.plot(
+            batch_sizes,
+            rates,
+            label=name.replace("_", " ") + (" (exact)" if exact else ""),
+            linewidth=3 if exact else 1,
+        )
+    _mark(ax, learning_rate, batch_size)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax):
+    batch_sizes, found = list(found), list(found.values())
+    if mu is None:
+        mu = (
+            float(stability.alignment(lin).mu)
+            if np.any(np.asarray(lin.residuals))
+            else 1.0
+        )
+    exact = np.array([f.mean_square for f in found])
+    rates = np.geomspace(exact.min() / 10, 4 * found[0].gradient_descent, 60)
+    norm = float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8")))
+    n = len(lin.coordinates)
+    bounds_at_one = np.array(
+        [
+            stability.sharpest_minimum(
+                1.0, b, n, mu=mu, sampling=sampling
+            ).frobenius_norm
+            for b in batch_sizes
+        ]
+    )
+    bounds = bounds_at_one[None] / rates[:, None]
+    ax = _setting_axes(ax)
+    ratio = np.log10(np.maximum(norm / bounds, 1e-2))
+    filled = ax.contourf(batch_sizes, rates, ratio, levels=20, cmap="coolwarm")
+    ax.figure.colorbar(filled, ax=ax, label="log10 of Frobenius norm over its bound")
+    if ratio.min() < 0 < ratio.max():
+        ax.contour(batch_sizes, rates, ratio, levels=[0], colors="k", linewidths=1)
+        ax.plot([], [], "k", linewidth=1, label="norm at its bound")
+    ax.plot(batch_sizes, exact, linewidth=3, label="exact threshold")
+    _mark(ax, learning_rate, batch_size)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _check_mark(learning_rate, batch_size, lin):
+    """A setting to mark is both, or none."""
+    if (learning_rate is None) != (batch_size is None):
+        raise ValueError(
+            "learning_rate and batch_size mark a setting together, got "
+            f"{learning_rate!r} and {batch_size!r}; give both or none."
+        )
+    if learning_rate is not None:
+        _checks.check_rate(learning_rate)
+        _checks.check_batch(batch_size, len(lin.coordinates), "bernoulli")
+
+
+def _mark(ax, learning_rate, batch_size):
+    if learning_rate is not None:
+        ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
