@@ -1,5 +1,7 @@
 """Strict numerics, eight devices, fixed seeds."""
 
+import contextlib
+import functools
 import os
 import pathlib
 
@@ -25,6 +27,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where in the code an operation comes from is a help for profiles alone.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers share the cores
 
 import jax
@@ -32,6 +36,13 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# JAX makes an MLIR context for each program: a quarter of the time of compiling a small one,
+# and more in a process that has made thousands. The tests share one.
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src.interpreters import mlir
+
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +52,13 @@ def assert_close(tree, other, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(
             np.asarray(x, "f8"), np.asarray(y, "f8"), rtol=rtol, atol=atol
         )
+
+
+def environment(num_devices, **variables):
+    """Variables of a program that a test starts; it compiles as fast as the tests do."""
+    count = f"device_count={num_devices}"
+    flags = re.sub(r"device_count=\d+", count, os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags, "MPLBACKEND": "agg"} | variables
 
 
 def types(tree):

@@ -1,7 +1,6 @@
 """Checkpoints: Orbax, Flax and NumPy, a killed process, other meshes."""
 
 import functools
-import os
 import pathlib
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from flax.training import train_state
 from helpers import (
     TRANSFORMATIONS,
     assert_close,
+    environment,
     leaves_array,
     loss_fn,
     optimizer,
@@ -255,7 +255,7 @@ def _launch(*arguments):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=environment(1),
     )
 
 

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import pickle
 import signal
@@ -16,6 +15,7 @@ import types
 
 import numpy as np
 import pytest
+from helpers import environment
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.py"))
@@ -71,28 +71,21 @@ def write_cifar10(folder, write):
     return folder
 
 
+# Two devices. What was compiled is kept apart: a killed run may leave half a file.
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Two devices, little compiling and a cache for what is compiled."""
-    return os.environ | {
-        "FLATOPT_SMOKE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-        "MPLBACKEND": "agg",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+def variables(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    return environment(2, FLATOPT_SMOKE="1", JAX_COMPILATION_CACHE_DIR=cache)
 
 
 @pytest.fixture(scope="module")
-def run(environment):
+def run(variables):
     """Run Python to its end; return what it printed."""
 
-    def run(*arguments, **variables):
+    def run(*arguments, **more):
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            env=environment | variables,
+            env=variables | more,
             capture_output=True,
             text=True,
         )
@@ -198,7 +191,7 @@ def result_of(folder):
 
 @pytest.mark.filterwarnings("ignore")  # of Orbax: restored without shardings
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    tmp_path, run, environment, whole
+    tmp_path, run, variables, whole
 ):
     import jax
 
@@ -206,7 +199,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     command = cifar10_command(data, tmp_path, "--methods", "nso")
     process = subprocess.Popen(
         [sys.executable, *command],
-        env=environment,
+        env=variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

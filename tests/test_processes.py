@@ -1,7 +1,6 @@
 """Two processes that share a mesh train as one device does."""
 
 import functools
-import os
 import pathlib
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import process_worker
 import pytest
-from helpers import assert_close
+from helpers import assert_close, environment
 
 WORKER = pathlib.Path(__file__).parent / "process_worker.py"
 NUM_PROCESSES = 2
@@ -24,11 +23,6 @@ def _free_port():
         return str(listener.getsockname()[1])
 
 
-def _environment():
-    flag = f"--xla_force_host_platform_device_count={8 // NUM_PROCESSES}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each of two processes saw in the end."""
@@ -37,7 +31,7 @@ def seen(tmp_path_factory):
     workers = [
         subprocess.Popen(
             [sys.executable, WORKER, port, str(process), str(NUM_PROCESSES), path],
-            env=_environment(),
+            env=environment(8 // NUM_PROCESSES),
             stderr=subprocess.PIPE,
             text=True,
         )

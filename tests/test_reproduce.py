@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = sorted((ROOT / "examples" / "reproduce").glob("*.py"))
@@ -23,7 +23,7 @@ STEMS = [path.stem for path in COMMANDS]
 def _run(*arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=environment(1),
         capture_output=True,
         text=True,
     )

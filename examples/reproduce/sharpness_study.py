@@ -97,7 +97,7 @@ class Config(common.Config):
 SMOKE = {
     "learning_rates": (0.1, 0.2),
     "momenta": (0.9,),
-    "weight_decays": (0.0, 1e-3),
+    "weight_decays": (0.0,),
     "batch_sizes": (10,),
     "widths": (8,),
     "skips": (False,),
