@@ -105,6 +105,7 @@ def link(
         with signatures.naming_what_lacks(value_fn, {**whole, **chunks}, extra_args):
             result = estimate(step)
         if axis_name is not None:
+            sharding.note_average(axis_name)
             result = jax.lax.pmean(result, axis_name)
         value, grads, memory = result
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
