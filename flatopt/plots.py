@@ -135,7 +135,14 @@ def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
     risk = Risk.of(loss_fn, params, data, weight_fn)
     keys = tuple(jax.random.split(key, rows.shape[1]))
     move = _plane(FILTERWISE if kernel is None else kernel)
-    return np.asarray(risk.losses(move, jnp.asarray(rows), keys))
+    losses = np.asarray(risk.losses(move, jnp.asarray(rows), keys))
+    if not np.isfinite(losses).any():
+        raise ValueError(
+            f"the loss is finite at none of the {len(losses)} points, got "
+            f"{losses[len(losses) // 2]:g} in the middle; look at the loss at params "
+            "first, and choose a smaller radius."
+        )
+    return losses
 
 
 def loss_line(
@@ -153,7 +160,8 @@ def loss_line(
     """The loss along a random direction through the parameters.
 
     The direction is a draw of a kernel: by default Gaussian and filter-normalized, so that
-    curves of differently scaled networks compare.
+    curves of differently scaled networks compare. Where the loss is not finite there is
+    a gap.
 
     Args:
       loss_fn: ``loss_fn(params)`` or ``loss_fn(params, batch)``.
@@ -168,6 +176,9 @@ def loss_line(
 
     Returns:
       The axes.
+
+    Raises:
+      ValueError: for a loss that is finite nowhere.
 
     References:
       Li, Xu, Taylor, Studer, Goldstein, `Visualizing the Loss Landscape of Neural Nets
