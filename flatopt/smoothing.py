@@ -211,6 +211,7 @@ def smooth_value_and_grad(
             return (value, weight, grads), aux
 
         checks.check_random_key(key)
+        checks.check_axis_name(axis_name)
         free = checks.check_params(trees.select(params, free_flags))
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))

@@ -402,7 +402,7 @@ class Normed(nnx.Module):
         return self.norm(self.dense(x)) * self.dense.bias[...].sum()
 
 
-def _on_devices(step):
+def _on_devices(step, check_vma=True):
     """``step(model, inputs)`` by 4 devices, each with its own part of the batch."""
     mesh = jax.sharding.Mesh(jax.devices()[:4], ("data",))
     spec = jax.sharding.PartitionSpec
@@ -417,7 +417,11 @@ def _on_devices(step):
 
     inputs = jax.random.normal(jax.random.key(5), (16, 4))
     run = jax.shard_map(
-        one, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec()
+        one,
+        mesh=mesh,
+        in_specs=(spec(), spec("data")),
+        out_specs=spec(),
+        check_vma=check_vma,
     )
     return jax.jit(run)(state, inputs), model, inputs
 
@@ -447,26 +451,41 @@ def test_value_and_grad_over_devices(batch_norm):
     assert_close([state["norm"]["mean"], state["norm"]["var"]], stats)
 
 
-def test_update_over_devices():
-    def step(model, x, link_axis="data"):
-        tx = optax.chain(
-            flatopt.smooth_gradients(0.0, axis_name=link_axis), optax.sgd(0.1)
-        )
+def _updating(make_link, axis_name="data"):
+    def step(model, x):
+        tx = optax.chain(make_link(), optax.sgd(0.1))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         return flatopt.flax.update(
-            optimizer, model, loss_fn, axis_name="data", inputs=x
+            optimizer, model, loss_fn, axis_name=axis_name, inputs=x
         )
 
-    (loss, state), model, inputs = _on_devices(step)
+    return step
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("method", ["smooth_gradients", "sam_gradients"])
+def test_update_over_devices(method, check_vma):
+    make = functools.partial(getattr(flatopt, method), 0.0)
+    step = _updating(functools.partial(make, axis_name="data"))
+    (loss, state), model, inputs = _on_devices(step, check_vma)
     expected_loss, grads, stats = _expected(model, inputs)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     kernel = model.dense.kernel[...] - 0.1 * grads["dense"]["kernel"]
     np.testing.assert_allclose(state["dense"]["kernel"], kernel, rtol=1e-4, atol=1e-6)
     assert_close([state["norm"]["mean"], state["norm"]["var"]], stats)
-    with pytest.raises(
-        ValueError, match="axis_name='data' is not averaged over by the"
-    ):
-        _on_devices(functools.partial(step, link_axis=None))
+    with pytest.raises(ValueError, match="axis_name='data' is not averaged over by"):
+        _on_devices(_updating(make), check_vma)
+    step = _updating(functools.partial(make, axis_name="data"), axis_name=None)
+    with pytest.raises(ValueError, match="axis_name must name 'data' as the link"):
+        _on_devices(step, check_vma)
+
+
+def test_an_axis_that_is_none_of_the_call_is_one_sentence():
+    model = Normed(nnx.Rngs(0))
+    for given in ("data", ("data",), 3):
+        f = flatopt.flax.value_and_grad(loss_fn, 0.0, axis_name=given)
+        with pytest.raises(ValueError, match="axis_name must name an axis of the jax"):
+            f(KEY, model, inputs=jnp.ones((4, 4)))
 
 
 # Filter axes without being asked for them

@@ -356,3 +356,18 @@ def test_a_layer_that_can_be_read_in_two_ways_needs_filter_axes():
     query = {"query": params["mix"]}
     found = kernels.filterwise(kernels.signs)(jax.random.key(0), query)
     np.testing.assert_allclose(np.abs(found["query"]["kernel"]), 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-18, 1e18, 1e25, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_of_filters_of_any_size(size, dtype):
+    rows = np.array([[3.0, 0.0, 1e-3], [4.0, 0.0, 1e3], [12.0, 0.0, 2.0]])
+    params = {"w": jnp.asarray(size * rows, dtype), "b": jnp.zeros(2, dtype)}
+    kernel = kernels.filterwise(kernels.signs)
+    rounded = np.asarray(params["w"], "f8") / size
+    expected = np.linalg.norm(rounded, axis=0)
+    for draw in (kernel, jax.jit(kernel)):
+        noise = draw(jax.random.key(0), params)
+        for row in np.abs(np.asarray(noise["w"], "f8")):
+            np.testing.assert_allclose(row / size, expected, rtol=1e-6)
+        np.testing.assert_array_equal(noise["b"], 0)

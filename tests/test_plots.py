@@ -130,3 +130,17 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "flatopt.plots")
     with pytest.raises(ImportError, match=r"pip install 'flatopt\[plot\]'"):
         importlib.import_module("flatopt.plots")
+
+
+@pytest.mark.parametrize("draw", [plots.loss_line, plots.loss_plane])
+@pytest.mark.parametrize("data", [None, [jnp.ones(3), jnp.ones(3)]])
+def test_a_loss_that_is_no_number_is_one_sentence(draw, data):
+    figures = plt.get_fignums()
+
+    def loss_fn(params, batch=None):
+        del batch
+        return jnp.sum(params) * jnp.nan
+
+    with pytest.raises(ValueError, match="finite at none of the .* got nan in the mid"):
+        draw(loss_fn, jnp.ones(2), jax.random.key(0), num_points=3, data=data)
+    assert plt.get_fignums() == figures

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core.sharding import axis_names
 from flatopt._core.signatures import names_keyword, parameters_of, takes_any_keyword
 from flatopt._core.trees import path_name
 
@@ -284,14 +285,15 @@ def _takes(function, count):
 
 def check_axis_name(axis_name):
     """Reject the name of an axis that we are not inside of."""
-    for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
-        try:
+    try:
+        names = axis_names(axis_name)
+        for name in names:
             jax.lax.axis_index(name)
-        except NameError as error:
-            raise ValueError(
-                f"axis_name must name an axis of the jax.shard_map around update, got "
-                f"{name!r}; call update inside of one, or leave axis_name out."
-            ) from error
+    except (NameError, TypeError) as error:
+        raise ValueError(
+            "axis_name must name an axis of the jax.shard_map around the call, got "
+            f"{axis_name!r}; call it inside of one, or leave axis_name out."
+        ) from error
 
 
 def check_weight_fn(weight_fn):

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import trees
+from flatopt._core import blocks, trees
 
 FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
 
@@ -113,10 +114,19 @@ def filter_norm(filter_axes, params=None):
     def norm(path, leaf):
         axes = check_axes(axes_of(path, leaf), path, leaf)
         others = tuple(a for a in range(leaf.ndim) if a not in axes)
-        square = jnp.square(trees.widen(leaf))
-        return jnp.sqrt(jnp.sum(square, axis=others, keepdims=True))
+        return _norm(trees.widen(leaf), others)
 
     return norm
+
+
+# Jitted for eager calls, inlined in traces.
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
+def _norm(values, axes):
+    """The Euclidean norm over some axes, by squares of numbers near one."""
+    fixed = jax.lax.stop_gradient(values)  # the norm does not depend on the unit
+    unit = blocks.power_of_two(fixed, axes, keepdims=True)
+    squares = jnp.square(values / unit)
+    return unit * jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
 def norm_of_other(filter_axes, others):

@@ -121,6 +121,9 @@ class Risk:
             found = streams.Pass(len(weights), weight, float(loss), float(size), eps)
             streams.check_same(self.seen, found)
             self.seen = found
+        elif self.seen is not None:  # at other parameters: the number of examples tells
+            found = self.seen._replace(batches=len(weights), weight=weight)
+            streams.check_same(self.seen, found)
         return parts
 
     def batches(self, description):

@@ -1,7 +1,38 @@
 """How values are laid out over devices: the door to what JAX says of it."""
 
+import contextlib
+import contextvars
+
 import jax
 import jax.numpy as jnp
+
+_AVERAGED = contextvars.ContextVar("axes that links averaged over", default=None)
+
+
+def axis_names(axis_name):
+    """One name or several, or None, as a tuple."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
+@contextlib.contextmanager
+def watching_averages():
+    """Yield a set that gains the axes that links average over inside.
+
+    Types tell that too, but not under ``check_vma=False``.
+    """
+    seen: set[str] = set()
+    token = _AVERAGED.set(seen)
+    try:
+        yield seen
+    finally:
+        _AVERAGED.reset(token)
+
+
+def note_average(axis_name):
+    """Say that a link averages its gradient over these axes."""
+    seen = _AVERAGED.get()
+    if seen is not None:
+        seen.update(axis_names(axis_name))
 
 
 def varying_axes(aval):
@@ -28,7 +59,7 @@ def make_varying(leaf, axes):
 
 def tree_varying(params, axis_name):
     """Parameters as values of each device: gradients of replicated ones come summed."""
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    axes = axis_names(axis_name)
     return jax.tree.map(lambda leaf: make_varying(jnp.asarray(leaf), axes), params)
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import trees
+from flatopt._core import blocks, trees
 
 
 def normalize(tree):
@@ -64,9 +64,15 @@ def ascent(grads, rho):
 
 
 def scaled_ascent(grads, sizes, rho):
-    """The step rho T^2 g / |T g| in units of the sizes T."""
+    """The step rho T^2 g / |T g| in units of the sizes T.
+
+    Linear in T: sizes near one keep the products from vanishing and from overflowing.
+    """
+    unit = jax.lax.stop_gradient(blocks.power_of_two(largest(sizes)))
+    sizes = blocks.divide(sizes, unit)
     direction, _ = normalize(jax.tree.map(jnp.multiply, sizes, grads))
-    return scale(rho, jax.tree.map(jnp.multiply, sizes, direction))
+    step = scale(rho, jax.tree.map(jnp.multiply, sizes, direction))
+    return jax.tree.map(lambda x: x * unit.astype(x.dtype), step)
 
 
 def orthogonal(tree, other):

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, jaxprs, risk
+from flatopt._core import blocks, checks, jaxprs, risk, trees
 
 
 class Kind(abc.ABC):
     """The contract of a curvature matrix: a mean over batches, and how to finish it."""
 
     looks_at_data: ClassVar[bool] = False  # whether check() does anything
+    is_centered: ClassVar[bool] = False  # whether batches are compared with a reference
 
     @property
     @abc.abstractmethod
@@ -30,7 +31,8 @@ class Kind(abc.ABC):
     def linearize(self, params, batch):
         """What all vectors share, done once: ``(loss, shared, product)``.
 
-        ``product(vector)`` is one product with this batch's matrix.
+        ``product(vector)`` is one product with this batch's matrix. A centered kind takes
+        the mean gradient of some batch as one more argument, on many batches.
         """
 
     @abc.abstractmethod
@@ -222,7 +224,9 @@ class EmpiricalFisher(Kind):
                 "BatchNorm in evaluation mode, or give the weight_fn of the mean."
             )
 
-    def linearize(self, params, batch):
+    def examples(self, params, batch):
+        """The losses of the examples, their weights, and both products with Jacobians."""
+
         def losses(params):
             return self.losses(params, batch)
 
@@ -236,37 +240,35 @@ class EmpiricalFisher(Kind):
             jax.eval_shape(transposed, params)
             return values, weights, lambda vector: transposed(vector)[0], pull
 
-        values, weights, push, pull = forward_or_reverse(
-            forward, reverse, losses, params
-        )
+        return forward_or_reverse(forward, reverse, losses, params)
+
+    def linearize(self, params, batch):
+        values, weights, push, pull = self.examples(params, batch)
         value = jnp.sum(weights * values)
-        shared = self.share(weights, pull)
-        return value, shared, lambda vector: pull(weights * push(vector))[0]
+        return value, (), lambda vector: pull(weights * push(vector))[0]
 
-    def share(self, weights, pull):
-        """What finishing needs beside the products."""
-        del weights, pull
-        return ()
-
-    def quadratic(self, params, batch, vector):
-        def moments(slopes, weights):
-            return jnp.sum(weights * slopes**2), jnp.sum(weights * slopes)
+    def slopes(self, params, batch, vector):
+        """The slopes of the examples' losses along a vector, and the weights."""
 
         def forward():
             _, slopes, weights = jax.jvp(
                 lambda p: self.losses(p, batch), (params,), (vector,), has_aux=True
             )
-            return moments(slopes, weights)
+            return slopes, weights
 
         def reverse():
             _, weights = self.losses(params, batch)
             values, pull = jax.vjp(lambda p: self.losses(p, batch)[0], params)
             slopes = jax.linear_transpose(lambda u: pull(u)[0], values)(vector)[0]
-            return moments(slopes, weights)
+            return slopes, weights
 
         return forward_or_reverse(
             forward, reverse, lambda p: self.losses(p, batch), params
         )
+
+    def quadratic(self, params, batch, vector):
+        slopes, weights = self.slopes(params, batch, vector)
+        return (jnp.sum(weights * slopes**2),)
 
 
 @jax.jit
@@ -294,17 +296,68 @@ def _both_losses(kind, params, batch):
 
 @dataclasses.dataclass(frozen=True)
 class GradientCovariance(EmpiricalFisher):
-    """The covariance of the examples' gradients."""
+    """The covariance of the examples' gradients.
 
-    def share(self, weights, pull):
-        return pull(weights)[0]  # the mean gradient
+    Their mean may be a thousand times their noise, and its square a million times what is
+    asked for. So nothing of its size is squared: slopes are centered within a batch, and
+    the means of batches are taken less a reference, the mean of one of them.
+    """
+
+    is_centered: ClassVar[bool] = True
+
+    def mean_gradient(self, params, batch):
+        """The mean gradient of a batch, a reference for the others."""
+        _, weights, _, pull = self.examples(params, batch)
+        return blocks.widen(pull(weights)[0])
+
+    def linearize(self, params, batch, reference=None):
+        values, weights, push, pull = self.examples(params, batch)
+        value, shared = jnp.sum(weights * values), ()
+        if reference is not None:
+            shared = blocks.subtract(blocks.widen(pull(weights)[0]), reference)
+
+        def product(vector):
+            centered, _ = _centered(push(vector), weights)
+            inside = pull(weights * centered.astype(weights.dtype))[0]
+            if reference is None:
+                return inside
+            slope = blocks.dot(shared, vector)
+            return jax.tree.map(
+                lambda x, s: trees.widen(x) + slope.astype(s.dtype) * s, inside, shared
+            )
+
+        return value, shared, product
 
     def finish(self, products, shared, vectors):
+        if not jax.tree.leaves(shared):
+            return products
         slopes = blocks.gram(vectors, blocks.single(shared))
         return blocks.subtract(products, blocks.combine(slopes, blocks.single(shared)))
 
+    def quadratic(self, params, batch, vector, reference=None):
+        slopes, weights = self.slopes(params, batch, vector)
+        centered, mean = _centered(slopes, weights)
+        inside = jnp.sum(trees.widen(weights) * centered**2)
+        if reference is None:
+            return (inside,)
+        mean = mean - blocks.dot(reference, vector).astype(mean.dtype)
+        return inside + mean**2, mean
+
     def finish_quadratic(self, moments):
-        return moments[0] - moments[1] ** 2
+        return moments[0] - moments[1] ** 2 if len(moments) > 1 else moments[0]
+
+
+def _centered(slopes, weights):
+    """Slopes less their weighted mean, in float32 or wider, and that mean.
+
+    Taken away twice: the rounding of the mean of large numbers would come back times the
+    mean gradient.
+    """
+    slopes, weights = trees.widen(slopes), trees.widen(weights)
+    mean = jnp.sum(weights * slopes)
+    centered = slopes - mean
+    rest = jnp.sum(weights * centered)
+    return centered - rest, mean + rest
 
 
 def forward_or_reverse(forward, reverse, function, params):

@@ -41,6 +41,7 @@ class Operator:
     def __init__(self, kind, risk):
         self.kind, self.risk = kind, risk
         self.is_checked = False  # whether the kind has looked at a batch
+        self.reference = ()  # the mean gradient of the first of many batches, if needed
 
     @property
     def like(self):
@@ -140,9 +141,9 @@ class Products:
 
     kind: Any
 
-    def __call__(self, params, batch, block):
+    def __call__(self, params, batch, block, reference=()):
         """``(loss, (products, shared))``."""
-        loss, shared, product = self.kind.linearize(params, batch)
+        loss, shared, product = self.kind.linearize(params, batch, *reference)
         found = loops.map_rows(
             lambda v: product(like_params(v, params)), block, unroll=2
         )
@@ -163,18 +164,26 @@ def _check_once(operator, rows):
     if operator.is_checked or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return
     operator.is_checked = True
-    batch = operator.batch
-    if operator.stream is not None and operator.kind.looks_at_data:
+    kind, batch = operator.kind, operator.batch
+    if operator.stream is not None and kind.looks_at_data:
         batch, _ = next(operator.risk.batches("first batch"), (None, 0.0))
-    if batch is not None:
-        operator.kind.check(operator.like, batch)
+    if batch is None:
+        return
+    kind.check(operator.like, batch)
+    if operator.stream is not None and kind.is_centered:
+        operator.reference = (_mean_gradient(kind, operator.like, batch),)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_gradient(kind, params, batch):
+    return kind.mean_gradient(params, batch)
 
 
 def products(operator, block):
     """Products with every row of a block, one pass over the data."""
     _check_once(operator, block)
     kind, params = operator.kind, operator.like
-    found, shared = operator.risk.mean(Products(kind), block)
+    found, shared = operator.risk.mean(Products(kind), block, operator.reference)
     return finish_products(kind, block_shardings(params), found, shared, block)
 
 
@@ -198,13 +207,14 @@ class Quadratics:
     kind: Any
     make: Callable
 
-    def __call__(self, params, batch, rows, basis):
+    def __call__(self, params, batch, rows, basis, reference=()):
         """``(loss, moments)``."""
         loss, _, _ = self.kind.linearize(params, batch)
 
         def moments(row):
             vector = self.make(row, basis, params)
-            return self.kind.quadratic(params, batch, like_params(vector, params))
+            vector = like_params(vector, params)
+            return self.kind.quadratic(params, batch, vector, *reference)
 
         return loss, blocks.widen(loops.map_rows(moments, rows, unroll=4))
 
@@ -213,6 +223,5 @@ def quadratics(operator, rows, make=_given, basis=None):
     """Quadratic forms of vectors made from rows, shape (rows,), in one pass."""
     _check_once(operator, rows)
     kind = operator.kind
-    return kind.finish_quadratic(
-        operator.risk.mean(Quadratics(kind, make), rows, basis)
-    )
+    arguments = rows, basis, operator.reference
+    return kind.finish_quadratic(operator.risk.mean(Quadratics(kind, make), *arguments))

@@ -227,10 +227,15 @@ def update(
     def loss_alone(params, rest, args, kwargs):
         return _loss_and_aux(source.run(params, rest, args, kwargs)[0], has_aux)[0]
 
-    with filters.model_axes(_axes.filter_axes(model, wrt=optimizer.wrt)):
+    with (
+        filters.model_axes(_axes.filter_axes(model, wrt=optimizer.wrt)),
+        sharding.watching_averages() as averaged,
+    ):
         _step(optimizer, model, source, _value_fn(loss_alone, source), kwargs)
     loss = _last_value(optimizer)[...]
-    _check_averaged(loss, axis_name)
+    _check_averaged(loss, axis_name, averaged)
+    if change is not None and change.paths:
+        _check_statistics(axis_name, averaged)
     if change is not None:
         source.write(change)
     return (loss, aux) if has_aux else loss
@@ -249,15 +254,27 @@ def _step(optimizer, model, source, value_fn, kwargs):
     optimizer.update(zeros, value_fn=value_fn, **kwargs)
 
 
-def _check_averaged(loss, axis_name):
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    for name in names:
-        if name in sharding.varying_axes(jax.typeof(loss)):
+def _check_averaged(loss, axis_name, averaged):
+    for name in sharding.axis_names(axis_name):
+        if sharding.tracks_varying((name,)):
+            differs = name in sharding.varying_axes(jax.typeof(loss))
+        else:
+            differs = name not in averaged
+        if differs:
             raise ValueError(
                 f"axis_name={name!r} is not averaged over by the link in the optimizer's "
-                f"chain, whose loss differs between devices; give it axis_name={name!r} "
-                "too."
+                f"chain, so devices would train apart; give it axis_name={name!r} too."
             )
+
+
+def _check_statistics(axis_name, averaged):
+    lacking = sorted(averaged - {*sharding.axis_names(axis_name)})
+    if lacking:
+        raise ValueError(
+            f"axis_name must name {', '.join(map(repr, lacking))} as the link in the "
+            f"optimizer's chain does, got {axis_name!r}; without it devices would keep "
+            "running statistics of their own."
+        )
 
 
 def _loss_and_aux(out, has_aux):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,8 @@ def noise_move(kernel):
 
     return move
 
+
+FEWEST_DRAWS = 10  # of equal weight, for an error that means anything
 
 ISOTROPIC, ELEMENTWISE = kernels.isotropic(), kernels.elementwise()
 
@@ -260,7 +263,9 @@ def local_entropy(
       gamma: inverse variance of the noise, > 0.
 
     Returns:
-      An :class:`~flatopt.curvature.Estimate`; its error by the delta method.
+      An :class:`~flatopt.curvature.Estimate`; its error by the delta method. Where rises
+      are far above 1, a few draws carry the mean of exponentials, and their error would
+      say little: it is infinite, with a warning, for fewer than 10 of equal weight.
 
     References:
       Chaudhari et al., `Entropy-SGD: Biasing Gradient Descent into Wide Valleys
@@ -290,7 +295,22 @@ def entropy_of(rises):
     least = jnp.where(jnp.isfinite(least), least, 0.0)
     value = least - jnp.log1p(jnp.mean(jnp.expm1(least - rises)))
     weights = jnp.expm1(value - rises)  # less one, so that their mean is 0
-    return Estimate.of(weights)._replace(value=value)
+    found = Estimate.of(weights)._replace(value=value)
+    carried = _effective_draws(weights + 1)
+    is_few = carried < min(FEWEST_DRAWS, len(weights) / 2)
+    if not isinstance(is_few, jax.core.Tracer) and is_few:
+        warnings.warn(
+            f"local_entropy rests on {float(carried):.2g} of its {len(weights)} draws, "
+            "those of the least rise, so that its error is unknown; choose a larger gamma.",
+            stacklevel=3,
+        )
+    error = jnp.where(is_few, jnp.inf, found.standard_error)
+    return found._replace(standard_error=error)
+
+
+def _effective_draws(weights):
+    """How many draws of equal weight would tell as much."""
+    return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
 
 
 def local_entropy_gradient(

@@ -43,10 +43,10 @@ def normalize_filters(
     Rescaling layers then no longer matters where every filter that is rescaled takes its
     own bias along: in ReLU networks without biases, or with biases in the first layer
     alone, and for a layer with its bias in front of a normalization. It still matters where
-    a later layer has a bias that is not zero: a layer times a and the next kernel over a
-    keep the function with that bias as it is, so that its filter's size does not go with
-    the kernel. There use :func:`average_case_adaptive` or :func:`worst_case` with
-    ``adaptive=True``, which no rescaling changes.
+    a later layer has a bias, be it zero: a layer times a and the next kernel over a keep
+    the function with that bias as it is, so that bias and filter no longer share a unit.
+    There use :func:`average_case_adaptive` or :func:`worst_case` with ``adaptive=True``,
+    which no rescaling changes.
 
     Args:
       params: the parameters.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -291,7 +292,8 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
     .. math:: E_B \left[ \frac{g_B^\top H_B\, g_B}{\|g_B\|^2} \right]
 
     with gradient and Hessian of the same batch. Batches count by their number of examples.
-    Those without a gradient, fitted exactly, are left out.
+    Those without a gradient, fitted exactly, are left out; where none is left the estimate
+    is NaN, with a warning.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss.
@@ -304,8 +306,7 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
       that have a gradient.
 
     Raises:
-      ValueError: without batches, for losses or gradients that are not finite, where no
-        batch has a gradient.
+      ValueError: without batches, for losses or gradients that are not finite.
 
     References:
       Andreyev, Beneventano, `Edge of Stochastic Stability
@@ -343,10 +344,13 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
     if not count:
         raise ValueError("batches must hold batches, got none; give a list of batches.")
     if not ratios:
-        raise ValueError(
-            f"batches must have gradients, got {count} whose gradient is zero; where all "
-            "are fitted there is no direction to measure along: use curvature.eigenpairs."
+        warnings.warn(
+            f"batches have no gradients, got {count} whose gradient is zero, so the result "
+            "is nan; where all are fitted use curvature.eigenpairs.",
+            stacklevel=2,
         )
+        nan = jnp.full_like(ratio, jnp.nan)
+        return Estimate(nan, nan, 0)
     return _weighted(np.stack(ratios), np.asarray(sizes))
 
 

@@ -33,7 +33,7 @@ class CriticalRate(NamedTuple):
         NaN: the differences are below its rounding.
       sharpness: :math:`2 / (\text{rate} \cdot \text{learning rate})`.
       bracket: the factors ``(low, high)`` between which the loss passes its start.
-      num_evaluations: number of passes, that at factor 0 among them.
+      num_evaluations: number of passes, those at factor 0 among them.
 
     Example:
       >>> from flatopt import stability
@@ -68,7 +68,8 @@ def critical_learning_rate(
     Forward passes alone: for Adam, Lion, Muon, clipped and masked updates, and for models
     without second derivatives. The factor is doubled or halved from ``start`` until the
     crossing is bracketed, then bisected to 1/16: some 7 passes from the last rate. With
-    several crossings it is one next to ``start``. The curvature of another loss along the
+    several crossings it is one next to ``start``. On a re-iterable of batches one more pass
+    tells whether the data were the same all along. The curvature of another loss along the
     same updates is had by giving that loss.
 
     On one batch it works inside ``jax.jit``.
@@ -86,7 +87,8 @@ def critical_learning_rate(
       A :class:`CriticalRate`.
 
     Raises:
-      ValueError: for updates of another structure, a loss that is not finite.
+      ValueError: for updates of another structure, a loss that is not finite, data that
+        change from pass to pass.
 
     References:
       `A scalable measure of loss landscape curvature
@@ -236,14 +238,16 @@ def _search(loss_fn, params, updates, batch, state):
 def _search_stream(risk, updates, state):
     moved = _Moved(risk.loss_fn)
 
-    def loss_at(factor):
-        return risk.mean(moved, factor, updates, check=False)
+    def loss_at(factor, check=False):
+        return risk.mean(moved, factor, updates, check=check)
 
-    loss, eps = loss_at(jnp.zeros_like(state.factor))
-    while state.phase != DONE and math.isfinite(loss):
+    start = jnp.zeros_like(state.factor)
+    loss, eps = loss_at(start, check=True)
+    while state.phase != DONE:
         rise = loss_at(state.factor)[0] - loss
         state = _advance_compiled(state, rise, ROUNDING * eps * jnp.abs(loss))
-    return state, loss
+    loss_at(start, check=True)  # an error where the data are no longer those of before
+    return state._replace(count=state.count + 1), loss
 
 
 def _advance(state, rise, rounding):

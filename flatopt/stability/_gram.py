@@ -1,7 +1,9 @@
 """Inner products of the examples' rows, a chunk of examples at a time."""
 
+import contextlib
 import functools
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +11,24 @@ import numpy as np
 
 from flatopt._core import blocks, progress, trees
 
-MOST_OUTPUTS = 46_000  # LAPACK counts the entries of a matrix in 32 bits
+MOST_OUTPUTS = 32_000  # LAPACK counts its work space, twice the matrix, in 32 bits
+COPIES = (
+    6  # of the matrix: its own, eigenvectors twice, work space of two; 5.4 measured
+)
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
 
 
 def check_size(num_outputs):
     """Reject a matrix that does not fit, before the system ends the process."""
-    needed = 3 * 8 * num_outputs**2  # the matrix, its eigenvectors, and work space
-    found = _host_memory()
+    needed = COPIES * 8 * num_outputs**2
+    found = _free_memory()
     if num_outputs > MOST_OUTPUTS or needed > found:
         raise ValueError(
             f"inputs give {num_outputs:,} outputs in all, whose inner products and their "
-            f"eigenvectors take {needed / 1e9:.3g} GB of {found / 1e9:.3g} GB of memory; "
-            "give fewer examples, or use estimate_alignment, batch_sharpness and "
-            "critical_learning_rate, which take batches."
+            f"eigenvectors take {needed / 1e9:.3g} GB of {found / 1e9:.3g} GB of free memory, "
+            f"with at most {MOST_OUTPUTS:,} outputs; give fewer examples, or use "
+            "estimate_alignment, batch_sharpness and critical_learning_rate, which take "
+            "batches."
         )
 
 
@@ -32,6 +38,18 @@ def _host_memory():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return UNKNOWN_MEMORY
+
+
+def _free_memory():
+    """Bytes that this process may still take; where Linux does not say, all there are."""
+    found = _host_memory()
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        line = next(x for x in lines if x.startswith("MemAvailable:"))
+        found = min(found, 1024 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # a limit may be the word "max"
+        found = min(found, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
 
 
 def most_held():

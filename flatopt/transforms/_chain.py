@@ -2,7 +2,7 @@
 
 import optax
 
-from flatopt.transforms import _link
+from flatopt.transforms import _link, _read
 
 
 def chain(
@@ -23,7 +23,8 @@ def chain(
 
     Raises:
       TypeError: for what is no gradient transformation.
-      ValueError: if a transformation stands before a link that would discard its result.
+      ValueError: if a transformation stands before a link that would discard its result;
+        raised by ``init`` for a link inside of a wrapper, as ``optax.inject_hyperparams``.
 
     Example:
       >>> import optax, flatopt
@@ -37,22 +38,39 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     for transformation in transformations:
         check_transformation(transformation)
         name = getattr(transformation.update, "makes_gradient", None)
-        if name is not None and before:
-            plural = "" if before == 1 else "s"
-            raise ValueError(
-                f"{name} must come first in a chain, got {before} transformation{plural} "
-                f"before it whose result it would discard; write flatopt.chain({name}"
-                "(...), optimizer)."
-            )
+        if name is not None:
+            _check_first(name, f"{name}(...)", before)
         before += not getattr(transformation.update, "keeps_updates", False)
     tx = optax.chain(*transformations)
     names = [getattr(t.update, "makes_gradient", None) for t in transformations]
     name = next((name for name in names if name is not None), None)
-    if name is None:
-        return tx
-    return optax.GradientTransformationExtraArgs(
-        tx.init, _link.makes_gradient(tx.update, name)
-    )
+    update_fn = tx.update if name is None else _link.makes_gradient(tx.update, name)
+
+    def init_fn(params):
+        states = tx.init(params)
+        _check_states(states, transformations)
+        return states
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_first(name, example, before):
+    if before:
+        plural = "" if before == 1 else "s"
+        raise ValueError(
+            f"{name} must come first in a chain, got {before} transformation{plural} "
+            f"before it whose result it would discard; write flatopt.chain({example}, "
+            "optimizer)."
+        )
+
+
+def _check_states(states, transformations):
+    """The same order by states: the mark of a link is lost where a wrapper is around it."""
+    before = 0
+    for state, transformation in zip(states, transformations, strict=True):
+        if "loss" in dict(_read.measured(state)):
+            _check_first("the link that measures a loss", "link", before)
+        before += not getattr(transformation.update, "keeps_updates", False)
 
 
 def check_transformation(given, name="chain"):

@@ -105,6 +105,7 @@ def link(
         with signatures.naming_what_lacks(value_fn, {**whole, **chunks}, extra_args):
             result = estimate(step)
         if axis_name is not None:
+            sharding.note_average(axis_name)
             result = jax.lax.pmean(result, axis_name)
         value, grads, memory = result
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
@@ -169,10 +170,17 @@ def unknown(params, value):
     """An infinity or a NaN for a state, as wide as the parameters.
 
     Outside of a trace it is put on the device as it is: what is computed, if by a copy
-    alone, fails under ``jax_debug_infs`` and ``jax_debug_nans``.
+    alone, fails under ``jax_debug_infs`` and ``jax_debug_nans``. What a jitted function
+    returns always does: there the largest number stands for an infinity, and zero for NaN.
     """
-    number = np.full((), value, value_dtype(params))
-    return jnp.array(number) if loops.is_staged() else jax.device_put(number)
+    dtype = value_dtype(params)
+    if not loops.is_staged():
+        return jax.device_put(np.full((), value, dtype))
+    if np.isnan(value) and jax.config.jax_debug_nans:
+        value = 0.0
+    if np.isinf(value) and jax.config.jax_debug_infs:
+        value = jnp.finfo(dtype).max
+    return jnp.full((), value, dtype)
 
 
 def _is_typed(key):

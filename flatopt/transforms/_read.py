@@ -1,11 +1,20 @@
 """What a state of an optimizer measured last, whatever is around the link."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flatopt.transforms import _skip, _states, _track
+
 _SCALES = ("scale", "sigma", "gamma", "rho")
+_STATES = (
+    _states.SmoothGradientsState,
+    _states.AdversarialState,  # of the fields of an EntropySGDState
+    _track.TrackStabilityState,
+    _skip.SkipNonfiniteState,
+)
 
 
 def loss(opt_state: Any) -> jax.Array:
@@ -19,7 +28,8 @@ def loss(opt_state: Any) -> jax.Array:
     Args:
       opt_state: a state of any chain that holds one link which makes a gradient: also
         inside of ``optax.masked``, ``optax.inject_hyperparams``, ``optax.MultiSteps``,
-        :func:`skip_nonfinite`, or the optimizer of Flax NNX or its state.
+        :func:`skip_nonfinite`, or the optimizer of Flax NNX, its state or ``nnx.state`` of
+        it.
 
     Returns:
       A scalar; infinite before the first update.
@@ -36,7 +46,7 @@ def loss(opt_state: Any) -> jax.Array:
       >>> flatopt.loss(state)
       Array(25., dtype=float32)
     """
-    found = [value for name, value in _measured(opt_state) if name == "loss"]
+    found = [value for name, value in measured(opt_state) if name == "loss"]
     if not found:
         raise ValueError(
             "opt_state must hold a link that makes a gradient, got none in a "
@@ -73,10 +83,10 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       >>> flatopt.metrics(state)
       {'loss': Array(25., dtype=float32), 'num_skipped': Array(0, dtype=int32)}
     """
-    measured = _measured(opt_state)
-    for name in {name for name, _ in measured}:
-        _check_one(name, [value for other, value in measured if other == name])
-    return dict(sorted(measured, key=lambda pair: pair[0]))
+    pairs = measured(opt_state)
+    for name in {name for name, _ in pairs}:
+        _check_one(name, [value for other, value in pairs if other == name])
+    return dict(sorted(pairs, key=lambda pair: pair[0]))
 
 
 def _check_one(name, found):
@@ -87,16 +97,17 @@ def _check_one(name, found):
         )
 
 
-def _measured(state):
+def measured(state):
     """All pairs of a name and a value, from the outermost state inward."""
     state = getattr(state, "opt_state", state)  # an optimizer, a train state
     pairs = []
 
     def visit(node):
+        node = _as_state(node)
         if hasattr(node, "metrics"):
             pairs.extend((name, _array(x)) for name, x in node.metrics().items())
-        hyperparams = getattr(node, "hyperparams", None)
-        if isinstance(hyperparams, dict):
+        hyperparams = _part(node, "hyperparams")
+        if isinstance(hyperparams, Mapping):
             names = [name for name in _SCALES if name in hyperparams]
             pairs.extend((name, _array(hyperparams[name])) for name in names)
         for child in _children(node):
@@ -106,7 +117,27 @@ def _measured(state):
     return pairs
 
 
+def _as_state(node):
+    """A state of ours from a dict of its fields, as nnx.state and checkpoints hold it."""
+    if not isinstance(node, Mapping):
+        return node
+    for kind in _STATES:
+        needed = [name for name in kind._fields if name not in kind._field_defaults]
+        if all(name in node for name in needed):
+            given = [name for name in kind._fields if name in node]
+            return kind(**{name: node[name] for name in given})
+    return node
+
+
+def _part(node, name):
+    if isinstance(node, Mapping):
+        return node.get(name)
+    return getattr(node, name, None)
+
+
 def _children(node):
+    if isinstance(node, Mapping):
+        return list(node.values())
     # One level: what is not the node itself is a leaf.
     leaves = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
     return [leaf for leaf in leaves if leaf is not node]

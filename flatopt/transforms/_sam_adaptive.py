@@ -202,7 +202,7 @@ def fisher_sam_gradients(
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
         value, grads = value_and_grad(params)
-        roots = jax.tree.map(lambda g: jax.lax.rsqrt(1 + eta * jnp.square(g)), grads)
+        roots = jax.tree.map(lambda g: _root_of_metric(g, eta), grads)
         step = vectors.scaled_ascent(grads, roots, rho)
         _, grads = value_and_grad(vectors.move(params, step))
         return value, grads, memory
@@ -215,3 +215,10 @@ def fisher_sam_gradients(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
     )
+
+
+def _root_of_metric(grad, eta):
+    """1 / sqrt(1 + eta g^2), by squares of numbers of at most one."""
+    size = jnp.abs(grad) * jnp.sqrt(jnp.asarray(eta, grad.dtype))
+    large = jnp.maximum(size, 1)
+    return jax.lax.rsqrt(large**-2 + jnp.square(size / large)) / large

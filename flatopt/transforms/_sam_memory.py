@@ -210,5 +210,5 @@ def _has_moved(params, point, step, rho):
         point,
         step,
     )
-    square = vectors.dot(lost, lost)
-    return square < jnp.square(jnp.asarray(rho).astype(square.dtype)) / 4
+    _, length = vectors.normalize(lost)
+    return length < jnp.asarray(rho).astype(length.dtype) / 2

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from flatopt import kernels, smoothing
-from flatopt._core import checks
+from flatopt._core import checks, sharding
 from flatopt._core.types import (
     AxisName,
     KernelFn,
@@ -140,6 +140,7 @@ def smoothed(
 
     def estimate(step):
         checks.check_axis_name(axis_name)
+        sharding.note_average(axis_name)
         # It masks, splits the batch and averages over devices: frozen leaves may get noise,
         # and weights of chunks come before the mean.
         value_fn, params = step.whole

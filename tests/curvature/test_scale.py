@@ -1,5 +1,7 @@
 """Products, norms, errors and bounds from 1e-25 to 1e25 in float32, against float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,52 @@ def test_xtrace_at_every_scale():
             float(found.value) / scale, np.trace(matrix), rtol=0.05
         )
         assert np.isinf(found.standard_error)
+
+
+def _linear(params, batch):
+    examples, weights = batch
+    slopes = examples @ params["a"] + jnp.sum(params["b"]) * examples[:, 0]
+    return jnp.sum(weights * slopes) / jnp.sum(weights)
+
+
+def _total_weight(batch):
+    return batch[1].sum()
+
+
+def _noisy_gradients(ratio, weights):
+    """Gradients of a mean ``ratio`` times their noise, and their covariance.
+
+    The mean is a power of two, so that the noise is not rounded in float32.
+    """
+    rng = np.random.default_rng(3)
+    noise = np.round(rng.normal(size=(24, 5)) * 128) / 128
+    examples = 2.0 ** round(np.log2(ratio)) + noise
+    gradients = np.concatenate([examples, examples[:, :1], examples[:, :1]], axis=1)
+    shares = weights / weights.sum()
+    centered = gradients - shares @ gradients
+    return examples, (centered.T * shares) @ centered
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("sizes", [[24], [8, 3, 13]], ids=["whole", "streamed"])
+def test_a_covariance_does_not_feel_the_mean_gradient(sizes):
+    weights = np.random.default_rng(4).integers(1, 4, 24)
+    params = {"a": jnp.zeros(5), "b": jnp.zeros(2)}
+    vector = jax.tree.map(jnp.ones_like, params)
+    for ratio in (1, 1e3, 3e4):
+        examples, expected = _noisy_gradients(ratio, weights)
+        data = [
+            (jnp.asarray(examples[i:j], "f4"), jnp.asarray(weights[i:j], "f4"))
+            for i, j in itertools.pairwise(np.cumsum([0, *sizes]))
+        ]
+        operator = curvature.gradient_covariance(
+            _linear,
+            params,
+            data if len(data) > 1 else data[0],
+            weight_fn=_total_weight,
+        )
+        error = 1e-5 + 3e-7 * ratio
+        wrong = np.abs(operator.dense() - expected).max()
+        assert wrong < error * np.abs(expected).max()
+        form = operator.quadratic_form(vector)
+        np.testing.assert_allclose(form, expected.sum(), rtol=10 * error)

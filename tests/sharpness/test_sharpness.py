@@ -1,5 +1,7 @@
 """Sharpness measures against closed forms on quadratics, and their invariances."""
 
+import warnings
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -175,6 +177,30 @@ def test_fisher_rao_norms_are_named_apart_and_differ():
     hessian = sharpness.fisher_rao_hessian(whole, w, data=(x, y))
     extra = (f - y) * -2 * f * (1 - f**2) * (x @ w) ** 2
     np.testing.assert_allclose(hessian, np.mean(slopes**2 + extra), rtol=1e-4)
+
+
+def _tilted(params):
+    return jnp.sum(params**2)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 20.0, 200.0, 2e4])
+def test_local_entropy_from_a_few_draws_says_so(gamma):
+    """100 directions: rises of 100 / gamma, which spread by a seventh of that."""
+    truth, found = 50 * np.log1p(2 / gamma), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(20):
+            key = jax.random.key(seed)
+            found.append(
+                sharpness.local_entropy(_tilted, jnp.zeros(100), key, gamma=gamma)
+            )
+    errors = np.array([e.standard_error for e in found])
+    distances = np.array([abs(e.value - truth) for e in found])
+    assert (distances <= 3.5 * errors).all()
+    assert np.isinf(errors).all() == (gamma < 10)
+    assert sum("rests on" in str(w.message) for w in caught) == np.isinf(errors).sum()
+    if gamma > 10:
+        assert (errors < 0.2 + truth).all()
 
 
 def test_shannon_entropy_and_the_entropy_gradient():

@@ -2,6 +2,7 @@
 
 import types
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,9 +72,23 @@ def test_the_loss_of_an_nnx_optimizer():
     optimizer = nnx.Optimizer(model, flatopt.sam_sgd(0.1), wrt=nnx.Param)
     expected = jnp.sum(model.kernel[...] ** 2)
     flatopt.flax.update(optimizer, model, lambda m: jnp.sum(m.kernel[...] ** 2))
-    for state in (optimizer, optimizer.opt_state):
+    whole = nnx.state(optimizer)
+    plain = nnx.to_pure_dict(whole)
+    for state in (optimizer, optimizer.opt_state, whole, whole["opt_state"], plain):
         np.testing.assert_allclose(flatopt.loss(state), expected, rtol=1e-6)
         assert list(flatopt.metrics(state)) == ["loss"]
+
+
+@pytest.mark.parametrize("name", MEASURE)
+def test_a_state_as_a_dict_says_the_same(name, standard_promotion):
+    tx = optax.chain(flatopt.track_stability(0.1, 8), optax.chain(optimizer(name)))
+    model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+    found = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    expected = flatopt.metrics(found)
+    assert {"loss", "trace"} <= {*expected}
+    for state in (nnx.state(found), flax.serialization.to_state_dict(tx.init(START))):
+        assert flatopt.metrics(state).keys() == expected.keys()
+        assert flatopt.loss(state) == jnp.inf
 
 
 def test_the_loss_under_jit_and_under_loss_scaling():
@@ -136,6 +151,27 @@ def test_a_link_after_anything_else_is_refused(name):
         ValueError, match=f"{name} must .* got 2 transformations before"
     ):
         flatopt.chain(optax.clip(1.0), optax.sgd(0.1), flatopt.chain(link))
+
+
+AROUND = {
+    "inject_hyperparams": lambda: optax.inject_hyperparams(flatopt.sam_gradients)(0.1),
+    "masked": lambda: optax.masked(flatopt.sam_gradients(0.1), True),
+    "apply_if_finite": lambda: optax.apply_if_finite(flatopt.nso_gradients(0.1), 5),
+    "optax.chain": lambda: optax.chain(flatopt.entropy_sgd_gradients(), optax.clip(1)),
+    "inside": lambda: flatopt.chain(
+        optax.inject_hyperparams(flatopt.lpf_gradients)(0.1), optax.sgd(0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", AROUND)
+def test_a_wrapped_link_after_anything_else_is_refused(wrapper, standard_promotion):
+    watch = flatopt.track_stability(0.1, 8)
+    flatopt.chain(watch, AROUND[wrapper](), optax.sgd(0.1)).init(START)
+    tx = flatopt.chain(watch, optax.sgd(0.1), AROUND[wrapper]())
+    for init in (tx.init, jax.jit(tx.init)):
+        with pytest.raises(ValueError, match="must come first in a chain, got 1 trans"):
+            init(START)
 
 
 RECIPES = [n for n in MEASURE if n.endswith(("_sgd", "_adamw"))]

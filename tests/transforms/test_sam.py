@@ -678,3 +678,63 @@ def test_derivatives_through_a_step_are_finite_where_the_gradient_is_zero():
             return jnp.sum(updates**2)
 
         assert jnp.isfinite(jax.grad(length)(jnp.zeros(2))).all(), name
+
+
+# Parameters and gradients far from one
+
+
+def _in_units(name, size):
+    """A method whose lengths are in units of a size."""
+    rho = RHO if "asam" in name else RHO * size
+    options = {
+        "asam": {"eta": 0.05 * size},
+        "filterwise_asam": {"eta": 0.05 * size},
+        "random_sam": {"sigma": 0.1, "key": 3},
+        "bayesian_sam": {"sigma": 0.1 * size, "key": 3},
+        "gsam": {"alpha": 0.4},
+        "look_sam": {"every": 3, "alpha": 0.7},
+        "friendly_sam": {"sigma": 0.8, "decay": 0.9},
+        "fisher_sam": {"eta": 0.5},
+    }.get(name, {})
+    return getattr(flatopt, f"{name}_gradients")(rho, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_do_not_feel_the_units(name):
+    params, data, value_fn, numpy_gradient = _factorization()
+    start = jax.tree.map(lambda p: np.asarray(p, "f8"), params)
+    target = np.asarray(data["target"], "f8")
+
+    @jax.jit
+    def two_steps(size, steep):
+        def scaled_fn(scaled):
+            point = jax.tree.map(lambda x: x / size, scaled)
+            return steep * (size * value_fn(point, **data))
+
+        scaled = jax.tree.map(lambda x: x * size, params)
+        tx = _in_units(name, size)
+        state, found = tx.init(scaled), []
+        for _ in range(2):
+            updates, state = tx.update(None, state, scaled, value_fn=scaled_fn)
+            found.append(jax.tree.map(lambda g: g / steep, updates))
+        return found
+
+    sizes = [(1e-25, 1.0), (1e25, 1.0), (1.0, 1e-12), (1.0, 1e12)]
+    if name == "usam":  # whose step is in units of the gradient
+        sizes = sizes[:2]
+    for size, steep in sizes:
+        found, memory = two_steps(jnp.float32(size), jnp.float32(steep)), None
+        for step, grads in enumerate(found):
+            expected, memory = _reference(
+                name,
+                start,
+                lambda p, steep=steep: _map(
+                    lambda g: steep * g, numpy_gradient(p, target)
+                ),
+                step,
+                memory,
+            )
+            for leaf in start:
+                np.testing.assert_allclose(
+                    grads[leaf], expected[leaf] / steep, rtol=2e-4, atol=2e-5
+                )

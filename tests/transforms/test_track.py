@@ -199,7 +199,8 @@ def test_it_starts_and_steps_under_the_checks_of_jax(name, flag, standard_promot
     tx, params = transformation(name), jnp.ones(3)
     jax.config.update(flag, True)
     try:
-        state = tx.init(params)
+        tx.init(params)
+        state = jax.jit(tx.init)(params)
         for _ in range(2):
             _, state = tx.update(
                 params,
