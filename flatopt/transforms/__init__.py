@@ -13,8 +13,13 @@ from flatopt.transforms._sam_adaptive import (
     filterwise_asam_gradients,
     fisher_sam_gradients,
 )
-from flatopt.transforms._sam_memory import friendly_sam_gradients, look_sam_gradients
-from flatopt.transforms._sam_noisy import bayesian_sam_gradients, random_sam_gradients
+from flatopt.transforms._sam_functional import functional_sam_gradients
+from flatopt.transforms._sam_memory import (
+    friendly_sam_gradients,
+    look_sam_gradients,
+    momentum_sam_gradients,
+)
+from flatopt.transforms._sam_noisy import noisy_sam_gradients, random_sam_gradients
 from flatopt.transforms._skip import SkipNonfiniteState, skip_nonfinite
 from flatopt.transforms._smooth import smooth_gradients
 from flatopt.transforms._states import (
@@ -36,16 +41,18 @@ __all__ = [
     "accumulate",
     "anti_pgd",
     "asam_gradients",
-    "bayesian_sam_gradients",
     "chain",
     "entropy_sgd_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
     "friendly_sam_gradients",
+    "functional_sam_gradients",
     "gsam_gradients",
     "look_sam_gradients",
     "loss",
     "metrics",
+    "momentum_sam_gradients",
+    "noisy_sam_gradients",
     "lpf_gradients",
     "nso_gradients",
     "random_sam_gradients",

@@ -24,7 +24,11 @@ def check_direction(direction):
             f"direction must be an optax transformation, got {got}; write "
             "optax.scale_by_adam() or optax.ema(0.9)."
         )
-    with jax.ensure_compile_time_eval():
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         if _slope(direction) < 0:
             raise ValueError(
                 "direction must point uphill, got a transformation whose updates point "

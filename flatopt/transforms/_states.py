@@ -103,10 +103,11 @@ class AdversarialState(NamedTuple):
       count: number of updates made, shape (), int32.
       noise_key: raw data of the random key, uint32.
       clean_value: the loss at the parameters before the last step, shape (), float32
-        or wider; of :func:`random_sam_gradients` and :func:`bayesian_sam_gradients`
-        the loss at the noisy parameters. Infinite before the first update.
-      memory: what the method keeps between steps, shaped like the parameters; ``()``
-        for most.
+        or wider; of :func:`noisy_sam_gradients` and :func:`random_sam_gradients` at
+        the noisy ones, of :func:`momentum_sam_gradients` at the moved ones. Infinite
+        before the first update.
+      memory: what the method keeps between steps, shaped like the parameters, or the
+        state of a ``direction``; ``()`` for most.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
 
