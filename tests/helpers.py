@@ -212,6 +212,13 @@ TRANSFORMATIONS = {
         gradients=3,  # of the loss of the outputs, which is taken once
     ),
     "gsam_gradients": _sam({"alpha": 0.1}, arguments={"alpha": 0.4}),
+    "ire": Row(
+        {"kappa": 0.5, "sharp_share": 0.5},
+        {"kappa": 0.1},
+        quick={"every": 1},
+        gradients=1,
+        is_last=True,
+    ),
     "look_sam_gradients": _sam(
         {"every": 3, "alpha": TINY},
         quick={"every": 1},

@@ -653,7 +653,14 @@ def _scheduled():
 
 def test_arguments_that_may_be_schedules_are_found():
     arguments = {argument for _, argument in _scheduled()}
-    assert arguments == {"scale", "rho", "gamma", "sigma", "learning_rate"}
+    assert arguments == {
+        "gamma",
+        "kappa",
+        "learning_rate",
+        "rho",
+        "scale",
+        "sigma",
+    }
 
 
 @pytest.mark.parametrize(("name", "argument"), _scheduled())

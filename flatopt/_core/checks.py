@@ -62,6 +62,15 @@ def check_decay(decay):
         )
 
 
+def check_share(share, name):
+    """Reject what is not a number between 0 and 1; traced values pass unseen."""
+    check_scale(share, name)
+    if not isinstance(share, jax.core.Tracer) and float(share) > 1:
+        raise ValueError(
+            f"{name} must be between 0 and 1, got {share}; give it as a part of the whole."
+        )
+
+
 def check_start_step(start_step):
     whole = isinstance(start_step, numbers.Integral) and not isinstance(
         start_step, bool

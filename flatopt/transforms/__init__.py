@@ -5,6 +5,7 @@ from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
 from flatopt.transforms._chain import chain
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.transforms._ire import IREState, ire
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._read import loss, metrics
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
@@ -35,6 +36,7 @@ __all__ = [
     "AntiPGDState",
     "EntropySGDState",
     "GradientCounter",
+    "IREState",
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
@@ -48,6 +50,7 @@ __all__ = [
     "friendly_sam_gradients",
     "functional_sam_gradients",
     "gsam_gradients",
+    "ire",
     "look_sam_gradients",
     "loss",
     "metrics",
