@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 
 from flatopt import curvature, kernels, schedules
 from flatopt.optimizers import (
+    IVONState,
     asam_sgd,
+    ivon,
     lpf_adamw,
     lpf_sgd,
     nso_adamw,
     nso_sgd,
+    posterior_kernel,
     sam_sgd,
+    sample_posterior,
 )
 from flatopt.smoothing import smooth, smooth_value_and_grad
 from flatopt.transforms import (
@@ -57,6 +61,7 @@ __all__ = [
     "EntropySGDState",
     "GradientCounter",
     "IREState",
+    "IVONState",
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
@@ -73,6 +78,7 @@ __all__ = [
     "functional_sam_gradients",
     "gsam_gradients",
     "ire",
+    "ivon",
     "kernels",
     "look_sam_gradients",
     "loss",
@@ -85,9 +91,11 @@ __all__ = [
     "nso_adamw",
     "nso_gradients",
     "nso_sgd",
+    "posterior_kernel",
     "random_sam_gradients",
     "sam_gradients",
     "sam_sgd",
+    "sample_posterior",
     "schedules",
     "sharpness",
     "skip_nonfinite",

@@ -219,6 +219,14 @@ TRANSFORMATIONS = {
         gradients=1,
         is_last=True,
     ),
+    "ivon": Row(
+        {"learning_rate": 0.1, "ess": 100.0},
+        {"learning_rate": 0.02, "ess": 1e8, "beta2": 1 - 1e-8},
+        quick={"beta2": 0.875},
+        gradients=3,
+        is_optimizer=True,
+        is_resumed=True,
+    ),
     "look_sam_gradients": _sam(
         {"every": 3, "alpha": TINY},
         quick={"every": 1},

@@ -53,11 +53,18 @@ def check_scale(scale, name="scale"):
         )
 
 
-def check_decay(decay):
-    check_scale(decay, "decay")
+def check_positive(number, name):
+    """Reject what is not a finite number > 0; traced values pass unseen."""
+    check_scale(number, name)
+    if not isinstance(number, jax.core.Tracer) and float(number) == 0:
+        raise ValueError(f"{name} must be greater than 0, got 0; give one number.")
+
+
+def check_decay(decay, name="decay"):
+    check_scale(decay, name)
     if not isinstance(decay, jax.core.Tracer) and float(decay) >= 1:
         raise ValueError(
-            f"decay must be less than 1, got {decay}; it is the weight of the past in a "
+            f"{name} must be less than 1, got {decay}; it is the weight of the past in a "
             "moving average."
         )
 

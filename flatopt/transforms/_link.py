@@ -100,6 +100,7 @@ def link(
             signatures.forwarded(value_fn, extra_args), names, num_chunks, count_name
         )
         own_key = step_key(state, key)
+        shared = memory, free  # the same on all devices
         if axis_name is not None:
             own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
             free, memory = sharding.tree_varying((free, memory), axis_name)
@@ -118,7 +119,8 @@ def link(
         if axis_name is not None:
             result = sharding.mean_over(result, axis_name)
         if finish is not None:
-            result = finish(step, result)
+            memory, free = shared
+            result = finish(step._replace(params=free, memory=memory), result)
         value, grads, memory = result
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
         loss_name = state_type._fields[2]

@@ -53,7 +53,8 @@ def all_finite(tree):
     return finite
 
 
-def _after_skip(new):
+def advanced(new):
+    """The state that a step would have left, of which the next one starts afresh."""
     if isinstance(new.is_finite, tuple):
         return new
     return new._replace(is_finite=jnp.ones_like(new.is_finite))
@@ -87,7 +88,7 @@ class SmoothGradientsState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all of it advances."""
-        return _after_skip(new)
+        return advanced(new)
 
     def metrics(self):
         """The loss measured last."""
@@ -125,7 +126,7 @@ class AdversarialState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all but the memory advances."""
-        return _after_skip(new)._replace(memory=self.memory)
+        return advanced(new)._replace(memory=self.memory)
 
     def metrics(self):
         """The loss measured last."""
@@ -158,7 +159,7 @@ class EntropySGDState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all of it advances."""
-        return _after_skip(new)
+        return advanced(new)
 
     def metrics(self):
         """The loss measured last."""
