@@ -195,8 +195,8 @@ METHODS = {
     "random SAM": Method(
         before_sgd(flatopt.random_sam_gradients, 0.01), 2, flat_grid(LARGE)
     ),
-    "Bayesian SAM": Method(
-        before_sgd(flatopt.bayesian_sam_gradients, 0.01), 2, flat_grid(LARGE)
+    "noisy SAM": Method(
+        before_sgd(flatopt.noisy_sam_gradients, 0.01), 2, flat_grid(LARGE)
     ),
     "GSAM": Method(before_sgd(flatopt.gsam_gradients, 0.2), 2, flat_grid(LARGE)),
     "LookSAM": Method(before_sgd(flatopt.look_sam_gradients), 1.2, flat_grid(LARGE)),

@@ -128,6 +128,7 @@ class Row(NamedTuple):
       is_last: whether it stands last in a chain.
       needs_value_fn: whether its update needs the loss.
       branches: more arguments, under each of which the loss is in a loop or a branch.
+      make: what makes it, where its loss is not passed to update; None: its name.
       is_resumed: whether it has a kind of state, or reads one as no other does.
     """
 
@@ -142,6 +143,7 @@ class Row(NamedTuple):
     is_last: bool = False
     needs_value_fn: bool = True
     branches: tuple[dict[str, Any], ...] = ()
+    make: Any = None
     is_resumed: bool = False
 
 
@@ -155,6 +157,28 @@ def _recipe(tiny, gradients, **options):
     arguments = {"learning_rate": 0.1, **options.pop("arguments", {})}
     tiny = {"learning_rate": rate, **tiny}
     return Row(arguments, tiny, gradients=gradients, is_optimizer=True, **options)
+
+
+def _of_value_fn(make):
+    """A link of a model and a loss: of the parameters themselves, and the loss of update."""
+
+    def made(**options):
+        def update(updates, state, params=None, *, value_fn=None, **extra_args):
+            tx = make(lambda params: params, value_fn, **options)
+            return tx.update(updates, state, params, **extra_args)
+
+        tx = make(lambda params: params, jnp.sum, **options)
+        update.makes_gradient = tx.update.makes_gradient
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    signature = inspect.signature(make)
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+        if name not in ("model_fn", "loss_fn")
+    ]
+    made.__signature__ = signature.replace(parameters=parameters)
+    return made
 
 
 TRANSFORMATIONS = {
@@ -176,9 +200,6 @@ TRANSFORMATIONS = {
     ),
     "asam_gradients": _sam(),
     "asam_sgd": _recipe({"rho": TINY}, 6),
-    "bayesian_sam_gradients": _sam(
-        {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}
-    ),
     "chain": Row(
         {}, parts=(flatopt.nso_sgd(2e-3, TINY), optax.identity()), is_optimizer=True
     ),
@@ -194,7 +215,27 @@ TRANSFORMATIONS = {
     "filterwise_asam_gradients": _sam(),
     "fisher_sam_gradients": _sam(),
     "friendly_sam_gradients": _sam({"sigma": 0.5}, is_resumed=True),
+    "functional_sam_gradients": _sam(
+        make=_of_value_fn(flatopt.functional_sam_gradients),
+        needs_value_fn=False,
+        gradients=3,  # of the loss of the outputs, which is taken once
+    ),
     "gsam_gradients": _sam({"alpha": 0.1}, arguments={"alpha": 0.4}),
+    "ire": Row(
+        {"kappa": 0.5, "sharp_share": 0.5},
+        {"kappa": 0.1},
+        quick={"every": 1},
+        gradients=1,
+        is_last=True,
+    ),
+    "ivon": Row(
+        {"learning_rate": 0.1, "ess": 100.0},
+        {"learning_rate": 0.02, "ess": 1e8, "beta2": 1 - 1e-8},
+        quick={"beta2": 0.875},
+        gradients=3,
+        is_optimizer=True,
+        is_resumed=True,
+    ),
     "look_sam_gradients": _sam(
         {"every": 3, "alpha": TINY},
         quick={"every": 1},
@@ -217,6 +258,10 @@ TRANSFORMATIONS = {
         arguments={"gamma": 0.1},
         quick={"num_samples": 1},
         is_resumed=True,
+    ),
+    "momentum_sam_gradients": _sam(gradients=3, is_resumed=True),
+    "noisy_sam_gradients": _sam(
+        {"sigma": TINY}, arguments={"sigma": 0.1}, quiet={"sigma": 0.0}
     ),
     "nso_adamw": _recipe({"sigma": TINY}, 6, adam=True),
     "nso_gradients": Row({"sigma": 0.1}, {"sigma": TINY}),
@@ -265,10 +310,15 @@ def arguments_of(name, *columns, **more):
     return {**row.arguments, **changes, **more}
 
 
+def maker(name):
+    """The function that makes a transformation whose loss is passed to update."""
+    return TRANSFORMATIONS[name].make or getattr(flatopt, name)
+
+
 def transformation(name, *columns, **more):
     """A transformation made from its row."""
     parts = TRANSFORMATIONS[name].parts
-    return getattr(flatopt, name)(*parts, **arguments_of(name, *columns, **more))
+    return maker(name)(*parts, **arguments_of(name, *columns, **more))
 
 
 def optimizer(name, *columns, rate=None, momentum=0.9, **more):

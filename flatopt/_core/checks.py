@@ -54,12 +54,28 @@ def check_scale(scale, name="scale"):
         )
 
 
-def check_decay(decay):
-    check_scale(decay, "decay")
+def check_positive(number, name):
+    """Reject what is not a finite number > 0; traced values pass unseen."""
+    check_scale(number, name)
+    if not isinstance(number, jax.core.Tracer) and float(number) == 0:
+        raise ValueError(f"{name} must be greater than 0, got 0; give one number.")
+
+
+def check_decay(decay, name="decay"):
+    check_scale(decay, name)
     if not isinstance(decay, jax.core.Tracer) and float(decay) >= 1:
         raise ValueError(
-            f"decay must be less than 1, got {decay}; it is the weight of the past in a "
+            f"{name} must be less than 1, got {decay}; it is the weight of the past in a "
             "moving average."
+        )
+
+
+def check_share(share, name):
+    """Reject what is not a number between 0 and 1; traced values pass unseen."""
+    check_scale(share, name)
+    if not isinstance(share, jax.core.Tracer) and float(share) > 1:
+        raise ValueError(
+            f"{name} must be between 0 and 1, got {share}; give it as a part of the whole."
         )
 
 

@@ -63,6 +63,22 @@ def tree_varying(params, axis_name):
     return jax.tree.map(lambda leaf: make_varying(jnp.asarray(leaf), axes), params)
 
 
+def mean_over(tree, axis_name):
+    """The mean over the devices of an axis; counts are the same on all, and stay."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+    floats = [x for x, flag in zip(leaves, is_float, strict=True) if flag]
+    means = iter(jax.lax.pmean(floats, axis_name))
+
+    def same(leaf):
+        leaf = jnp.asarray(leaf)
+        return jax.lax.pmax(leaf.astype(jnp.int32), axis_name).astype(leaf.dtype)
+
+    return treedef.unflatten(
+        [next(means) if f else same(x) for x, f in zip(leaves, is_float, strict=True)]
+    )
+
+
 def block_shardings(params):
     """The shardings of concrete parameters on a mesh, for static use; else None."""
     leaves = jax.tree.leaves(params)

@@ -44,12 +44,17 @@ def forwarded(value_fn, extra_args):
             "sample_key is the key that flatopt draws for each sample, got one as an "
             "argument; choose another name for yours."
         )
-    first = next(iter(parameters_of(value_fn) or {}), None)
+    return accepted(value_fn, extra_args)
+
+
+def accepted(function, arguments):
+    """Those of the arguments that a function takes, but for its first parameter."""
+    first = next(iter(parameters_of(function) or {}), None)
     return {
         name: value
-        for name, value in extra_args.items()
-        if takes_any_keyword(value_fn)
-        or (name != first and names_keyword(value_fn, name))
+        for name, value in arguments.items()
+        if takes_any_keyword(function)
+        or (name != first and names_keyword(function, name))
     }
 
 

@@ -13,6 +13,7 @@ beside it, another sharding or another number of devices changes nothing.
 
 from flatopt._core.filters import FilterAxes as FilterAxes
 from flatopt.kernels._changed import masked, one_layer, shared_magnitude
+from flatopt.kernels._hardware import polynomial, relative_to_max, rounding
 from flatopt.kernels._independent import elementwise, filterwise, isotropic
 from flatopt.kernels._kernel import Kernel
 from flatopt.kernels._samplers import Sampler as Sampler
@@ -27,6 +28,9 @@ __all__ = [
     "masked",
     "normal",
     "one_layer",
+    "polynomial",
+    "relative_to_max",
+    "rounding",
     "shared_magnitude",
     "signs",
     "uniform",

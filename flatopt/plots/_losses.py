@@ -14,137 +14,6 @@ from flatopt._core.types import KernelFn, LossFn, WeightFn
 from flatopt.plots._axes import new_axes
 from flatopt.stability import _checks
 
-<<<<<<< ours
-=======
-try:
-    import matplotlib.pyplot as plt
-except ImportError as error:
-    raise ImportError(
-        "flatopt.plots needs matplotlib, which is not installed; run "
-        "pip install 'flatopt[plot]'."
-    ) from error
-
-
-def _axes(ax, **labels):
-    if ax is None:
-        _, ax = plt.subplots(layout="constrained")
-    ax.set(**labels)
-    return ax
-
-
-def spectral_density(
-    density: curvature.SpectralDensity,
-    *,
-    width: float | None = None,
-    num_points: int = 1000,
-    ax: Any = None,
-):
-    """The eigenvalue density on a logarithmic scale.
-
-    Args:
-      density: from :func:`flatopt.curvature.spectral_density`.
-      width: of the Gaussian that blurs each node; default: a hundredth of the range.
-      num_points: number of points of the curve.
-      ax: matplotlib axes to draw into.
-
-    Returns:
-      The axes.
-
-    Example:
-      >>> import matplotlib; matplotlib.use("agg")
-      >>> import numpy as np
-      >>> from flatopt import curvature, plots
-      >>> nodes, weights = np.array([[0.0, 1.0, 5.0]]), np.array([[0.8, 0.1, 0.1]])
-      >>> ax = plots.spectral_density(curvature.SpectralDensity(nodes, weights))
-      >>> ax.get_xlabel()
-      'eigenvalue'
-    """
-    low, high = density.nodes.min(), density.nodes.max()
-    if width is None:
-        width = max((high - low) / 100, 1e-6 * max(abs(low), abs(high))) or 1.0
-    points = np.linspace(low - 5 * width, high + 5 * width, num_points)
-    ax = _axes(ax, xlabel="eigenvalue", ylabel="density", yscale="log")
-    heights = density.density(points, width)
-    ax.plot(points, heights)
-    floor = max(heights.max() * 1e-8, np.finfo("f8").tiny)
-    ax.set_ylim(bottom=floor)
-    return ax
-
-
-def layer_traces(probe: curvature.Probe, *, ax: Any = None):
-    """The trace of each layer's block as bars, with 95 % intervals.
-
-    Args:
-      probe: from :func:`flatopt.curvature.probe`.
-      ax: matplotlib axes to draw into.
-
-    Returns:
-      The axes.
-
-    Example:
-      >>> import matplotlib; matplotlib.use("agg")
-      >>> import jax, jax.numpy as jnp
-      >>> from flatopt import curvature, plots
-      >>> operator = curvature.hessian(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones(9)})
-      >>> ax = plots.layer_traces(curvature.probe(operator, jax.random.key(0)))
-      >>> [label.get_text() for label in ax.get_yticklabels()]
-      ['w']
-    """
-    low, _ = probe.layer_traces.interval()
-    names = [
-        trees.path_name(path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(probe.layer_traces.value)
-    ]
-    values = np.array(jax.tree.leaves(probe.layer_traces.value), "f8")
-    errors = values - np.array(jax.tree.leaves(low), "f8")
-    ax = _axes(ax, xlabel="trace of the Hessian's block")
-    ax.barh(names, values, xerr=errors, capsize=2)
-    ax.invert_yaxis()
-    return ax
-
-
-@functools.lru_cache(maxsize=64)
-def _plane(kernel):
-    def move(row, params, fixed):
-        directions = [binding.bind(kernel, key, params)(key) for key in fixed]
-        return jax.tree.map(
-            lambda p, *d: (
-                trees.widen(p)
-                + sum(row[i].astype(u.dtype) * u for i, u in enumerate(d))
-            ),
-            params,
-            *directions,
-        )
-
-    return move
-
-
-FILTERWISE = kernels.filterwise()
-
-
-def _steps(radius, num_points):
-    _checks.check_rate(radius, "radius")
-    _checks.check_count(num_points, "num_points", "points along an axis")
-    if num_points < 2:
-        raise ValueError(f"num_points must be at least 2 for a line, got {num_points}.")
-    return np.linspace(-radius, radius, num_points)
-
-
-def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
-    _checks.check_key(key)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
-    keys = tuple(jax.random.split(key, rows.shape[1]))
-    move = _plane(FILTERWISE if kernel is None else kernel)
-    losses = np.asarray(risk.losses(move, jnp.asarray(rows), keys))
-    if not np.isfinite(losses).any():
-        raise ValueError(
-            f"the loss is finite at none of the {len(losses)} points, got "
-            f"{losses[len(losses) // 2]:g} in the middle; look at the loss at params "
-            "first, and choose a smaller radius."
-        )
-    return losses
-
->>>>>>> theirs
 
 def loss_line(
     loss_fn: LossFn,
@@ -259,7 +128,14 @@ def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
     risk = Risk.of(loss_fn, params, data, weight_fn)
     keys = tuple(jax.random.split(key, rows.shape[1]))
     move = _plane(FILTERWISE if kernel is None else kernel)
-    return np.asarray(risk.losses(move, jnp.asarray(rows), keys))
+    losses = np.asarray(risk.losses(move, jnp.asarray(rows), keys))
+    if not np.isfinite(losses).any():
+        raise ValueError(
+            f"the loss is finite at none of the {len(losses)} points, got "
+            f"{losses[len(losses) // 2]:g} in the middle; look at the loss at params "
+            "first, and choose a smaller radius."
+        )
+    return losses
 
 
 @functools.lru_cache(maxsize=64)

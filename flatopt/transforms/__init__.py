@@ -5,6 +5,7 @@ from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
 from flatopt.transforms._chain import chain
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
+from flatopt.transforms._ire import IREState, ire
 from flatopt.transforms._papers import lpf_gradients, nso_gradients
 from flatopt.transforms._read import loss, metrics
 from flatopt.transforms._sam import gsam_gradients, sam_gradients, usam_gradients
@@ -13,8 +14,13 @@ from flatopt.transforms._sam_adaptive import (
     filterwise_asam_gradients,
     fisher_sam_gradients,
 )
-from flatopt.transforms._sam_memory import friendly_sam_gradients, look_sam_gradients
-from flatopt.transforms._sam_noisy import bayesian_sam_gradients, random_sam_gradients
+from flatopt.transforms._sam_functional import functional_sam_gradients
+from flatopt.transforms._sam_memory import (
+    friendly_sam_gradients,
+    look_sam_gradients,
+    momentum_sam_gradients,
+)
+from flatopt.transforms._sam_noisy import noisy_sam_gradients, random_sam_gradients
 from flatopt.transforms._skip import SkipNonfiniteState, skip_nonfinite
 from flatopt.transforms._smooth import smooth_gradients
 from flatopt.transforms._states import (
@@ -30,22 +36,26 @@ __all__ = [
     "AntiPGDState",
     "EntropySGDState",
     "GradientCounter",
+    "IREState",
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
     "accumulate",
     "anti_pgd",
     "asam_gradients",
-    "bayesian_sam_gradients",
     "chain",
     "entropy_sgd_gradients",
     "filterwise_asam_gradients",
     "fisher_sam_gradients",
     "friendly_sam_gradients",
+    "functional_sam_gradients",
     "gsam_gradients",
+    "ire",
     "look_sam_gradients",
     "loss",
     "metrics",
+    "momentum_sam_gradients",
+    "noisy_sam_gradients",
     "lpf_gradients",
     "nso_gradients",
     "random_sam_gradients",

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flatopt._core import checks, layout, loops, random, trees
 from flatopt._core.types import AxisName
@@ -19,11 +20,23 @@ class Options(NamedTuple):
     key: int | jax.Array
 
 
-def adversarial(name, rho, gradients, options, init_memory=None):
+def adversarial(
+    name,
+    rho,
+    gradients,
+    options,
+    init_memory=None,
+    *,
+    is_memory_of_free=False,
+    own_value_fn=None,
+    given=None,
+):
     """The transformation of one method.
 
     ``gradients(value_and_grad, params, rho, key, memory, count)`` returns the value,
-    the gradient and the new memory, for one microbatch.
+    the gradient and the new memory, for one microbatch. A method that needs other parts of
+    the loss is given ``given(step, key, chunk)`` in place of ``value_and_grad``. What the
+    microbatches make of the memory is averaged; counts in it are those of the first one.
     """
     if not callable(rho):
         checks.check_scale(rho, "rho")
@@ -50,18 +63,27 @@ def adversarial(name, rho, gradients, options, init_memory=None):
                 return *value_and_grad(step.params), step.memory
 
             def method():
+                parts_of_loss = value_and_grad
+                if given is not None:
+                    parts_of_loss = given(step, key, chunk)
                 return gradients(
-                    value_and_grad, step.params, radius, key, step.memory, step.count
+                    parts_of_loss, step.params, radius, key, step.memory, step.count
                 )
 
             if isinstance(options.start_step, int) and options.start_step == 0:
-                return method(), None
-            return loops.cond(step.count >= options.start_step, method, plain), None
+                return _split(method())
+            return _split(loops.cond(step.count >= options.start_step, method, plain))
 
-        total, _ = layout.sum_samples(
+        total, counts = layout.sum_samples(
             microbatch, parts, step.chunks, "auto", rematerialize=False
         )
-        return jax.tree.map(lambda x: x / parts, total)
+        means = jax.tree.map(lambda x: x / parts, total)
+        return jax.tree.map(
+            lambda mean, count: mean if count is None else count[0],
+            means,
+            counts,
+            is_leaf=lambda x: x is None,
+        )
 
     return _link.link(
         name,
@@ -74,4 +96,12 @@ def adversarial(name, rho, gradients, options, init_memory=None):
         count_name="num_microbatches",
         axis_name=options.axis_name,
         init_memory=init_memory,
+        is_memory_of_free=is_memory_of_free,
+        own_value_fn=own_value_fn,
     )
+
+
+def _split(tree):
+    """What can be averaged, and the rest, each with None in place of the other."""
+    flags = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(tree)]
+    return trees.select(tree, flags), trees.select(tree, [not flag for flag in flags])

@@ -55,13 +55,19 @@ def link(
     count_name="num_samples",
     axis_name=None,
     init_memory=None,
+    is_memory_of_free=False,
+    own_value_fn=None,
+    finish=None,
 ):
     """The transformation whose gradient is ``estimate(step)``.
 
     ``estimate`` takes a :class:`Step` and returns the loss, the gradient with respect to
     ``step.params`` and the new memory, on one device: they are averaged over
     ``axis_name``, cast and put into place here. A state of ``state_type`` has count, key
-    and loss as its first fields; with ``init_memory`` it has ``memory`` too.
+    and loss as its first fields; with ``init_memory`` it has ``memory`` too: a tree like
+    the parameters, or, if it ``is_memory_of_free``, any tree made of the free ones alone.
+    ``own_value_fn`` stands in for the loss that is passed to ``update``. ``finish(step,
+    result)`` makes of what was averaged over devices the loss, the gradient and the memory.
     """
     check_key(key)
     names = checks.check_names(batch_argnames)
@@ -72,23 +78,29 @@ def link(
             jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
         )
         state = state._replace(is_finite=_states.initial_flag())
-        return (
-            state if init_memory is None else state._replace(memory=init_memory(params))
-        )
+        if init_memory is None:
+            return state
+        if is_memory_of_free and jax.tree.leaves(params):
+            params = selection(params, mask)[0](params)
+        return _with_memory(state, init_memory(params))
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del updates
+        value_fn = value_fn if own_value_fn is None else own_value_fn
         check_update(params, value_fn, name)
         _check_not_accumulated(name)
         checks.check_batch_argnames(names, value_fn)
         checks.check_axis_name(axis_name)
         value_of, select, merge = partition(value_fn, params, mask)
         free = checks.check_params(select(params))
-        memory = () if init_memory is None else select(state.memory)
+        memory = () if init_memory is None else state.memory
+        if init_memory is not None and not is_memory_of_free:
+            memory = select(memory)
         chunks, whole = layout.split_batch(
             signatures.forwarded(value_fn, extra_args), names, num_chunks, count_name
         )
         own_key = step_key(state, key)
+        shared = memory, free  # the same on all devices
         if axis_name is not None:
             own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axis_name))
             free, memory = sharding.tree_varying((free, memory), axis_name)
@@ -106,7 +118,10 @@ def link(
             result = estimate(step)
         if axis_name is not None:
             sharding.note_average(axis_name)
-            result = jax.lax.pmean(result, axis_name)
+            result = sharding.mean_over(result, axis_name)
+        if finish is not None:
+            memory, free = shared
+            result = finish(step._replace(params=free, memory=memory), result)
         value, grads, memory = result
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
         loss_name = state_type._fields[2]
@@ -116,12 +131,21 @@ def link(
             **{loss_name: value.astype(getattr(state, loss_name).dtype)},
         )
         if init_memory is not None:
-            new_state = new_state._replace(memory=merge(memory, state.memory))
+            if not is_memory_of_free:
+                memory = merge(memory, state.memory)
+            new_state = _with_memory(new_state, memory)
         return merge(grads, trees.zeros_like(params)), new_state
 
     return optax.GradientTransformationExtraArgs(
         init_fn, makes_gradient(update_fn, name)
     )
+
+
+def _with_memory(state, memory):
+    """A state with another memory, in the field of this name unless it says otherwise."""
+    if hasattr(state, "with_memory"):
+        return state.with_memory(memory)
+    return state._replace(memory=memory)
 
 
 def check_mask(mask, params):
@@ -286,6 +310,17 @@ def selection(params, mask):
     flags = trees.mask_flags(mask, params)
     select = functools.partial(trees.select, flags=flags)
     return select, functools.partial(trees.merge, flags=flags)
+
+
+def widened(params):
+    """Floating leaves in float32 or wider, to make a state from; shapes become zeros."""
+    zeros = wide_zeros(params)
+
+    def widen(leaf, zero):
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        return trees.widen(leaf) if is_array and zero.dtype != jnp.bool else zero
+
+    return jax.tree.map(widen, params, zeros)
 
 
 def wide_zeros(params):

@@ -97,6 +97,26 @@ def _check_one(name, found):
         )
 
 
+def one_state(opt_state, kind, name):
+    """The one state of a kind in a state of any optimizer."""
+    found = []
+
+    def visit(node):
+        if isinstance(node, kind):
+            found.append(node)
+        else:
+            for child in _children(node):
+                visit(child)
+
+    visit(getattr(opt_state, "opt_state", opt_state))
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state must hold one state of {name}, got {len(found)} in a "
+            f"{type(opt_state).__name__}; give what its update returned."
+        )
+    return found[0]
+
+
 def measured(state):
     """All pairs of a name and a value, from the outermost state inward."""
     state = getattr(state, "opt_state", state)  # an optimizer, a train state
@@ -105,11 +125,11 @@ def measured(state):
     def visit(node):
         node = _as_state(node)
         if hasattr(node, "metrics"):
-            pairs.extend((name, _array(x)) for name, x in node.metrics().items())
+            pairs.extend((name, array(x)) for name, x in node.metrics().items())
         hyperparams = _part(node, "hyperparams")
         if isinstance(hyperparams, Mapping):
             names = [name for name in _SCALES if name in hyperparams]
-            pairs.extend((name, _array(hyperparams[name])) for name in names)
+            pairs.extend((name, array(hyperparams[name])) for name in names)
         for child in _children(node):
             visit(child)
 
@@ -143,6 +163,6 @@ def _children(node):
     return [leaf for leaf in leaves if leaf is not node]
 
 
-def _array(value):
+def array(value):
     """An array, out of a variable of Flax NNX if it is in one."""
     return jnp.asarray(value.get_value() if hasattr(value, "get_value") else value)

@@ -9,13 +9,14 @@ import optax
 
 from flatopt._core import checks, vectors
 from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
-from flatopt.transforms import _ascent
+from flatopt.transforms import _ascent, _direction
 
 Scalar = ScalarOrSchedule
 
 
 def sam_gradients(
     rho: Scalar,
+    direction: optax.GradientTransformation | None = None,
     *,
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
@@ -28,12 +29,21 @@ def sam_gradients(
 
     The norm is over all leaves together. At a zero gradient the step is zero.
 
+    A ``direction`` shapes the gradient before it is normalized:
+    ``optax.scale_by_adam()`` (preconditioned SAM), ``optax.ema(0.4)`` (VaSSO),
+    ``optax.scale_by_sign()``, ``optax.contrib.scale_by_muon(...)`` of matrices. Its state
+    is kept in ``memory``, in float32 or wider; with microbatches each goes on from the
+    last step's state, and their states are averaged.
+
     Cost of a step: two gradients. Put this link first in a
     chain: the incoming gradients are not read, and after an optimizer it would ascend;
     :func:`chain` refuses that.
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
+      direction: an optax transformation that points uphill as the gradient does, such as
+        ``optax.scale_by_adam()``; not ``optax.adam``, which points downhill. None: the
+        gradient itself.
       num_microbatches: m-sharpness: split the batch into this many chunks, each with
         an ascent step of its own, and average; None: 1.
       batch_argnames: names of the extra arguments whose leading axis is split.
@@ -54,7 +64,9 @@ def sam_gradients(
     References:
       Foret, Kleiner, Mobahi, Neyshabur, `Sharpness-Aware Minimization for Efficiently
       Improving Generalization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021,
-      Algorithm 1.
+      Algorithm 1. Directions: Li, Giannakis, `Enhancing Sharpness-Aware Optimization
+      Through Variance Suppression <https://arxiv.org/abs/2309.15639>`_, NeurIPS 2023
+      (VaSSO).
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt
@@ -69,9 +81,11 @@ def sam_gradients(
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
         value, grads = value_and_grad(params)
-        _, grads = value_and_grad(vectors.move(params, vectors.ascent(grads, rho)))
+        uphill, memory = _direction.along(direction, grads, memory, params)
+        _, grads = value_and_grad(vectors.move(params, vectors.ascent(uphill, rho)))
         return value, grads, memory
 
+    _direction.check_direction(direction)
     return _ascent.adversarial(
         "sam_gradients",
         rho,
@@ -79,6 +93,8 @@ def sam_gradients(
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
+        _direction.init_memory(direction),
+        is_memory_of_free=True,
     )
 
 

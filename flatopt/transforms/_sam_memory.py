@@ -183,6 +183,75 @@ def friendly_sam_gradients(
     )
 
 
+def momentum_sam_gradients(
+    rho: Scalar,
+    decay: float = 0.9,
+    *,
+    num_microbatches: int | None = None,
+    batch_argnames: tuple[str, ...] = (),
+    start_step: int = 0,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+    key: Key = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum-SAM: one gradient, at parameters moved along the momentum.
+
+    .. math:: g = \nabla L(\theta - \rho\, v / \|v\|), \qquad v \leftarrow \beta v + g
+
+    with :math:`v` the momentum of the steps before, as ``optax.sgd(learning_rate,
+    momentum=decay)`` after this link keeps it. The first step is plain.
+
+    Cost of a step: one gradient. Put this link first in a
+    chain: the incoming gradients are not read, and after an optimizer it would ascend;
+    :func:`chain` refuses that.
+
+    Args:
+      rho: length of the step: a number, a scalar array or a schedule, >= 0.
+      decay: decay of the momentum, in [0, 1); that of the optimizer.
+      num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
+        :func:`sam_gradients`. The momentum starts with the method.
+
+    Returns:
+      A transformation with state :class:`AdversarialState`; its ``clean_value`` is the
+      loss at the moved parameters.
+
+    Raises:
+      TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
+
+    References:
+      Becker, Altrock, Risse, `Momentum-SAM: Sharpness Aware Minimization without
+      Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = optax.chain(flatopt.momentum_sam_gradients(0.05), optax.sgd(0.1, 0.9))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(
+      ...         None, state, params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.567, -0.756]
+    """
+    checks.check_decay(decay)
+
+    def gradients(value_and_grad, params, rho, key, memory, count):
+        del key, count
+        back = vectors.scale(-1.0, vectors.ascent(memory, rho))
+        value, grads = value_and_grad(vectors.move(params, back))
+        return value, grads, vectors.add(grads, decay, memory)
+
+    return _ascent.adversarial(
+        "momentum_sam_gradients",
+        rho,
+        gradients,
+        _ascent.Options(
+            num_microbatches, batch_argnames, start_step, mask, axis_name, key
+        ),
+        init_memory=_link.wide_zeros,
+    )
+
+
 def _across(moved, uphill, params):
     """The part of a gradient across the uphill direction, of its length 1.
 

@@ -4,16 +4,17 @@ import optax
 
 from flatopt import kernels
 from flatopt._core import binding, checks
-from flatopt._core.types import AxisName, Key, Mask
+from flatopt._core.types import AxisName, KernelFn, Key, Mask
 from flatopt._core.vectors import ascent, move, scale
 from flatopt.transforms import _ascent
 from flatopt.transforms._ascent import adversarial
 from flatopt.transforms._sam import Scalar
 
 
-def noisy(name, rho, sigma, kernel, options):
+def _noisy(name, rho, sigma, kernel, options):
     """SAM whose ascent step follows the gradient at noisy parameters."""
     checks.check_scale(sigma, "sigma")
+    checks.check_kernel(kernel)
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del count
@@ -38,8 +39,9 @@ def random_sam_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Random SAM, NSO's variant: an ascent step along a gradient at noisy parameters.
 
-    The gradient g is taken at :math:`\theta + \sigma U`; the step
-    :math:`\rho\, g / \|g\|` starts from the clean :math:`\theta`.
+    This is :func:`noisy_sam_gradients` with filter-wise noise: the gradient g is taken at
+    :math:`\theta + \sigma U`; the step :math:`\rho\, g / \|g\|` starts from the clean
+    :math:`\theta`.
 
     Cost of a step: two gradients. Put this link first in a
     chain: the incoming gradients are not read, and after an optimizer it would ascend;
@@ -73,7 +75,7 @@ def random_sam_gradients(
       >>> [round(float(u), 3) for u in updates]
       [-0.303, -0.404]
     """
-    return noisy(
+    return _noisy(
         "random_sam_gradients",
         rho,
         sigma,
@@ -84,9 +86,10 @@ def random_sam_gradients(
     )
 
 
-def bayesian_sam_gradients(
+def noisy_sam_gradients(
     rho: Scalar,
     sigma: float,
+    kernel: KernelFn | None = None,
     *,
     num_microbatches: int | None = None,
     batch_argnames: tuple[str, ...] = (),
@@ -95,9 +98,12 @@ def bayesian_sam_gradients(
     axis_name: AxisName = None,
     key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Bayesian SAM as NSO's authors compare with it; follow it with ``optax.adam``.
+    r"""SAM whose ascent step follows a gradient at noisy parameters.
 
-    As :func:`random_sam_gradients`, with isotropic noise :math:`N(0, \sigma^2)`.
+    The gradient g is taken at :math:`\theta + \sigma U`; the step
+    :math:`\rho\, g / \|g\|` starts from the clean :math:`\theta`. NSO's authors compare
+    with two of these: isotropic noise before ``optax.adam``, which they call Bayesian SAM
+    (it is not bSAM, which learns its noise), and :func:`random_sam_gradients`.
 
     Cost of a step: two gradients. Put this link first in a
     chain: the incoming gradients are not read, and after an optimizer it would ascend;
@@ -105,36 +111,38 @@ def bayesian_sam_gradients(
 
     Args:
       rho: length of the ascent step: a number, a scalar array or a schedule, >= 0.
-      sigma: standard deviation of the noise, >= 0.
+      sigma: scale of the noise in units of the kernel, >= 0.
+      kernel: ``kernel(key, params) -> perturbation``. Default:
+        :func:`flatopt.kernels.isotropic`.
       num_microbatches, batch_argnames, start_step, mask, axis_name, key: see
         :func:`sam_gradients`.
 
     Returns:
-      A transformation with state :class:`AdversarialState`.
+      A transformation with state :class:`AdversarialState`; its ``clean_value`` is the
+      loss at the noisy parameters. Under ``optax.inject_hyperparams`` name ``kernel`` in
+      ``static_args``.
 
     Raises:
       TypeError, ValueError: for wrong arguments, as :func:`smooth_gradients`.
 
     References:
       Zhang, Li, Ju, `Noise Stability Optimization for Finding Flat Minima
-      <https://arxiv.org/abs/2306.08553>`_, 2024 (the variant in the authors' code, with
-      a fixed sigma), after Möllenhoff, Khan, `SAM as an Optimal Relaxation of Bayes
-      <https://arxiv.org/abs/2210.01620>`_, ICLR 2023.
+      <https://arxiv.org/abs/2306.08553>`_, 2024 (the variants in the authors' code).
 
     Example:
       >>> import jax.numpy as jnp, optax, flatopt
-      >>> tx = optax.chain(flatopt.bayesian_sam_gradients(0.05, 0.0), optax.sgd(0.1))
+      >>> tx = optax.chain(flatopt.noisy_sam_gradients(0.05, 0.0), optax.sgd(0.1))
       >>> params = jnp.array([3.0, 4.0])
       >>> updates, state = tx.update(
       ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2) / 2)
       >>> [round(float(u), 3) for u in updates]
       [-0.303, -0.404]
     """
-    return noisy(
-        "bayesian_sam_gradients",
+    return _noisy(
+        "noisy_sam_gradients",
         rho,
         sigma,
-        kernels.isotropic(),
+        kernels.isotropic() if kernel is None else kernel,
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),

@@ -53,7 +53,8 @@ def all_finite(tree):
     return finite
 
 
-def _after_skip(new):
+def advanced(new):
+    """The state that a step would have left, of which the next one starts afresh."""
     if isinstance(new.is_finite, tuple):
         return new
     return new._replace(is_finite=jnp.ones_like(new.is_finite))
@@ -87,7 +88,7 @@ class SmoothGradientsState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all of it advances."""
-        return _after_skip(new)
+        return advanced(new)
 
     def metrics(self):
         """The loss measured last."""
@@ -103,10 +104,11 @@ class AdversarialState(NamedTuple):
       count: number of updates made, shape (), int32.
       noise_key: raw data of the random key, uint32.
       clean_value: the loss at the parameters before the last step, shape (), float32
-        or wider; of :func:`random_sam_gradients` and :func:`bayesian_sam_gradients`
-        the loss at the noisy parameters. Infinite before the first update.
-      memory: what the method keeps between steps, shaped like the parameters; ``()``
-        for most.
+        or wider; of :func:`noisy_sam_gradients` and :func:`random_sam_gradients` at
+        the noisy ones, of :func:`momentum_sam_gradients` at the moved ones. Infinite
+        before the first update.
+      memory: what the method keeps between steps, shaped like the parameters, or the
+        state of a ``direction``; ``()`` for most.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
 
@@ -124,7 +126,7 @@ class AdversarialState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all but the memory advances."""
-        return _after_skip(new)._replace(memory=self.memory)
+        return advanced(new)._replace(memory=self.memory)
 
     def metrics(self):
         """The loss measured last."""
@@ -157,7 +159,7 @@ class EntropySGDState(NamedTuple):
 
     def after_skip(self, new):
         """The state after a skipped step: all of it advances."""
-        return _after_skip(new)
+        return advanced(new)
 
     def metrics(self):
         """The loss measured last."""

@@ -16,7 +16,9 @@ import flatopt.flax
 
 START = jnp.array([3.0, 4.0])
 MEASURE = [
-    name for name in TRANSFORMATIONS if name not in ("anti_pgd", "track_stability")
+    name
+    for name in TRANSFORMATIONS
+    if name not in ("anti_pgd", "ire", "track_stability")
 ]
 
 

@@ -10,6 +10,7 @@ from helpers import (
     assert_close,
     count_compilations,
     loss_fn,
+    maker,
     regression,
     softmax_gradient,
     softmax_loss,
@@ -28,13 +29,15 @@ METHODS = {
     "asam": flatopt.asam_gradients(RHO, 0.05),
     "filterwise_asam": flatopt.filterwise_asam_gradients(RHO, 0.05),
     "random_sam": flatopt.random_sam_gradients(RHO, 0.1, key=3),
-    "bayesian_sam": flatopt.bayesian_sam_gradients(RHO, 0.1, key=3),
+    "noisy_sam": flatopt.noisy_sam_gradients(RHO, 0.1, key=3),
     "gsam": flatopt.gsam_gradients(RHO, 0.4),
     "look_sam": flatopt.look_sam_gradients(RHO, every=3, alpha=0.7),
     "friendly_sam": flatopt.friendly_sam_gradients(RHO, 0.8, 0.9),
     "fisher_sam": flatopt.fisher_sam_gradients(RHO, 0.5),
+    "momentum_sam": flatopt.momentum_sam_gradients(RHO, 0.8),
+    "functional_sam": maker("functional_sam_gradients")(rho=RHO),
 }
-GRADIENTS = {name: 2 for name in METHODS}
+COUNTS = {"look_sam": [2, 1, 1, 2], "momentum_sam": [1, 1, 1, 1]}
 
 
 def test_every_sharpness_aware_link_has_its_formula_here():
@@ -114,7 +117,13 @@ def _adaptive(params, g, gradient, sizes):
 
 
 def _reference(name, params, gradient, step, memory):
-    if name in ("random_sam", "bayesian_sam"):
+    if name == "momentum_sam":
+        point = params if memory is None else _step(params, memory, -RHO)
+        g = gradient(point)
+        return g, g if memory is None else _map(lambda v, x: 0.8 * v + x, memory, g)
+    if name == "functional_sam":  # of a linear model, here the parameters themselves
+        return gradient(params), memory
+    if name in ("random_sam", "noisy_sam"):
         kernel = kernels.filterwise() if name == "random_sam" else kernels.isotropic()
         noise = _noise(kernel, params, step)
         g = gradient(_map(lambda p, u: p + 0.1 * u, params, noise))
@@ -233,7 +242,9 @@ def test_gradient_counts_are_exact(name):
             None, state, params, value_fn=_counting(calls), batch=batch
         )
         counts.append(len(calls))
-    assert counts == ([2, 1, 1, 2] if name == "look_sam" else [2, 2, 2, 2])
+    # A functional link evaluates the loss of the outputs once, beside two Jacobians.
+    expected = [1, 1, 1, 1] if name == "functional_sam" else [2, 2, 2, 2]
+    assert counts == COUNTS.get(name, expected)
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam"])
@@ -309,10 +320,10 @@ def test_late_starts_begin_with_the_first_step_of_the_method():
 def test_every_method_takes_inject_hyperparams(name):
     params, batch = regression()
     extra = {"gsam": {"alpha": 0.4}, "random_sam": {"sigma": 0.1}}.get(name, {})
-    extra = {"sigma": 0.1} if name == "bayesian_sam" else extra
-    make = getattr(flatopt, f"{name}_gradients")
+    extra = {"sigma": 0.1} if name == "noisy_sam" else extra
+    make = maker(f"{name}_gradients")
     tx = optax.inject_hyperparams(make)(rho=RHO, **extra)
-    plain = make(RHO, **extra)
+    plain = make(rho=RHO, **extra)
 
     def update(tx):
         return jax.jit(
@@ -438,9 +449,7 @@ def test_types_never_change(name, dtype, x64):
 def test_masked_leaves_do_not_move(name):
     params, batch = regression()
     mask = {"first": False, "second": True}
-    make = getattr(flatopt, f"{name}_gradients")
-    extra = {"random_sam": (0.1,), "bayesian_sam": (0.1,), "gsam": (0.4,)}.get(name, ())
-    tx = make(RHO, *extra, mask=mask)
+    tx = _make(name, mask=mask)
     seen = []
 
     def value_fn(params, batch):
@@ -450,7 +459,8 @@ def test_masked_leaves_do_not_move(name):
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(None, state, params, value_fn=value_fn, batch=batch)
-    assert all(leaf is params["first"]["kernel"] for leaf in seen)
+    if name != "functional_sam":  # whose loss is given the outputs of a model
+        assert all(leaf is params["first"]["kernel"] for leaf in seen)
     np.testing.assert_array_equal(updates["first"]["kernel"], np.zeros((5, 4)))
     assert jnp.all(updates["second"]["kernel"] != 0)
 
@@ -479,7 +489,8 @@ NUMBERS = {
     "asam": ["eta"],
     "filterwise_asam": ["eta"],
     "random_sam": ["sigma"],
-    "bayesian_sam": ["sigma"],
+    "noisy_sam": ["sigma"],
+    "momentum_sam": ["decay"],
     "gsam": ["alpha"],
     "look_sam": ["alpha"],
     "friendly_sam": ["sigma", "decay"],
@@ -488,10 +499,10 @@ NUMBERS = {
 
 
 def _make(name, **options):
-    required = {"random_sam": "sigma", "bayesian_sam": "sigma", "gsam": "alpha"}
+    required = {"random_sam": "sigma", "noisy_sam": "sigma", "gsam": "alpha"}
     if name in required:
         options = {required[name]: 0.1, **options}
-    return getattr(flatopt, f"{name}_gradients")(**{"rho": RHO, **options})
+    return maker(f"{name}_gradients")(**{"rho": RHO, **options})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -557,7 +568,7 @@ def test_wrong_batches_and_masks_of_every_method(name):
         tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "functional_sam"])
 def test_missing_value_fn_names_the_method(name):
     tx = METHODS[name]
     params = jnp.ones(2)
@@ -738,3 +749,33 @@ def test_methods_do_not_feel_the_units(name):
                 np.testing.assert_allclose(
                     grads[leaf], expected[leaf] / steep, rtol=2e-4, atol=2e-5
                 )
+
+
+# Momentum-SAM and noise of any kernel
+
+
+def test_the_momentum_of_momentum_sam_is_that_of_the_optimizer():
+    params, batch = regression()
+    tx = optax.chain(flatopt.momentum_sam_gradients(RHO, 0.8), optax.sgd(0.1, 0.8))
+    state = tx.init(params)
+    update = jax.jit(lambda p, s: tx.update(None, s, p, value_fn=loss_fn, batch=batch))
+    for _ in range(3):
+        updates, state = update(params, state)
+        params = optax.apply_updates(params, updates)
+    assert_close(state[0].memory, state[1][0].trace)
+
+
+def test_noisy_sam_takes_any_kernel_and_random_sam_is_the_filterwise_one():
+    params, batch = regression()
+
+    def update(tx):
+        return tx.update(None, tx.init(params), params, value_fn=loss_fn, batch=batch)
+
+    random = flatopt.random_sam_gradients(RHO, 0.1, key=3)
+    noisy = flatopt.noisy_sam_gradients(RHO, 0.1, kernels.filterwise(), key=3)
+    assert_close(update(noisy)[0], update(random)[0], rtol=0, atol=0)
+    other = flatopt.noisy_sam_gradients(RHO, 0.1, key=3)
+    with pytest.raises(AssertionError):
+        assert_close(update(other)[0], update(random)[0])
+    with pytest.raises(TypeError, match="kernel must be a function"):
+        flatopt.noisy_sam_gradients(RHO, 0.1, kernels.filterwise)
