@@ -356,3 +356,105 @@ def test_a_layer_that_can_be_read_in_two_ways_needs_filter_axes():
     query = {"query": params["mix"]}
     found = kernels.filterwise(kernels.signs)(jax.random.key(0), query)
     np.testing.assert_allclose(np.abs(found["query"]["kernel"]), 2.0, rtol=1e-6)
+
+
+# Number formats and hardware
+
+
+def _rounded(leaf, bits, axis):
+    """A matrix in NumPy, rounded to signed symmetric integers, with a step a channel."""
+    others = tuple(a for a in range(leaf.ndim) if a != axis)
+    top = np.abs(leaf).max(axis=others, keepdims=True)
+    step = 2 * top / (2**bits - 2)
+    return np.round(leaf / step) * step, step
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rounding_noise_is_that_of_the_rounding_error(bits, axis):
+    leaf = (
+        jax.random.normal(jax.random.key(31), (300, 300)) * jnp.arange(1.0, 301.0)[None]
+    )
+    exact = np.asarray(leaf, "f8")
+    rounded, step = _rounded(exact, bits, axis)
+    noise = kernels.rounding(bits, axis)(jax.random.key(0), {"w": leaf})["w"]
+    noise = np.asarray(noise, "f8") / step
+    error = (rounded - exact) / step
+    assert np.abs(error).max() <= 0.5 + 1e-9
+    assert 0.499 < np.abs(noise).max() <= 0.5 + 1e-6
+    assert abs(noise.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / noise.size)
+    if bits == 8:  # a fine grid: the true errors are uniform too, but for the maxima
+        np.testing.assert_allclose(error.var(), noise.var(), rtol=0.02)
+
+
+@pytest.mark.parametrize("filter_axes", [None, 0, ()])
+@pytest.mark.parametrize("name", ["relative_to_max", "polynomial"])
+def test_hardware_noise_has_the_deviation_of_its_formula(name, filter_axes):
+    params, coefficients = _shapes(), (0.5, 2.0, jnp.array(-1.0))
+    kernel = {
+        "relative_to_max": kernels.relative_to_max(filter_axes, kernels.signs),
+        "polynomial": kernels.polynomial(coefficients, filter_axes, kernels.signs),
+    }[name]
+    noise = kernel(jax.random.key(0), params)
+    for path, leaf in params.items():
+        leaf = np.asarray(leaf, "f8")
+        kept = {None: leaf.ndim - 1, 0: 0, (): None}[filter_axes]
+        others = tuple(a for a in range(leaf.ndim) if a != kept or leaf.ndim < 2)
+        top = np.abs(leaf).max(axis=others, keepdims=True)
+        share, (a, b, c) = np.abs(leaf) / top, coefficients
+        factor = 1 if name == "relative_to_max" else a + b * share + c * share**2
+        expected = np.broadcast_to(np.abs(factor * top), leaf.shape)
+        np.testing.assert_allclose(np.abs(noise[path]), expected, rtol=1e-5)
+
+
+def test_hardware_noise_of_nothing_but_zeros_is_zero():
+    params = {"zeros": jnp.zeros((3, 2)), "empty": jnp.zeros((0, 2)), "bias": 0.0}
+    for kernel in (
+        kernels.relative_to_max(),
+        kernels.rounding(4),
+        kernels.polynomial((0.5, 0.1)),
+    ):
+        noise = jax.jit(kernel)(jax.random.key(0), params)
+        assert jax.tree.map(jnp.shape, noise) == jax.tree.map(jnp.shape, params)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(noise))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_hardware_noise_of_narrow_weights_is_float32_and_of_the_same_size(dtype):
+    params = {"w": jax.random.normal(jax.random.key(5), (40, 3), dtype)}
+    wide = {"w": params["w"].astype(jnp.float32)}
+    for kernel in (
+        kernels.relative_to_max(),
+        kernels.rounding(4),
+        kernels.polynomial((0.5, 0.1)),
+    ):
+        noise = kernel(jax.random.key(0), params)["w"]
+        assert noise.dtype == jnp.float32
+        np.testing.assert_array_equal(noise, kernel(jax.random.key(0), wide)["w"])
+
+
+@pytest.mark.parametrize("bits", [1, 0, -3, 4.0, True, "4", None, 65])
+def test_bits_that_make_no_format_are_refused(bits):
+    with pytest.raises(ValueError, match="^bits must be an int from 2 to 64, got .*;"):
+        kernels.rounding(bits)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "error", "match"),
+    [
+        (0.5, TypeError, "coefficients must be a tuple of numbers, got 0.5; write"),
+        ((), TypeError, "coefficients must be a tuple of numbers, got"),
+        (("a",), TypeError, "coefficients must be a number or a scalar array, got 'a'"),
+        ((jnp.nan,), ValueError, "coefficients must be finite"),
+        (
+            (True,),
+            TypeError,
+            "coefficients must be a number or a scalar array, got True",
+        ),
+        ((0.1, -jnp.inf), ValueError, "coefficients must be finite"),
+    ],
+)
+def test_wrong_coefficients_are_refused(coefficients, error, match):
+    with pytest.raises(error, match=match):
+        kernels.polynomial(coefficients)

@@ -251,7 +251,7 @@ def check_kernel(kernel, name="kernel"):
     takes_two = len(positional) >= 2 or any(
         p.kind is p.VAR_POSITIONAL for p in positional
     )
-    ours = getattr(kernel, "__module__", None) == "flatopt.kernels"
+    ours = str(getattr(kernel, "__module__", "")).startswith("flatopt.kernels.")
     if ours or not takes_two:
         raise TypeError(
             f"{name} must be a function (key, params) -> perturbation, got {label}, which "

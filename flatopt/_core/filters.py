@@ -108,15 +108,31 @@ def filter_norm(filter_axes, params=None):
 
     ``params`` is the tree of the leaves, from which the default axes are read.
     """
+
+    def norm(leaf, axes):
+        return jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes, keepdims=True))
+
+    return _per_filter(norm, filter_axes, params)
+
+
+def filter_max(filter_axes, params=None):
+    """As :func:`filter_norm`, with the largest magnitude of each filter."""
+
+    def largest(leaf, axes):
+        return jnp.max(jnp.abs(leaf), axis=axes, keepdims=True, initial=0.0)
+
+    return _per_filter(largest, filter_axes, params)
+
+
+def _per_filter(reduce, filter_axes, params):
     axes_of = filter_axes_function(filter_axes, params)
 
-    def norm(path, leaf):
+    def of_filters(path, leaf):
         axes = check_axes(axes_of(path, leaf), path, leaf)
         others = tuple(a for a in range(leaf.ndim) if a not in axes)
-        square = jnp.square(trees.widen(leaf))
-        return jnp.sqrt(jnp.sum(square, axis=others, keepdims=True))
+        return reduce(trees.widen(leaf), others)
 
-    return norm
+    return of_filters
 
 
 def norm_of_other(filter_axes, others):
