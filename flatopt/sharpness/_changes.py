@@ -160,8 +160,8 @@ def round_filters(
         s = \frac{\max |w_f|}{2^{b - 1} - 1}
 
     Each output channel has its own grid of :math:`2^b - 1` values, which ends at its largest
-    weight. Leaves of at most one axis (biases, scales of normalizations) stay as they are,
-    as they do in common number formats. The result is what the rounded network computes
+    weight. Leaves of at most one axis, and those named ``bias`` or ``scale``, stay as they
+    are, as they do in common number formats. The result is what the rounded network computes
     with, in the dtype of the parameters.
 
     Args:
@@ -193,9 +193,9 @@ def round_filters(
     levels = 2.0 ** (int(bits) - 1) - 1
 
     def rounded(path, leaf):
-        if leaf.ndim <= 1:
-            return leaf
         name = trees.path_name(path)
+        if leaf.ndim <= 1 or name.rpartition("/")[2] in ("bias", "scale"):
+            return leaf
         axes = filters.check_axes(axes_of(name, leaf), name, leaf)
         others = tuple(a for a in range(leaf.ndim) if a not in axes)
         wide = trees.widen(leaf)

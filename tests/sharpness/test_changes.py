@@ -116,6 +116,11 @@ def test_rounding_is_that_of_each_channel(bits):
         },
         "embed": {"embedding": jnp.asarray(rng.normal(size=(5, 6)), jnp.bfloat16)},
         "dead": {"kernel": jnp.zeros((3, 2))},
+        # Attention: its biases have two axes.
+        "query": {
+            "kernel": jnp.asarray(rng.normal(size=(6, 2, 3)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32),
+        },
     }
     found = sharpness.round_filters(params, bits)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(
@@ -125,6 +130,13 @@ def test_rounding_is_that_of_each_channel(bits):
     np.testing.assert_allclose(found["conv"]["kernel"], expected, atol=1e-6)
     np.testing.assert_array_equal(found["conv"]["bias"], params["conv"]["bias"])
     np.testing.assert_array_equal(found["dead"]["kernel"], 0)
+    query = np.asarray(params["query"]["kernel"]).reshape(6, 6)
+    np.testing.assert_allclose(
+        found["query"]["kernel"].reshape(6, 6),
+        rounded_in_numpy(query, bits, -1),
+        atol=1e-6,
+    )
+    np.testing.assert_array_equal(found["query"]["bias"], params["query"]["bias"])
     embedding = params["embed"]["embedding"]
     expected = rounded_in_numpy(embedding, bits, 0)
     np.testing.assert_allclose(

@@ -19,15 +19,16 @@ PRUNED = (0.3, 0.5, 0.7, 0.8, 0.9)
 LEVELS = {"bits": BITS, "noise": NOISE, "pruned": PRUNED}
 
 
-def is_matrix(leaf):
-    """Whether a leaf holds weights: biases are not changed."""
-    return leaf.ndim > 1
+def are_weights(params):
+    """Which leaves are weights: biases and norms stay as they are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and "bias" not in jax.tree_util.keystr(path),
+        params,
+    )
 
 
-# Gaussian, of the largest weight of each layer; biases stay.
-WEIGHT_NOISE = kernels.masked(
-    kernels.relative_to_max(()), lambda params: jax.tree.map(is_matrix, params)
-)
+# Gaussian, of the largest weight of each layer.
+WEIGHT_NOISE = kernels.masked(kernels.relative_to_max(()), are_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Method(side_by_side.Method):
 def prune(params, share):
     """This share of the weights of each layer set to zero, the smallest ones."""
 
-    def pruned(leaf):
+    def pruned(is_weight, leaf):
         size = jnp.abs(leaf)
-        return jnp.where(size < jnp.quantile(size, share), 0.0, leaf)
+        small = is_weight & (size < jnp.quantile(size, share))
+        return jnp.where(small, 0.0, leaf)
 
-    return jax.tree.map(lambda p: pruned(p) if is_matrix(p) else p, params)
+    return jax.tree.map(pruned, are_weights(params), params)
 
 
 def kept(metric_fn, params, batch, num_draws):
@@ -59,13 +61,13 @@ def kept(metric_fn, params, batch, num_draws):
         num_samples=num_draws,
         data=batch,
     )
-    rounded = [sharpness.round_filters(params, bits) for bits in BITS]
-    return {
-        "float": metric_fn(params, batch),
-        "bits": jnp.stack([metric_fn(p, batch) for p in rounded]),
-        "noise": noise.value,
-        "pruned": jnp.stack([metric_fn(prune(params, s), batch) for s in PRUNED]),
-    }
+    changed = [params]
+    changed += [sharpness.round_filters(params, bits) for bits in BITS]
+    changed += [prune(params, share) for share in PRUNED]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *changed)
+    found = jax.lax.map(lambda params: metric_fn(params, batch), stacked)
+    bits, pruned = jnp.split(found[1:], [len(BITS)])
+    return {"float": found[0], "bits": bits, "noise": noise.value, "pruned": pruned}
 
 
 def average(decay):
