@@ -67,9 +67,7 @@ METHODS = {
     "LPF-SGD": Method(lpf(FILTERWISE), flat_grid(*GAMMAS)),
     "LPF-SGD, last 10 %": Method(lpf_at_the_end, flat_grid(*GAMMAS)),
     "LPF-SGD, rounding": Method(
-        lpf(flatopt.kernels.rounding(3)), flat_grid(0.25, 0.5, 1, 2)
+        lpf(flatopt.kernels.rounding(3)), flat_grid(0.5, 1, 2, 4)
     ),
-    "LPF-SGD, weight noise": Method(
-        lpf(WEIGHT_NOISE), flat_grid(0.03, 0.06, 0.1, 0.15)
-    ),
+    "LPF-SGD, weight noise": Method(lpf(WEIGHT_NOISE), flat_grid(0.05, 0.1, 0.2, 0.3)),
 }
