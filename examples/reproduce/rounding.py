@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from common import after, figures, statistics
-from common.after import BITS, LEVELS
+from common.after import BITS, LEVELS, NOISE
 from common.links import METHODS, SGD
 
 # Shares by which a phase of SAM at the end of pre-training lowers what a language model of
@@ -27,6 +27,7 @@ TARGETS = {"3 bits": ("bits", 3), "noise 0.1": ("noise", 0.1), "80 %": ("pruned"
 TOLERANCE = 0.005  # of accuracy, below the best of SGD on validation images
 RATE = "SGD, largest rate"
 GOALS = ("float", "matched", "best")
+SHOWN = ("average of weights", "SAM", "NSO", "LPF-SGD", "LPF-SGD, rounding")
 
 
 @dataclasses.dataclass
@@ -55,7 +56,7 @@ class Config(common.Config):
 
 SMOKE = {
     "networks": ("deep MLP",),
-    "methods": ("SGD", "average of weights", "SAM, last 10 %"),
+    "methods": ("SGD", "average of weights"),
     "settings": 2,
     "seeds": 2,
     "tuning_seeds": 1,
@@ -81,6 +82,7 @@ def compute(config, piece):
         "tolerance": TOLERANCE,
         "num_settings": config.settings,
         "networks": networks,
+        "over_networks": summarize([n["methods"] for n in networks.values()]),
     }
 
 
@@ -103,7 +105,7 @@ def study(piece, network, training, methods):
         run = functools.partial(training.finish_kept, method, steps, places)
         found[name]["runs"] = piece(f"{network}, {name}, final", run)
         found[name]["settings"] = {place: settings[place] for place in places}
-    return {"methods": found, "summary": summarize(found), "rates": rates(found[SGD])}
+    return {"methods": found, "summary": summarize([found]), "rates": rates(found[SGD])}
 
 
 def chosen_of(name, settings, tuned, sgd):
@@ -136,17 +138,17 @@ def runs_for(method, goal, target):
     return method["runs"][str(method["chosen"][f"{goal}, {target}"])]
 
 
-def summarize(found):
+def summarize(networks):
     """Accuracy as trained and after a change, and against SGD seed by seed."""
     return {
         goal: {
             target: {
                 row: against(
-                    runs_for(found[name], own or goal, target),
-                    runs_for(found[SGD], goal, target),
+                    [runs_for(found[name], own or goal, target) for found in networks],
+                    [runs_for(found[SGD], goal, target) for found in networks],
                     target,
                 )
-                for row, name, own in rows_of(found)
+                for row, name, own in rows_of(networks[0])
             }
             for target in TARGETS
         }
@@ -155,16 +157,26 @@ def summarize(found):
 
 
 def against(own, base, target):
+    """Of runs of the same seeds, a list of networks each: means over the networks."""
     change, level = TARGETS[target]
-    column = LEVELS[change].index(level)
-    kept, base_kept = (np.asarray(runs[change])[:, column] for runs in (own, base))
-    trained, base_trained = (np.asarray(runs["float"]) for runs in (own, base))
+
+    def mean(runs, name):
+        return np.mean([found[name] for found in runs], axis=0)
+
+    trained, base_trained = (mean(runs, "float") for runs in (own, base))
+    kept, base_kept = (mean(runs, change).T for runs in (own, base))
+    levels = {
+        str(at): {
+            "kept": common.mean_and_error(kept[column]),
+            "gain": statistics.with_interval(kept[column] - base_kept[column]),
+        }
+        for column, at in enumerate(LEVELS[change])
+    }
     return {
         "float": common.mean_and_error(trained),
-        "kept": common.mean_and_error(kept),
         "float_gain": statistics.with_interval(trained - base_trained),
-        "gain": statistics.with_interval(kept - base_kept),
-    }
+        "levels": levels,
+    } | levels[str(level)]
 
 
 def rates(sgd):
@@ -201,6 +213,43 @@ def draw(report):
         draw_gains(row[3], network["summary"]["matched"])
     axes[0, 0].legend(fontsize=7, loc="lower left")
     axes[0, 3].legend(fontsize=7)
+    return {"": figure, "_at_a_glance": draw_at_a_glance(report["results"])}
+
+
+def draw_at_a_glance(results):
+    """Accuracy under noise, and what each method gains as trained and after a change."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1, 1.2)
+    )
+    summary = results["over_networks"]["matched"]
+    for name, row in summary["noise 0.1"].items():
+        if name in (SGD, *SHOWN):
+            kept = [row["float"], *(found["kept"] for found in row["levels"].values())]
+            means, errors = (
+                100 * np.array([found[key] for found in kept])
+                for key in ("mean", "error")
+            )
+            left.errorbar([0, *NOISE], means, errors, capsize=2, label=name)
+    left.set(xlabel="noise on the weights, in max|W|", ylabel="test accuracy (%)")
+    left.legend(fontsize=8)
+    columns = {
+        "as trained": ("3 bits", "float_gain"),
+        "rounded to 3 bits": ("3 bits", "gain"),
+        "weight noise of 0.1": ("noise 0.1", "gain"),
+    }
+    for index, (label, (target, key)) in enumerate(columns.items()):
+        gains = [
+            summary[target][name][key] for name in SHOWN if name in summary[target]
+        ]
+        means = np.array([100 * gain["mean"] for gain in gains])
+        ends = np.array([100 * gain["high"] for gain in gains]) - means
+        places = np.arange(len(gains)) + 0.2 * (index - 1)
+        style = {"color": "grey"} if index == 0 else {"color": f"C{index - 1}"}
+        right.errorbar(means, places, xerr=ends, fmt="o", label=label, **style)
+    figures.set_rows(right, [name for name in SHOWN if name in summary["3 bits"]])
+    right.axvline(0, color="black", linestyle=":")
+    right.set(xlabel="points of test accuracy above SGD, 95 % intervals")
+    right.legend(fontsize=8)
     return figure
 
 
