@@ -4,8 +4,9 @@ Trains a small convolutional network on few images with some wrong labels, by SG
 LPF-SGD and NSO, or by any of flatopt's methods (``--methods all``). Every method gets
 the same number of gradient evaluations of single images, and the same number of settings
 to choose from on a validation split. Prints a table and saves a figure: accuracy along
-training, and the training loss under random perturbations of growing radius. What it
-prints is what it measured.
+training, the training loss under random perturbations of growing radius, and the test
+accuracy under noise on the weights, as analog hardware adds it. The table has the accuracy
+after rounding to 3 bits, too. What it prints is what it measured.
 """
 
 import dataclasses
@@ -29,8 +30,10 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import flatopt
+from flatopt import sharpness
 
 RADII = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1)
+BITS, WEIGHT_NOISE = 3, (0.0, 0.05, 0.1, 0.15, 0.2)
 NUM_VALIDATION, NUM_TEST = 400, 800
 
 
@@ -233,6 +236,24 @@ def accuracy(params, images, labels):
     return (logits_fn(params, images).argmax(axis=-1) == labels).mean()
 
 
+def batch_accuracy(params, batch):
+    return accuracy(params, *batch)
+
+
+# In units of the largest weight of each layer; biases stay as they are.
+HARDWARE = flatopt.kernels.masked(
+    flatopt.kernels.relative_to_max(()),
+    lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+)
+
+
+def noisy_accuracy(params, key, data):
+    """Test accuracy under noise on the weights, for each scale."""
+    return sharpness.perturbed_accuracy(
+        batch_accuracy, params, key, HARDWARE, WEIGHT_NOISE, num_samples=16, data=data
+    )
+
+
 @jax.jit
 def perturbed_loss(params, key, radius, images, labels):
     smoothed = flatopt.smooth(
@@ -347,6 +368,10 @@ def summarize(runs):
     """Mean and standard error over seeds of what the table shows."""
     columns = {
         "test accuracy %": [100 * run["test_accuracy"] for run in runs],
+        "3 bits": [100 * run["rounded_accuracy"] for run in runs],
+        "weight noise": [
+            100 * run["noisy_accuracy"][WEIGHT_NOISE.index(0.1)] for run in runs
+        ],
         "train loss": [run["train_loss"] for run in runs],
         "radius 0.04": [run["perturbed_loss"][RADII.index(0.04)] for run in runs],
         "radius 0.1": [run["perturbed_loss"][RADII.index(0.1)] for run in runs],
@@ -361,8 +386,11 @@ def summarize(runs):
 def final_run(trainer, setting, seed):
     params, data, curve, seconds = trainer.train(setting, seed, "test", num_points=20)
     key = jax.random.key(seed)
+    rounded = sharpness.round_filters(params, BITS)
     return {
         "test_accuracy": float(accuracy(params, *data["test"])),
+        "rounded_accuracy": float(accuracy(rounded, *data["test"])),
+        "noisy_accuracy": noisy_accuracy(params, key, data["test"]).value.tolist(),
         "train_loss": float(loss_fn(params, *data["train"])),
         "perturbed_loss": [
             float(perturbed_loss(params, key, radius, *data["train"]))
@@ -407,7 +435,8 @@ def print_table(results, config):
         + (", QUICK: far from trained" if config.quick else "")
     )
     digits = dict.fromkeys(next(iter(results.values()))["summary"], 3)
-    digits |= {"test accuracy %": 1, "seconds": 2}
+    percentages = dict.fromkeys(("test accuracy %", "3 bits", "weight noise"), 1)
+    digits |= percentages | {"seconds": 2}
     for column in ["method", *digits, "chosen setting"]:
         table.add_column(column)
     for name, result in results.items():
@@ -418,7 +447,11 @@ def print_table(results, config):
         chosen = ", ".join(f"{k} {v:g}" for k, v in result["setting"].items())
         table.add_row(name, *cells, chosen)
     rich.console.Console(width=140).print(table)
-    print("radius r: training loss under filter-normalized Gaussian noise of scale r")
+    print(
+        "3 bits: test accuracy % with each channel rounded to 3 bits\n"
+        "weight noise: under Gaussian noise of 0.1 of the largest weight of each layer\n"
+        "radius r: training loss under filter-normalized Gaussian noise of scale r"
+    )
     print_curvature(results)
 
 
@@ -442,20 +475,25 @@ def print_curvature(results):
 
 
 def plot(results, path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    left, middle, right = axes
     for name, result in results.items():
         runs = result["runs"]
         evaluations = [point[0] for point in runs[0]["curve"]]
         mean, error = mean_and_error([[p[1] for p in r["curve"]] for r in runs])
         left.errorbar(evaluations, 100 * mean, 100 * error, label=name, capsize=2)
         mean, error = mean_and_error([r["perturbed_loss"] for r in runs])
-        right.errorbar(RADII, mean, error, label=name, capsize=2)
+        middle.errorbar(RADII, mean, error, label=name, capsize=2)
+        mean, error = mean_and_error([run["noisy_accuracy"] for run in runs])
+        right.errorbar(WEIGHT_NOISE, 100 * mean, 100 * error, label=name, capsize=2)
     left.set(xlabel="gradient evaluations of single images", ylabel="test accuracy (%)")
-    right.set(xlabel="perturbation radius (filter norms)", ylabel="training loss")
+    middle.set(xlabel="perturbation radius (filter norms)", ylabel="training loss")
+    right.set(xlabel="weight noise (largest weight)", ylabel="test accuracy (%)")
     left.set_title("Accuracy along training")
-    right.set_title("Loss under random perturbation")
-    left.legend()
-    right.legend()
+    middle.set_title("Loss under random perturbation")
+    right.set_title("Accuracy when the weights are noisy")
+    for axis in axes:
+        axis.legend()
     figure.savefig(path, dpi=150)
 
 

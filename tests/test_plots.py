@@ -41,6 +41,22 @@ def test_lines_and_planes_go_along_draws_of_the_kernel(data):
     assert ax.collections
 
 
+@pytest.mark.parametrize("data", [jnp.ones(3), [jnp.ones(2), jnp.ones(1)]])
+def test_a_line_leads_from_one_network_to_another(data):
+    other = {"a": jnp.ones((2, 2), jnp.bfloat16), "b": jnp.array([-1.0])}
+    ax = plots.loss_line(loss_fn, PARAMS, to=other, num_points=5, data=data)
+    shares, losses = ax.lines[0].get_data()
+    np.testing.assert_allclose(shares, np.linspace(0, 1, 5))
+    for share, found in zip(shares, losses, strict=True):
+        a = (1 - share) * np.asarray(PARAMS["a"]) + share
+        b = 3 - 4 * share
+        np.testing.assert_allclose(found, (a**2).sum() + 2 * b**2, rtol=1e-5)
+    with pytest.raises(ValueError, match="to must have the structure and shapes of"):
+        plots.loss_line(loss_fn, PARAMS, to={"a": jnp.ones(4), "b": jnp.ones(1)})
+    with pytest.raises(TypeError, match="key must be one JAX random key, got None"):
+        plots.loss_line(loss_fn, PARAMS, data=jnp.ones(3))
+
+
 def test_bars_are_the_traces_of_the_layers():
     operator = curvature.hessian(loss_fn, PARAMS, jnp.ones(2))
     ax = plots.layer_traces(curvature.probe(operator, KEY))

@@ -18,8 +18,9 @@ from flatopt.stability import _checks
 def loss_line(
     loss_fn: LossFn,
     params: Any,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
+    to: Any = None,
     radius: float = 1.0,
     num_points: int = 41,
     kernel: KernelFn | None = None,
@@ -27,16 +28,19 @@ def loss_line(
     weight_fn: WeightFn | None = None,
     ax: Any = None,
 ):
-    """The loss along a random direction through the parameters.
+    """The loss along a random direction through the parameters, or on the way to others.
 
     The direction is a draw of a kernel: by default Gaussian and filter-normalized, so that
-    curves of differently scaled networks compare. Where the loss is not finite there is
-    a gap.
+    curves of differently scaled networks compare. With ``to`` the line leads straight to
+    those parameters, such as another fine-tuning of the same network: a rise between them
+    is a barrier, which their average cannot pass. Where the loss is not finite there is a
+    gap.
 
     Args:
       loss_fn: ``loss_fn(params)`` or ``loss_fn(params, batch)``.
-      params: the parameters, in the middle.
+      params: the parameters, in the middle; with ``to``, at 0.
       key: a JAX random key, for the direction.
+      to: other parameters, of the same structure and shapes, at 1; instead of a key.
       radius: how far to go to either side, in units of the kernel.
       num_points: number of points.
       kernel: the direction; default: :func:`flatopt.kernels.filterwise`.
@@ -64,12 +68,46 @@ def loss_line(
       >>> round(float(y[20]), 3)  # the loss at the parameters
       3.0
     """
+    if to is not None:
+        return _line_to(loss_fn, params, to, num_points, data, weight_fn, ax)
     steps = _steps(radius, num_points)
     rows = steps[:, None].astype("f4")
     losses = _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn)
     ax = new_axes(ax, xlabel="step (filter norms)", ylabel="loss")
     ax.plot(steps, losses)
     return ax
+
+
+def _line_to(loss_fn, params, other, num_points, data, weight_fn, ax):
+    """The loss from parameters to others, the share of the way along the axis."""
+    shapes = [
+        jax.tree.structure(tree).unflatten(map(jnp.shape, jax.tree.leaves(tree)))
+        for tree in (other, params)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"to must have the structure and shapes of params, got {shapes[0]}; give the "
+            "parameters of the same network."
+        )
+    risk = Risk.of(loss_fn, params, data, weight_fn)
+    steps = (_steps(0.5, num_points) + 0.5).astype("f4")
+    losses = _check_some_finite(
+        np.asarray(risk.losses(_toward, jnp.asarray(steps), other))
+    )
+    ax = new_axes(ax, xlabel="share of the way", ylabel="loss")
+    ax.plot(steps, losses)
+    return ax
+
+
+def _toward(share, params, other):
+    return jax.tree.map(
+        lambda p, q: (
+            (1 - share).astype(trees.widen(p).dtype) * trees.widen(p)
+            + share.astype(trees.widen(p).dtype) * trees.widen(q)
+        ),
+        params,
+        other,
+    )
 
 
 def loss_plane(
@@ -128,7 +166,10 @@ def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
     risk = Risk.of(loss_fn, params, data, weight_fn)
     keys = tuple(jax.random.split(key, rows.shape[1]))
     move = _plane(FILTERWISE if kernel is None else kernel)
-    losses = np.asarray(risk.losses(move, jnp.asarray(rows), keys))
+    return _check_some_finite(np.asarray(risk.losses(move, jnp.asarray(rows), keys)))
+
+
+def _check_some_finite(losses):
     if not np.isfinite(losses).any():
         raise ValueError(
             f"the loss is finite at none of the {len(losses)} points, got "

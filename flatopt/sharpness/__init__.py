@@ -4,6 +4,8 @@ Each takes ``loss_fn(params)``, or ``loss_fn(params, batch)`` with ``data=`` one
 re-iterable of batches, whose examples weigh the same or as ``weight_fn(batch)`` says. For
 all of them larger means sharper. Measures in units of the parameters change when layers are
 rescaled without changing the function; :func:`normalize_filters` removes that freedom.
+:func:`perturbed_accuracy` and :func:`round_filters` tell what a network keeps when its
+weights change after training.
 """
 
 from flatopt.sharpness._average import (
@@ -14,6 +16,7 @@ from flatopt.sharpness._average import (
     low_pass,
     pac_bayes,
 )
+from flatopt.sharpness._changes import perturbed_accuracy, round_filters
 from flatopt.sharpness._curvature import (
     effective_dimension,
     fisher_rao_empirical,
@@ -41,7 +44,9 @@ __all__ = [
     "m_sharpness",
     "normalize_filters",
     "pac_bayes",
+    "perturbed_accuracy",
     "report",
+    "round_filters",
     "shannon_entropy",
     "worst_case",
 ]

@@ -28,6 +28,11 @@ def mlp(params, images):
     return dense(params["output"], jax.nn.relu(dense(params["hidden"], images)))
 
 
+def deep_mlp(params, images):
+    hidden = jax.nn.relu(dense(params["first"], images))
+    return dense(params["output"], jax.nn.relu(dense(params["second"], hidden)))
+
+
 def cnn(params, images):
     hidden = images.reshape(-1, 8, 8, 1)
     for name in ("first", "second"):
@@ -37,6 +42,10 @@ def cnn(params, images):
 
 NETWORKS = {
     "MLP": (mlp, {"hidden": (64, 64), "output": (64, 10)}),
+    "deep MLP": (
+        deep_mlp,
+        {"first": (64, 64), "second": (64, 32), "output": (32, 10)},
+    ),
     "CNN": (
         cnn,
         {"first": (3, 3, 1, 8), "second": (3, 3, 8, 16), "output": (64, 10)},

@@ -84,7 +84,8 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
       config: the settings.
       compute: ``compute(config, piece) -> results``; ``piece(name, function)`` is
         ``function()``, or what it returned before an earlier run was killed.
-      draw: ``draw(report) -> figure``, from what the JSON file holds.
+      draw: ``draw(report) -> figure``, from what the JSON file holds; or a dict of
+        figures, each saved under the name with its key behind it.
 
     Returns:
       The report.
@@ -111,7 +112,10 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
         path.write_text(json.dumps(plain(report), indent=1, allow_nan=True) + "\n")
         pieces.path.unlink(missing_ok=True)
     report = json.loads(path.read_text())
-    draw(report).savefig(config.images / f"{name}.png", dpi=130)
+    figures = draw(report)
+    figures = figures if isinstance(figures, dict) else {"": figures}
+    for key, figure in figures.items():
+        figure.savefig(config.images / f"{name}{key}.png", dpi=130)
     return report
 
 

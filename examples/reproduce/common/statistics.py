@@ -20,6 +20,13 @@ def mean_and_error(values: Any) -> dict[str, Any]:
     return {"mean": values.mean(axis=0), "error": error, "count": count}
 
 
+def with_interval(values: Any) -> dict[str, Any]:
+    """`mean_and_error`, and the ends of Student's 95 % interval of the mean."""
+    found = mean_and_error(values)
+    half = scipy.stats.t.ppf(0.975, max(found["count"] - 1, 1)) * found["error"]
+    return found | {"low": found["mean"] - half, "high": found["mean"] + half}
+
+
 def from_logarithm(summary: dict[str, Any]) -> dict[str, Any]:
     """The geometric mean and its error, of `mean_and_error` of logarithms."""
     mean = np.exp(summary["mean"])
