@@ -16,6 +16,7 @@ from flatopt.stability._alignment import (
     batch_sharpness,
     estimate_alignment,
 )
+from flatopt.stability._coefficients import preconditioner
 from flatopt.stability._critical import CriticalRate, critical_learning_rate
 from flatopt.stability._dynamics import (
     StationaryCovariance,
@@ -56,6 +57,7 @@ __all__ = [
     "growth_rate",
     "linearize",
     "linearize_gauss_newton",
+    "preconditioner",
     "report",
     "sharpest_minimum",
     "simulate",

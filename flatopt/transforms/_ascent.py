@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from flatopt._core import checks, layout, loops, random, trees
 from flatopt._core.types import AxisName
@@ -19,11 +20,12 @@ class Options(NamedTuple):
     key: int | jax.Array
 
 
-def adversarial(name, rho, gradients, options, init_memory=None):
+def adversarial(name, rho, gradients, options, init_memory=None, is_linear=False):
     """The transformation of one method.
 
     ``gradients(value_and_grad, params, rho, key, memory, count)`` returns the value,
-    the gradient and the new memory, for one microbatch.
+    the gradient and the new memory, for one microbatch. ``is_linear``: it is that of
+    1 + rho H times the loss where the loss is quadratic.
     """
     if not callable(rho):
         checks.check_scale(rho, "rho")
@@ -34,6 +36,11 @@ def adversarial(name, rho, gradients, options, init_memory=None):
         raise ValueError(
             f"num_microbatches={parts} needs batch_argnames, got none; name the arguments "
             "to split, such as batch_argnames=('batch',)."
+        )
+
+    def rho_near_minimum(count):
+        return jnp.where(
+            count < options.start_step, 0.0, _link.at_step(rho, count, "rho")
         )
 
     def estimate(step):
@@ -74,4 +81,5 @@ def adversarial(name, rho, gradients, options, init_memory=None):
         count_name="num_microbatches",
         axis_name=options.axis_name,
         init_memory=init_memory,
+        rho_near_minimum=rho_near_minimum if is_linear and parts == 1 else None,
     )

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, layout, loops, random, sharding, signatures, trees
+from flatopt._core import (
+    checks,
+    layout,
+    linear,
+    loops,
+    random,
+    sharding,
+    signatures,
+    trees,
+)
 from flatopt.transforms import _states
 
 
@@ -55,6 +64,7 @@ def link(
     count_name="num_samples",
     axis_name=None,
     init_memory=None,
+    rho_near_minimum=None,
 ):
     """The transformation whose gradient is ``estimate(step)``.
 
@@ -62,6 +72,9 @@ def link(
     ``step.params`` and the new memory, on one device: they are averaged over
     ``axis_name``, cast and put into place here. A state of ``state_type`` has count, key
     and loss as its first fields; with ``init_memory`` it has ``memory`` too.
+
+    ``rho_near_minimum``: r, a number or a schedule, where the gradient of a quadratic loss
+    is that of the loss times 1 + r H, such as 0 for an average over noise; else None.
     """
     check_key(key)
     names = checks.check_names(batch_argnames)
@@ -77,6 +90,10 @@ def link(
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        if linear.is_read():
+            rho = rho_near_minimum
+            linear.hand_on(name, rho(state.count) if callable(rho) else rho)
+            return hand_on(updates, params, mask), state
         del updates
         check_update(params, value_fn, name)
         _check_not_accumulated(name)
@@ -121,6 +138,12 @@ def link(
     return optax.GradientTransformationExtraArgs(
         init_fn, makes_gradient(update_fn, name)
     )
+
+
+def hand_on(updates, params, mask):
+    """What comes in, zero where it is masked out."""
+    select, merge = selection(params, mask)
+    return merge(select(updates), trees.zeros_like(updates))
 
 
 def check_mask(mask, params):
