@@ -31,6 +31,7 @@ from flatopt.stability._linearization import (
     linearize,
     linearize_gauss_newton,
 )
+from flatopt.stability._monitor import Monitor, monitor
 from flatopt.stability._report import Report, report
 from flatopt.stability._thresholds import (
     SharpestMinimum,
@@ -44,6 +45,7 @@ __all__ = [
     "Alignment",
     "CriticalRate",
     "Linearization",
+    "Monitor",
     "Report",
     "SharpestMinimum",
     "StationaryCovariance",
@@ -57,6 +59,7 @@ __all__ = [
     "growth_rate",
     "linearize",
     "linearize_gauss_newton",
+    "monitor",
     "preconditioner",
     "report",
     "sharpest_minimum",

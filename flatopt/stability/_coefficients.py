@@ -26,6 +26,19 @@ TOLERANCE = 1e-5  # relative, of what has to agree
 TINY = 1e-12  # relative, that counts as zero
 NARROW = 3e-2  # the same where slots are narrower than float32
 RATES = 0.25, 0.5, 0.125  # two to read at, one to check
+WORDS = {  # of optax's links; "" for those that go without saying
+    "trace": "momentum",
+    "ema": "a moving average",
+    "add_decayed_weights": "weight decay",
+    "scale_by_adam": "Adam",
+    "scale_by_rms": "RMSprop",
+    "scale_by_rss": "AdaGrad",
+    "clip_by_global_norm": "clipping",
+    "identity": "",
+    "scale": "",
+    "scale_by_learning_rate": "",
+    "scale_by_schedule": "",
+}
 ADVICE = "use stability.critical_learning_rate, which takes any update."
 
 
@@ -61,6 +74,23 @@ class Chain(NamedTuple):
             return self.read(rate)
         start, slope = self.parts
         return Coefficients(*(a + rate * b for a, b in zip(start, slope, strict=True)))
+
+
+def describe(optimizer):
+    """A name for an optimizer: its function's, or those of its links."""
+    if optimizer is None:
+        return "SGD"
+    name = getattr(optimizer, "__name__", "<lambda>")
+    if name != "<lambda>":
+        return name
+    links = [name for name, _ in _slots.parts(_slots.make(optimizer, RATES[0]))]
+    shown = [WORDS.get(name, name.removeprefix("scale_by_")) for name in links]
+    shown = [word for word in shown if word]
+    if not any(
+        name.startswith("scale_by_") and WORDS.get(name) != "" for name in links
+    ):
+        shown = ["SGD", *shown]
+    return " with ".join([shown[0], ", ".join(shown[1:])] if shown[1:] else shown)
 
 
 def plain():
@@ -150,7 +180,37 @@ def preconditioner(optimizer: Any, opt_state: Any, params: Any) -> Any:
             "opt_state must be the optimizer's state after training, got None; a "
             "preconditioner is made of the gradients that it has seen."
         )
+    return _factors(_reader(optimizer, params, opt_state), params)
+
+
+def preconditioner_if_any(optimizer, opt_state, params):
+    """That of an optimizer that has one, or None."""
+    if optimizer is None:
+        return None
     reader = _reader(optimizer, params, opt_state)
+    if reader.is_shared(RATES[0]):
+        return None
+    if opt_state is None:
+        raise ValueError(
+            "opt_state is needed with an optimizer that scales each gradient by what it has "
+            "seen, got None; give its state after training."
+        )
+    return _factors(reader, params)
+
+
+def normalized(optimizer, params, opt_state):
+    """Coefficients where a fresh gradient moves parameters by -1, and active slots."""
+    reader = _reader(optimizer, params, opt_state)
+    found = reader.shared(RATES[0], not reader.is_shared(RATES[0]))
+    if found.gain[0] >= 0:
+        raise linear.NotLinearError(
+            "optimizer must follow a gradient downhill at once, got one that does not; "
+            + ADVICE
+        )
+    return found._replace(gain=found.gain / -found.gain[0]), reader.active
+
+
+def _factors(reader, params):
     factors = reader.factors(RATES[0])
     if not np.isfinite(factors).all():
         raise ValueError(
@@ -158,9 +218,8 @@ def preconditioner(optimizer: Any, opt_state: Any, params: Any) -> Any:
             "step at least."
         )
     with _slots.on_host():
-        tree = jax.tree.map(
-            np.asarray, reader.machine.layout.tree(jnp.asarray(factors))
-        )
+        tree = reader.machine.layout.tree(jnp.asarray(factors))
+        tree = jax.tree.map(np.asarray, tree)
     return jax.tree.map(lambda x, p: jnp.asarray(x, _dtype(p)), tree, params)
 
 
@@ -209,6 +268,11 @@ class _Reader(NamedTuple):
         matrix, gain, _ = self.reference(rate)
         here = _read(self.machine, self.active, self.moments, rate, self.tolerance)
         return _total_gain(*here[:2]) / self.unit(matrix, gain)
+
+    def is_shared(self, rate):
+        """Whether all coordinates have the same coefficients without a preconditioner."""
+        matrix, gain, _ = self.reference(rate)
+        return _common(matrix, gain, self.tolerance) is not None
 
     def shared(self, rate, has_scales):
         """The :class:`Coefficients` that all coordinates share, the factor divided out."""
@@ -263,7 +327,7 @@ def _check_steps(machine):
     """Refuse what takes a step every so often."""
     nodes = jax.tree.leaves(machine.state, is_leaf=_is_accumulation)
     if any(map(_is_accumulation, nodes)):
-        raise ValueError(
+        raise linear.NotLinearError(
             "optimizer must take a step for each gradient, got one that accumulates them "
             "(MultiSteps); give the optimizer inside of it, and the size of the whole batch."
         )
@@ -359,7 +423,7 @@ def _check_linear(optimizer, machine, active, moments, tolerance):
         if not _is_part_linear(part, params, tolerance):
             names.append(name)
     found = f" ({', '.join(names)})" if names else ""
-    raise ValueError(
+    raise linear.NotLinearError(
         f"optimizer must be linear near a minimum, got one that is not{found}; {ADVICE}"
     )
 
@@ -510,7 +574,7 @@ def _refuse_apart(is_scale):
             "optimizer scales gradients differently at each coordinate; give linearize "
             "preconditioner=stability.preconditioner(optimizer, opt_state, params)."
         )
-    raise ValueError(
+    raise linear.NotLinearError(
         "optimizer must treat all parameters alike but for a preconditioner, got one that "
         "decays or averages some of them otherwise (masked or coupled weight decay, "
         f"partitions); {ADVICE}"

@@ -158,6 +158,26 @@ def mean_threshold(found: Motion):
     return low
 
 
+def largest_stable_eigenvalue(coefficients: Coefficients):
+    """The curvature up to which the mean of an optimizer does not grow."""
+
+    def grows(value):
+        return _radius(_means(coefficients, np.array([value]))) > 1 + 1e-10
+
+    low = FINEST
+    if grows(low):
+        return 0.0
+    while not grows(low * GRID):
+        low *= GRID
+        if low > COARSEST:
+            return math.inf
+    high = low * GRID
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if grows(middle) else (middle, high)
+    return low
+
+
 def _response(matrices, gain, factor):
     """G of each pair of directions, shape (r, r)."""
     count, size, _ = matrices.shape
@@ -336,7 +356,8 @@ def stationary(found: Motion, residuals, rate):
         moment = np.asarray(vector, "f8").reshape(rank, rank)
         return (moment - response * found.noise((moment + moment.T) / 2)).ravel()
 
-    operator = scipy.sparse.linalg.LinearOperator((rank**2,) * 2, product, dtype="f8")
+    size = rank**2
+    operator = scipy.sparse.linalg.LinearOperator((size, size), product, dtype="f8")
     unit = np.linalg.norm(goal)
     solution, _ = scipy.sparse.linalg.gmres(
         operator, goal / unit, rtol=_accuracy(found), restart=30, maxiter=20

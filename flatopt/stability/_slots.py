@@ -360,6 +360,17 @@ def _merged(places):
     return [place and (numbers[place[0]], place[1]) for place in places]
 
 
+def without(tx, state, params, slots):
+    """A state whose slots of these numbers are zero."""
+    places, _ = _places(tx, state, params)
+    leaves, structure = jax.tree.flatten(state)
+    leaves = [
+        jnp.zeros_like(leaf) if place is not None and place[0] in slots else leaf
+        for leaf, place in zip(leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
 def parts(tx):
     """The links that a chain is made of, with their names, as far as can be told."""
     update, init = _closure(tx.update), _closure(tx.init)
