@@ -117,13 +117,16 @@ if TYPE_CHECKING:
     from flatopt import plots as plots
     from flatopt import sharpness as sharpness
     from flatopt import stability as stability
+    from flatopt.stability import monitor as monitor
 else:
 
     def __getattr__(name):
+        if name == "monitor":
+            return importlib.import_module("flatopt.stability").monitor
         if name in _LAZY:
             return importlib.import_module(f"flatopt.{name}")
         raise AttributeError(f"module 'flatopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY, "__version__"})
+    return sorted({*__all__, *_LAZY, "__version__", "monitor"})

@@ -43,6 +43,9 @@ ModelFn: TypeAlias = Callable[[Any, Any], Any]
 WeightFn: TypeAlias = Callable[[Any], Any]
 """The weight of a batch or of a chunk, a scalar."""
 
+Optimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
+"""A function of the learning rate: ``lambda rate: optax.sgd(rate, momentum=0.9)``."""
+
 
 class KernelFn(Protocol):
     """A kernel: ``kernel(key, params) -> perturbation``."""

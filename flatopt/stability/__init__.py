@@ -16,6 +16,7 @@ from flatopt.stability._alignment import (
     batch_sharpness,
     estimate_alignment,
 )
+from flatopt.stability._coefficients import preconditioner
 from flatopt.stability._critical import CriticalRate, critical_learning_rate
 from flatopt.stability._dynamics import (
     StationaryCovariance,
@@ -30,6 +31,7 @@ from flatopt.stability._linearization import (
     linearize,
     linearize_gauss_newton,
 )
+from flatopt.stability._monitor import Monitor, monitor
 from flatopt.stability._report import Report, report
 from flatopt.stability._thresholds import (
     SharpestMinimum,
@@ -43,6 +45,7 @@ __all__ = [
     "Alignment",
     "CriticalRate",
     "Linearization",
+    "Monitor",
     "Report",
     "SharpestMinimum",
     "StationaryCovariance",
@@ -56,6 +59,8 @@ __all__ = [
     "growth_rate",
     "linearize",
     "linearize_gauss_newton",
+    "monitor",
+    "preconditioner",
     "report",
     "sharpest_minimum",
     "simulate",

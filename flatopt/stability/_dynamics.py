@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core.types import Sampling, SimulatedNoise
-from flatopt.stability import _checks, _moments
+from flatopt._core import blocks
+from flatopt._core.types import Optimizer, Sampling, SimulatedNoise
+from flatopt.stability import _checks, _coefficients, _moments, _motion
 from flatopt.stability._linearization import Linearization
 
 MOST_STEPS = 100_000  # looked at for an escape
@@ -23,6 +24,8 @@ def growth_rate(
     batch_size: int,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> float:
     r"""The factor by which SGD's second moment grows a step, in the long run.
@@ -35,7 +38,7 @@ def growth_rate(
       lin: from :func:`linearize`.
       learning_rate: the step size, > 0.
       batch_size: B, at most n.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
       progress: see :func:`linearize`; the total is a guess.
 
     Returns:
@@ -54,7 +57,11 @@ def growth_rate(
       2.5
     """
     _checks.check_rate(learning_rate)
-    return _moments.growth(lin, learning_rate, batch_size, sampling, progress)
+    if _coefficients.is_plain(lin, optimizer, opt_state):
+        return _moments.growth(lin, learning_rate, batch_size, sampling, progress)
+    chain = _coefficients.chain(lin, optimizer, opt_state)
+    found = _motion.motion(lin, chain, batch_size, sampling)
+    return _motion.growth(found, learning_rate, progress)
 
 
 def expected_losses(
@@ -64,6 +71,8 @@ def expected_losses(
     num_steps: int,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ) -> jax.Array:
     r"""The exact expected loss along linearized SGD, from a random start of loss 1.
 
@@ -74,7 +83,7 @@ def expected_losses(
       learning_rate: the step size, > 0.
       batch_size: B, at most n.
       num_steps: number of steps.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
 
     Returns:
       The expected losses, shape (num_steps + 1,).
@@ -89,26 +98,48 @@ def expected_losses(
     """
     _checks.check_rate(learning_rate)
     _checks.check_count(num_steps, "num_steps", "steps")
-    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
-    room = _moments.space(lin)
-    _, losses = _mean_losses(room, learning_rate, weights, _start(room), num_steps + 1)
+    run = _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling)
+    _, losses = _mean_losses(run, _start(run), num_steps + 1)
     return losses
 
 
-def _start(room):
-    """The second moment of a random start of loss 1."""
-    moment = np.eye(room.rank) * 2 / np.sum(np.asarray(room.values, "f8"))
-    return jnp.asarray(room.pad(moment), room.values.dtype)
+class _Run(NamedTuple):
+    """What compiled recursions take: a space, an optimizer's coefficients, weights."""
+
+    room: _moments.Space
+    coefficients: tuple[jax.Array, jax.Array]
+    weights: _moments.Weights
 
 
-def _mean_losses(room, learning_rate, weights, moment, count):
+def _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling):
+    chain = _coefficients.chain(lin, optimizer, opt_state)
+    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
+    lin = _motion.ascended(lin, chain, batch_size, weights)
+    room = _moments.space(lin)
+    coefficients = _motion.scaled(
+        chain.at(learning_rate), room.scale, room.values.dtype
+    )
+    return _Run(room, coefficients, weights)
+
+
+def _start(run):
+    """The second moment of a random start of loss 1, and of slots at rest."""
+    room, slots = run.room, len(run.coefficients[1])
+    moment = np.zeros((slots, slots, *(2 * room.values.shape)))
+    distance = np.eye(room.rank) * 2 / np.sum(np.asarray(room.values, "f8"))
+    moment[0, 0] = room.pad(distance)
+    return jnp.asarray(moment, room.values.dtype)
+
+
+def _mean_losses(run, moment, count):
     """The moment after so many steps, and the mean loss before each of them."""
     length = 1 << (count - 1).bit_length()  # so that other counts share compiled code
+    room = run.room
     moment, losses = _recursion(
         room.coordinates,
         room.values,
-        room.rate(learning_rate),
-        weights,
+        run.coefficients,
+        run.weights,
         moment,
         count,
         length,
@@ -117,12 +148,14 @@ def _mean_losses(room, learning_rate, weights, moment, count):
 
 
 @functools.partial(jax.jit, static_argnums=6)
-def _recursion(coordinates, values, rate, weights, moment, count, length):
+def _recursion(coordinates, values, coefficients, weights, moment, count, length):
     def step(index, state):
         moment, losses = state
-        loss = jnp.sum(jnp.diagonal(moment) * values) / 2
+        loss = jnp.sum(jnp.diagonal(moment[0, 0]) * values) / 2
         losses = losses.at[index].set(loss)
-        moment = _moments.moment_step(coordinates, values, rate, weights, moment)
+        moment = _moments.slots_moment_step(
+            coordinates, values, coefficients, weights, moment
+        )
         return moment, losses
 
     start = moment, jnp.zeros(length, values.dtype)
@@ -136,6 +169,8 @@ def escape_time(
     *,
     factor: float = 10.0,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ) -> float:
     r"""Steps until the expected loss of linearized SGD has grown by a factor.
 
@@ -144,7 +179,7 @@ def escape_time(
       learning_rate: the step size, > 0.
       batch_size: B, at most n.
       factor: the growth to wait for, > 1.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
 
     Returns:
       The number of steps, infinite where SGD stays.
@@ -163,17 +198,24 @@ def escape_time(
         raise ValueError(
             f"factor must be greater than 1, got {factor}; write factor=10.0."
         )
-    if learning_rate <= _moments.exact_threshold(lin, batch_size, sampling):
+    if _stays(lin, optimizer, opt_state, learning_rate, batch_size, sampling):
         return math.inf
-    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
-    room = _moments.space(lin)
-    moment, count = _start(room), ROUND_STEPS
+    run = _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling)
+    moment, count = _start(run), ROUND_STEPS
     for start in range(0, MOST_STEPS, ROUND_STEPS):
-        moment, losses = _mean_losses(room, learning_rate, weights, moment, count)
+        moment, losses = _mean_losses(run, moment, count)
         reached = np.flatnonzero(~(np.asarray(losses) < factor))
         if len(reached):
             return float(start + reached[0])
     return math.inf
+
+
+def _stays(lin, optimizer, opt_state, learning_rate, batch_size, sampling):
+    if _coefficients.is_plain(lin, optimizer, opt_state):
+        return learning_rate <= _moments.exact_threshold(lin, batch_size, sampling)
+    chain = _coefficients.chain(lin, optimizer, opt_state)
+    found = _motion.motion(lin, chain, batch_size, sampling)
+    return _motion.stays(found, learning_rate)
 
 
 NOISES = ("sgd", "gd", "isotropic", "langevin")
@@ -189,6 +231,8 @@ def simulate(
     num_runs: int = 100,
     noise: SimulatedNoise = "sgd",
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ) -> jax.Array:
     r"""Losses of linearized SGD, of gradient descent, or of it with isotropic noise.
 
@@ -207,7 +251,7 @@ def simulate(
       num_steps: number of steps.
       num_runs: number of independent runs.
       noise: "sgd", "gd", "isotropic" or "langevin".
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
 
     Returns:
       Losses, shape (num_runs, num_steps + 1).
@@ -229,48 +273,52 @@ def simulate(
         raise ValueError(
             f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}."
         )
-    weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
-    room = _moments.space(lin)
+    run = _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling)
     draws = num_steps, num_runs
     return _simulate(
-        room.coordinates,
-        room.values,
-        room.rate(learning_rate),
-        weights.each / lin.num_params,
+        run.room.coordinates,
+        run.room.values,
+        run.coefficients,
+        run.weights.each / lin.num_params,
         key,
         (batch_size, *draws, noise, sampling),
     )
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def _simulate(coordinates, values, rate, share, key, setting):
+def _simulate(coordinates, values, coefficients, share, key, setting):
     batch_size, num_steps, num_runs, noise, sampling = setting
+    matrix, gain = coefficients
     n, _, width = coordinates.shape
     scale = jnp.sqrt(2 / jnp.sum(values))
     spread = _start_spread(coordinates, values) if noise == "langevin" else None
 
-    def step(point, key):
-        loss = jnp.sum(values * point**2) / 2
+    def gradient(point, key):
         errors = jnp.einsum("ncr,r->nc", coordinates, point)
         if noise == "sgd":
             counts = _batch_counts(key, n, batch_size, sampling).astype(values.dtype)
             errors = counts[:, None] / batch_size * errors
-            return point - rate * jnp.einsum("nc,ncr->r", errors, coordinates), loss
+            return jnp.einsum("nc,ncr->r", errors, coordinates)
         grads = values * point
         if noise == "gd":
-            return point - rate * grads, loss
+            return grads
         trace = spread
         if noise == "isotropic":
             each = jnp.einsum("nc,ncr->nr", errors, coordinates)
             trace = jnp.mean(jnp.sum(each**2, axis=1)) - jnp.sum(grads**2)
         deviation = jnp.sqrt(share * jnp.maximum(trace, 0))
         drawn = jax.random.normal(key, (width,), values.dtype)
-        drawn = jnp.where(values > 0, drawn, 0.0)
-        return point - rate * (grads + deviation * drawn), loss
+        return grads + deviation * jnp.where(values > 0, drawn, 0.0)
+
+    def step(state, key):
+        loss = jnp.sum(values * state[0] ** 2) / 2
+        moved = jnp.einsum("ik,kr->ir", matrix, state, precision=blocks.PRECISION)
+        return moved + gain[:, None] * gradient(state[0], key)[None], loss
 
     def run(key):
         start_key, key = jax.random.split(key)
         start = scale * jax.random.normal(start_key, (width,), values.dtype)
+        start = jnp.zeros((len(gain), width), values.dtype).at[0].set(start)
         _, losses = jax.lax.scan(step, start, jax.random.split(key, num_steps + 1))
         return losses
 
@@ -323,6 +371,8 @@ def stationary_covariance(
     batch_size: int,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ) -> StationaryCovariance:
     r"""Where SGD settles around a minimum that does not fit its data exactly.
 
@@ -338,7 +388,7 @@ def stationary_covariance(
       lin: from :func:`linearize`.
       learning_rate: the step size, below the exact threshold.
       batch_size: B, at most n.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
 
     Returns:
       A :class:`StationaryCovariance`.
@@ -360,14 +410,24 @@ def stationary_covariance(
       0.1667
     """
     _checks.check_rate(learning_rate)
-    limit = _moments.exact_threshold(lin, batch_size, sampling)
+    if _coefficients.is_plain(lin, optimizer, opt_state):
+        _check_below(learning_rate, _moments.exact_threshold(lin, batch_size, sampling))
+        covariance = _moments.stationary(lin, learning_rate, batch_size, sampling)
+    else:
+        chain = _coefficients.chain(lin, optimizer, opt_state)
+        found = _motion.motion(lin, chain, batch_size, sampling, _moments.space)
+        if not _motion.stays(found, learning_rate):
+            _check_below(learning_rate, _motion.threshold(found))
+        covariance = _motion.stationary(found, lin.residuals, learning_rate)
+    values, spread = np.asarray(lin.eigenvalues, "f8"), np.diagonal(covariance)
+    found = covariance, spread.sum(), values @ spread / 2, values**2 @ spread
+    dtype = jnp.asarray(lin.eigenvalues).dtype
+    return StationaryCovariance(*(_moments.narrow(x, dtype) for x in found))
+
+
+def _check_below(learning_rate, limit):
     if not learning_rate < limit:
         raise ValueError(
             f"learning_rate must be below the exact threshold, {limit:.4g}, got "
             f"{learning_rate:.4g}; beyond it SGD settles nowhere."
         )
-    covariance = _moments.stationary(lin, learning_rate, batch_size, sampling)
-    values, spread = np.asarray(lin.eigenvalues, "f8"), np.diagonal(covariance)
-    found = covariance, spread.sum(), values @ spread / 2, values**2 @ spread
-    dtype = jnp.asarray(lin.eigenvalues).dtype
-    return StationaryCovariance(*(_moments.narrow(x, dtype) for x in found))

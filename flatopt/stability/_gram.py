@@ -61,8 +61,11 @@ def most_held():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jacobian(model_fn, params, inputs, roots):
-    """Rows of the examples' roots times Jacobians, two axes a leaf."""
+def _jacobian(model_fn, params, scales, inputs, roots):
+    """Rows of the examples' roots times Jacobians, two axes a leaf.
+
+    ``scales``: a tree like the parameters that multiplies their columns, or None.
+    """
 
     def outputs(params, example):
         example = jax.tree.map(lambda x: x[None], example)
@@ -70,14 +73,19 @@ def _jacobian(model_fn, params, inputs, roots):
 
     rows = jax.vmap(jax.jacrev(outputs), in_axes=(None, 0))(params, inputs)
 
-    def flatten(leaf):
+    if scales is None:
+        scales = jax.tree.map(lambda p: jnp.ones((), p.dtype), params)
+
+    def flatten(leaf, scale):
         leaf = trees.widen(leaf.reshape(*roots.shape[:2], -1))
+        leaf = leaf * scale.reshape(1, 1, -1).astype(leaf.dtype)
         mixed = jnp.einsum(
             "ncd,ndp->ncp", roots.astype(leaf.dtype), leaf, precision=blocks.PRECISION
         )
         return mixed.reshape(-1, leaf.shape[2])
 
-    return [flatten(leaf) for leaf in jax.tree.leaves(rows) if leaf.size]
+    pairs = zip(jax.tree.leaves(rows), jax.tree.leaves(scales), strict=True)
+    return [flatten(leaf, scale) for leaf, scale in pairs if leaf.size]
 
 
 @jax.jit
@@ -97,7 +105,7 @@ def _products(block, other):
         return np.asarray(_wide_gram(block, other))
 
 
-def gram(model_fn, params, inputs, roots, chunk_size, size, shown):
+def gram(model_fn, params, scales, inputs, roots, chunk_size, size, shown):
     """Inner products of all rows, shape (n c, n c), in float64 on the host.
 
     Chunks are held while they fit; with the chunks held, all later ones are computed
@@ -118,7 +126,7 @@ def gram(model_fn, params, inputs, roots, chunk_size, size, shown):
         for first in range(0, len(chunks), most):
             held = {}
             for j in range(first, len(chunks)):
-                rows = _jacobian(model_fn, params, *chunks[j])
+                rows = _jacobian(model_fn, params, scales, *chunks[j])
                 if j < first + most:
                     held[j] = rows
                 for i, others in held.items():

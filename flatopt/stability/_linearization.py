@@ -28,6 +28,9 @@ class Linearization(NamedTuple):
       num_params: the number of parameters.
       reducible_loss: what the linearized model could still take off the loss, in flat
         directions too; 0 at a minimum.
+      params: the parameters; None: an optimizer's coefficients are read on a flat vector.
+      preconditioner: a tree like them, or None; with it ``coordinates``, ``eigenvalues``
+        and ``gradient_norm`` are those of the parameters over its root.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,6 +48,8 @@ class Linearization(NamedTuple):
     gradient_norm: jax.Array
     num_params: int
     reducible_loss: jax.Array
+    params: Any = None
+    preconditioner: Any = None
 
 
 def linearize(
@@ -55,6 +60,7 @@ def linearize(
     *,
     loss_scale: float = 1.0,
     loss_fn: LossFn | None = None,
+    preconditioner: Any = None,
     chunk_size: int | None = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
@@ -74,6 +80,8 @@ def linearize(
       loss_fn: ``loss_fn(outputs, targets)``, your training loss: if given it is compared
         with ``loss_scale`` at small errors of its own, since the wrong convention changes
         learning rates unseen.
+      preconditioner: a tree like ``params``, from :func:`preconditioner`: the linearization
+        is then in the coordinates in which the optimizer that has it treats all alike.
       chunk_size: number of examples whose Jacobian is computed at once; default: at most
         64, fewer for large models.
       progress: None: a bar where it takes long, if tqdm is there; True: a bar at once;
@@ -112,8 +120,9 @@ def linearize(
     root = jnp.sqrt(jnp.asarray(loss_scale, errors.dtype))
     one = root * jnp.eye(errors.shape[1], dtype=errors.dtype)
     roots = jnp.broadcast_to(one, (n, *one.shape))
+    size = chunk_size, progress
     return _linearize(
-        model_fn, params, inputs, roots, root * errors, loss, chunk_size, progress
+        model_fn, params, preconditioner, inputs, roots, root * errors, loss, *size
     )
 
 
@@ -124,6 +133,7 @@ def linearize_gauss_newton(
     inputs: Any,
     targets: Any,
     *,
+    preconditioner: Any = None,
     chunk_size: int | None = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
@@ -144,7 +154,7 @@ def linearize_gauss_newton(
       params: the parameters, at or near a minimum.
       inputs: n inputs, a tree of arrays with a leading axis.
       targets: n targets, a tree of arrays with a leading axis.
-      chunk_size, progress: see :func:`linearize`.
+      preconditioner, chunk_size, progress: see :func:`linearize`.
 
     Returns:
       A :class:`Linearization`.
@@ -167,8 +177,9 @@ def linearize_gauss_newton(
     _gram.check_size(outputs.size)
     *parts, loss = _losses.expand(loss_fn, outputs, targets)
     roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
+    size = chunk_size, progress
     return _linearize(
-        model_fn, params, inputs, roots, residuals, loss, chunk_size, progress
+        model_fn, params, preconditioner, inputs, roots, residuals, loss, *size
     )
 
 
@@ -182,13 +193,16 @@ def _without_rounding(errors, outputs):
     return jnp.where(is_rounding, 0.0, errors)
 
 
-def _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size, shown):
+def _linearize(
+    model_fn, params, preconditioner, inputs, roots, residuals, loss, chunk_size, shown
+):
     size = blocks.size(params)
+    scales = root_of(preconditioner, params)
     n, c = residuals.shape
     if chunk_size is None:
         chunk_size = max(1, min(64, CHUNK_VALUES // (c * size)))
     _checks.check_count(chunk_size, "chunk_size", "examples whose Jacobian is held")
-    gram = _gram.gram(model_fn, params, inputs, roots, chunk_size, size, shown)
+    gram = _gram.gram(model_fn, params, scales, inputs, roots, chunk_size, size, shown)
     if not np.isfinite(gram).all():
         raise ValueError(
             "the Jacobian is not finite; look at the model's outputs and gradients first."
@@ -213,7 +227,33 @@ def _linearize(model_fn, params, inputs, roots, residuals, loss, chunk_size, sho
         gradient_norm=_moments.narrow(np.sqrt(slope) / n, dtype),
         num_params=size,
         reducible_loss=_moments.narrow(np.sum(seen**2) / (2 * n), dtype),
+        params=params,
+        preconditioner=preconditioner,
     )
+
+
+def root_of(preconditioner, params):
+    """The root of a preconditioner, checked, or None."""
+    if preconditioner is None:
+        return None
+    structure = jax.tree.structure(params)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    leaves = jax.tree.leaves(preconditioner)
+    if jax.tree.structure(preconditioner) != structure or shapes != [
+        jnp.shape(leaf) for leaf in leaves
+    ]:
+        raise ValueError(
+            "preconditioner must be a tree of arrays of the shapes of params, got "
+            f"{jax.tree.map(jnp.shape, preconditioner)} for "
+            f"{jax.tree.map(jnp.shape, params)}; give stability.preconditioner(optimizer, "
+            "opt_state, params)."
+        )
+    if not all(bool(jnp.all(jnp.isfinite(x) & (jnp.asarray(x) >= 0))) for x in leaves):
+        raise ValueError(
+            "preconditioner must be finite and not negative, got another value; give what "
+            "stability.preconditioner returns after a step at least."
+        )
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.asarray(x)), preconditioner)
 
 
 def _check_range(largest, dtype):

@@ -155,11 +155,40 @@ def _dot(subscripts, *arrays):
 
 @jax.jit
 def moment_step(coordinates, values, rate, weights, moment):
-    """The second moment after one step."""
+    """The second moment after one step of plain SGD."""
     drift = values[:, None] * moment + moment * values[None]
-    noise = weights.whole * values[:, None] * moment * values[None]
-    noise = noise + weights.each * noise_part(coordinates, moment)
-    return moment - rate * drift + rate**2 * noise
+    return (
+        moment
+        - rate * drift
+        + rate**2 * _batch_moment(coordinates, values, weights, moment)
+    )
+
+
+def _batch_moment(coordinates, values, weights, moment):
+    """D(M): the mean over batches of H_B M H_B."""
+    whole = weights.whole * values[:, None] * moment * values[None]
+    return whole + weights.each * noise_part(coordinates, moment)
+
+
+def slots_moment_step(coordinates, values, coefficients, weights, moment):
+    """That of the distance and an optimizer's slots, shape (k, k, r, r), after one step."""
+    matrix, gain = coefficients
+    moved = jnp.einsum("ik,klrs->ilrs", matrix, moment, precision=blocks.PRECISION)
+    # Of the new distance and slots with the gradient, whose mean over batches is H z[0].
+    cross = jnp.einsum("irs,j,s->ijrs", moved[:, 0], gain, values)
+    moved = jnp.einsum("jl,ilrs->ijrs", matrix, moved, precision=blocks.PRECISION)
+    noise = _batch_moment(coordinates, values, weights, moment[0, 0])
+    found = (
+        moved
+        + cross
+        + _transpose(cross)
+        + jnp.einsum("i,j,rs->ijrs", gain, gain, noise)
+    )
+    return (found + _transpose(found)) / 2  # rounding apart from symmetry may grow
+
+
+def _transpose(moment):
+    return jnp.transpose(moment, (1, 0, 3, 2))
 
 
 @jax.jit
@@ -178,9 +207,7 @@ def _drift_scale(values):
 def scaled_noise(coordinates, values, weights, moment):
     """C^{-1/2} D C^{-1/2}, with C elementwise in the eigenbasis of H."""
     scale = _drift_scale(values)
-    moment = scale * moment
-    found = weights.whole * values[:, None] * moment * values[None]
-    return scale * (found + weights.each * noise_part(coordinates, moment))
+    return scale * _batch_moment(coordinates, values, weights, scale * moment)
 
 
 def exact_threshold(lin, batch_size, sampling, shown=None):
@@ -283,16 +310,21 @@ def stationary(lin, learning_rate, batch_size, sampling):
     return room.cut(found).astype("f8") * (unit**2 / room.scale)
 
 
-@jax.jit
-def _stationary(coordinates, values, residuals, rate, weights):
-    """The covariance, and what conjugate gradients left of the right-hand side."""
+def minimum_noise(coordinates, values, residuals):
+    """The mean of the examples' gradients times themselves at the model's minimum."""
     n, c, width = coordinates.shape
     lengths = jnp.where(values > 0, jax.lax.rsqrt(n * values), 0.0)
     basis = coordinates.reshape(-1, width) * lengths[None]
     errors = residuals.reshape(-1)
     errors = errors - _dot("ar,r->a", basis, _dot("a,ar->r", errors, basis))
     grads = _dot("nc,ncr->nr", errors.reshape(n, c), coordinates)
-    noise = _dot("nr,ns->rs", grads, grads) / n
+    return _dot("nr,ns->rs", grads, grads) / n
+
+
+@jax.jit
+def _stationary(coordinates, values, residuals, rate, weights):
+    """The covariance, and what conjugate gradients left of the right-hand side."""
+    noise = minimum_noise(coordinates, values, residuals)
 
     def apply(moment):
         return 2 * moment - rate * scaled_noise(coordinates, values, weights, moment)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core.types import LossFn, ModelFn, Sampling
-from flatopt.stability import _checks, _losses
+from flatopt._core.types import LossFn, ModelFn, Optimizer, Sampling
+from flatopt.stability import _checks, _coefficients, _losses
 from flatopt.stability._alignment import Alignment, alignment
 from flatopt.stability._dynamics import growth_rate
-from flatopt.stability._linearization import linearize, linearize_gauss_newton
+from flatopt.stability._linearization import linearize, linearize_gauss_newton, root_of
 from flatopt.stability._thresholds import Thresholds, smallest_batch_size, thresholds
 
 MEANINGS = {
@@ -29,7 +29,7 @@ MEANINGS = {
 
 
 class Report(NamedTuple):
-    """Stability at one point, from :func:`report`; ``print`` shows a table.
+    r"""Stability at one point, from :func:`report`; ``print`` shows a table.
 
     Attributes:
       learning_rate: the step size asked about.
@@ -49,6 +49,9 @@ class Report(NamedTuple):
       growth_rate: factor of the second moment a step.
       smallest_batch_size: see :func:`smallest_batch_size`.
       loss_scale: factor of the squared error, or None for another loss.
+      optimizer: its name.
+      is_preconditioned: whether curvature is that in the coordinates of the optimizer's
+        preconditioner: of :math:`P^{1/2} H P^{1/2}`.
 
     Example:
       >>> from flatopt import stability
@@ -71,6 +74,8 @@ class Report(NamedTuple):
     growth_rate: float
     smallest_batch_size: int | None
     loss_scale: float | None = 1.0
+    optimizer: str = "SGD"
+    is_preconditioned: bool = False
 
     @property
     def is_minimum(self) -> bool:
@@ -92,12 +97,15 @@ class Report(NamedTuple):
             found = "unstable even for the whole data in one batch"
         elif self.learning_rate > limit:
             found = (
-                f"SGD leaves: the learning rate exceeds the exact limit {limit:.4g}; a batch "
-                f"of {self.smallest_batch_size} would stay"
+                f"{self.optimizer} leaves: the learning rate exceeds the exact limit "
+                f"{limit:.4g}; a batch of {self.smallest_batch_size} would stay"
             )
         else:
             margin = limit / self.learning_rate
-            found = f"SGD stays: the learning rate could be {margin:.3g} times as large"
+            found = (
+                f"{self.optimizer} stays: the learning rate could be {margin:.3g} times as "
+                "large"
+            )
         if not self.is_minimum:
             found += " (says the linearized model, but this is no minimum of its kind)"
         return found
@@ -105,16 +113,24 @@ class Report(NamedTuple):
     @property
     def caveat(self) -> str | None:
         """What the theory does not say here, or None where it is exact."""
+        found = []
         if self.loss_scale is None:
-            return (
+            found.append(
                 "the loss is no squared error: rates are those of its expansion to second "
                 "order in the outputs, at these parameters; the curvature of a "
                 "cross-entropy falls as the data is fitted, so that a rate that leaves "
                 "here may stay further on"
             )
-        if not self.is_minimum:
-            return "the theory is about minima that fit their data, and this is none"
-        return None
+        elif not self.is_minimum:
+            found.append(
+                "the theory is about minima that fit their data, and this is none"
+            )
+        if self.is_preconditioned:
+            found.append(
+                "the preconditioner is held as it is: the rates hold while the second "
+                "moments of the gradients stay"
+            )
+        return "; ".join(found) or None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and words as a plain dict, for JSON.
@@ -137,8 +153,8 @@ class Report(NamedTuple):
 
     def __str__(self):
         lines = [
-            f"SGD, learning rate {self.learning_rate:.4g}, batch size {self.batch_size}: "
-            f"{self.verdict}",
+            f"{self.optimizer}, learning rate {self.learning_rate:.4g}, batch size "
+            f"{self.batch_size}: {self.verdict}",
         ]
         if self.caveat is not None:
             lines.append(f"mind: {self.caveat}")
@@ -162,7 +178,7 @@ class Report(NamedTuple):
                 "the linearized model could lose it",
             ),
             ("gradient norm", self.gradient_norm, "0 at a minimum"),
-            ("top eigenvalue of H", self.max_eigenvalue, "H: the Gauss-Newton matrix"),
+            ("top eigenvalue of H", self.max_eigenvalue, self._matrix),
             (
                 "of the Hessian",
                 self.hessian_eigenvalue,
@@ -198,10 +214,19 @@ class Report(NamedTuple):
     def _rates(self):
         """Rows of the thresholds: theory, rate, margin, meaning."""
         rows = [("largest stable rate by", "rate", "this rate", "margin", "meaning")]
+        meanings = MEANINGS
+        if "trace_ratio" not in self.thresholds.rates:  # not plain SGD
+            meanings = MEANINGS | {"gradient_descent": "all data in one batch"}
         for name, rate in self.thresholds.rates.items():
             holds = "holds" if self.learning_rate <= rate else "violated"
-            rows.append((name, rate, holds, rate / self.learning_rate, MEANINGS[name]))
+            rows.append((name, rate, holds, rate / self.learning_rate, meanings[name]))
         return rows
+
+    @property
+    def _matrix(self):
+        if self.is_preconditioned:
+            return "H: the Gauss-Newton matrix, preconditioned"
+        return "H: the Gauss-Newton matrix"
 
 
 def _columns(rows):
@@ -230,6 +255,8 @@ def report(
     loss_scale: float | None = None,
     loss_fn: LossFn | None = None,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Report:
     """Everything about stability at one point, with a readable table.
@@ -246,7 +273,9 @@ def report(
       loss_scale: factor of the loss over ``sum of squared errors / (2 n)``: 1/c for
         ``optax.l2_loss(...).mean()``, 2/c for a mean squared error over c outputs.
       loss_fn: ``loss_fn(outputs, targets)``, the mean loss over examples.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer: see :func:`thresholds`.
+      opt_state: the optimizer's state: for an adaptive one, whose preconditioner is read
+        from it, and for a schedule's step.
       progress: see :func:`linearize`.
 
     Returns:
@@ -271,23 +300,26 @@ def report(
     _checks.check_batch(batch_size, len(outputs), sampling)
     targets = _losses.as_arrays(targets)
     scale = _scale(outputs, targets, loss_scale, loss_fn)
+    factors = _coefficients.preconditioner_if_any(optimizer, opt_state, params)
+    shown = dict(preconditioner=factors, progress=progress)
     if scale is None:
         assert loss_fn is not None  # _scale has seen to it
         lin = linearize_gauss_newton(
-            model_fn, loss_fn, params, inputs, targets, progress=progress
+            model_fn, loss_fn, params, inputs, targets, **shown
         )
         whole = _losses.whole_loss(model_fn, loss_fn)
         constant = _losses.best_constant_loss(loss_fn, outputs, targets)
     else:
-        lin = linearize(
-            model_fn, params, inputs, targets, loss_scale=scale, progress=progress
-        )
+        lin = linearize(model_fn, params, inputs, targets, loss_scale=scale, **shown)
         targets = _losses.check_targets(outputs, targets)
         whole = _losses.square_loss(model_fn, scale)
         means = jnp.broadcast_to(targets.mean(axis=0)[None], targets.shape)
         constant = scale * float(_losses.half_square(means, targets))
-    hessian = curvature.hessian(whole, params, (inputs, targets))
+    whole, point = _in_coordinates(whole, params, factors)
+    hessian = curvature.hessian(whole, point, (inputs, targets))
     top = curvature.eigenpairs(hessian, jax.random.key(0), 1)
+    asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
+    values = np.asarray(lin.eigenvalues, "f8")
     return Report(
         learning_rate=float(learning_rate),
         batch_size=int(batch_size),
@@ -295,18 +327,35 @@ def report(
         reducible_loss=float(lin.reducible_loss),
         constant_loss=constant,
         gradient_norm=float(lin.gradient_norm),
-        max_eigenvalue=float(lin.eigenvalues[0]),
+        max_eigenvalue=float(values[0]),
         hessian_eigenvalue=float(top.values[0]),
-        trace=float(np.sum(np.asarray(lin.eigenvalues, "f8"))),
-        frobenius_norm=float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8"))),
+        trace=float(np.sum(values)),
+        frobenius_norm=float(np.linalg.norm(values)),
         alignment=alignment(lin) if np.any(np.asarray(lin.residuals)) else None,
-        thresholds=thresholds(lin, batch_size, sampling=sampling, progress=progress),
+        thresholds=thresholds(lin, batch_size, progress=progress, **asked),
         growth_rate=growth_rate(
-            lin, learning_rate, batch_size, sampling=sampling, progress=progress
+            lin, learning_rate, batch_size, progress=progress, **asked
         ),
-        smallest_batch_size=smallest_batch_size(lin, learning_rate, sampling=sampling),
+        smallest_batch_size=smallest_batch_size(lin, learning_rate, **asked),
         loss_scale=scale,
+        optimizer=_coefficients.describe(optimizer),
+        is_preconditioned=factors is not None,
     )
+
+
+def _in_coordinates(loss_fn, params, factors):
+    """A loss of the parameters over the root of a preconditioner, and where they are."""
+    if factors is None:
+        return loss_fn, params
+    roots = root_of(factors, params)
+
+    def moved(point, batch):
+        there = jax.tree.map(
+            lambda p, r, z: p + (r * z).astype(p.dtype), params, roots, point
+        )
+        return loss_fn(there, batch)
+
+    return moved, jax.tree.map(jnp.zeros_like, roots)
 
 
 def _scale(outputs, targets, loss_scale, loss_fn):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flatopt._core.types import Sampling
-from flatopt.stability import _checks, _moments
+from flatopt._core.types import Optimizer, Sampling
+from flatopt.stability import _checks, _coefficients, _moments, _motion
 from flatopt.stability._alignment import alignment
 from flatopt.stability._linearization import Linearization
 
@@ -72,6 +72,8 @@ def thresholds(
     batch_size: int,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Thresholds:
     r"""The largest stable learning rate of SGD at a minimum, by each theory.
@@ -98,6 +100,12 @@ def thresholds(
       lin: from :func:`linearize`.
       batch_size: B, at most n.
       sampling: "without_replacement", "with_replacement" or "bernoulli".
+      optimizer: a function of the learning rate that returns the optax transformation, such
+        as ``lambda rate: optax.sgd(rate, momentum=0.9)``; None: plain SGD. It must be
+        linear near a minimum, as are momentum, moving averages and weight decay, and
+        adaptive methods after ``linearize(..., preconditioner=)``. flatopt's averages over
+        noise count as what follows them. Only the first two rates are known then.
+      opt_state: its state, for a schedule's step; None: after very many steps.
       progress: see :func:`linearize`; the total is a guess.
 
     Returns:
@@ -124,14 +132,28 @@ def thresholds(
       (4.0, 2.0)
     """
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
-    rates = _bounds(lin, weights, batch_size, sampling)
-    limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
+    if _coefficients.is_plain(lin, optimizer, opt_state):
+        rates = _bounds(lin, weights, batch_size, sampling)
+        limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
+    else:
+        chain = _coefficients.chain(lin, optimizer, opt_state)
+        found = _motion.motion(lin, chain, batch_size, sampling)
+        rates = dict.fromkeys(_UNKNOWN, math.nan)
+        rates["gradient_descent"] = _motion.mean_threshold(found)
+        limit = _motion.threshold(found, progress)
     return Thresholds(
         mean_square=float(limit),
         loss=float(lin.loss),
         gradient_norm=float(lin.gradient_norm),
         **{name: float(rate) for name, rate in rates.items()},
     )
+
+
+_UNKNOWN = tuple(  # of an optimizer other than plain SGD
+    name
+    for name in Thresholds._fields
+    if name not in ("gradient_descent", "mean_square", "loss", "gradient_norm")
+)
 
 
 def _bounds(lin, weights, batch_size, sampling):
@@ -174,13 +196,15 @@ def smallest_batch_size(
     learning_rate: float,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ) -> int | None:
     r"""The smallest batch size at which SGD with this learning rate can stay.
 
     Args:
       lin: from :func:`linearize`.
       learning_rate: the step size, > 0.
-      sampling: see :func:`thresholds`.
+      sampling, optimizer, opt_state: see :func:`thresholds`.
 
     Returns:
       The batch size, or None where no batch up to the whole data suffices.
@@ -196,12 +220,37 @@ def smallest_batch_size(
     _checks.check_rate(learning_rate)
     n = len(lin.coordinates)
 
-    def stays(batch_size):
-        return learning_rate <= _moments.exact_threshold(lin, batch_size, sampling)
+    if _coefficients.is_plain(lin, optimizer, opt_state):
+
+        def stays(batch_size):
+            return learning_rate <= _moments.exact_threshold(lin, batch_size, sampling)
+
+    else:
+        stays = _with_optimizer(lin, learning_rate, sampling, optimizer, opt_state)
 
     # Stability can only grow with the batch.
     found = 1 + bisect.bisect_left(range(1, n + 1), True, key=stays)
     return found if found <= n else None
+
+
+def _with_optimizer(lin, learning_rate, sampling, optimizer, opt_state):
+    """``stays(batch_size)`` of an optimizer: noise enters by its weight alone."""
+    n = len(lin.coordinates)
+    chain = _coefficients.chain(lin, optimizer, opt_state)
+    if float(chain.at(1.0).rho) != 0:
+        raise ValueError(
+            "optimizer must not step up along the gradient, got usam_gradients, whose "
+            "stability is known for batches of 1 and of all examples alone; ask thresholds."
+        )
+    whole = _motion.motion(lin, chain, n, "without_replacement")
+    if not _motion.stays(whole, learning_rate):
+        return lambda batch_size: False
+    most = _motion.most_noise(_motion.motion(lin, chain, 1, sampling), learning_rate)
+
+    def stays(batch_size):
+        return _moments.sampling_weights(n, batch_size, sampling).each <= most
+
+    return stays
 
 
 class SharpestMinimum(NamedTuple):

@@ -30,6 +30,7 @@ def adversarial(
     is_memory_of_free=False,
     own_value_fn=None,
     given=None,
+    is_linear=False,
 ):
     """The transformation of one method.
 
@@ -37,6 +38,7 @@ def adversarial(
     the gradient and the new memory, for one microbatch. A method that needs other parts of
     the loss is given ``given(step, key, chunk)`` in place of ``value_and_grad``. What the
     microbatches make of the memory is averaged; counts in it are those of the first one.
+    ``is_linear``: the gradient is that of 1 + rho H times the loss where that is quadratic.
     """
     if not callable(rho):
         checks.check_scale(rho, "rho")
@@ -47,6 +49,11 @@ def adversarial(
         raise ValueError(
             f"num_microbatches={parts} needs batch_argnames, got none; name the arguments "
             "to split, such as batch_argnames=('batch',)."
+        )
+
+    def rho_near_minimum(count):
+        return jnp.where(
+            count < options.start_step, 0.0, _link.at_step(rho, count, "rho")
         )
 
     def estimate(step):
@@ -98,6 +105,7 @@ def adversarial(
         init_memory=init_memory,
         is_memory_of_free=is_memory_of_free,
         own_value_fn=own_value_fn,
+        rho_near_minimum=rho_near_minimum if is_linear and parts == 1 else None,
     )
 
 

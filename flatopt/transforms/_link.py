@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, layout, loops, random, sharding, signatures, trees
+from flatopt._core import (
+    checks,
+    layout,
+    linear,
+    loops,
+    random,
+    sharding,
+    signatures,
+    trees,
+)
 from flatopt.transforms import _states
 
 
@@ -58,6 +67,7 @@ def link(
     is_memory_of_free=False,
     own_value_fn=None,
     finish=None,
+    rho_near_minimum=None,
 ):
     """The transformation whose gradient is ``estimate(step)``.
 
@@ -68,6 +78,9 @@ def link(
     the parameters, or, if it ``is_memory_of_free``, any tree made of the free ones alone.
     ``own_value_fn`` stands in for the loss that is passed to ``update``. ``finish(step,
     result)`` makes of what was averaged over devices the loss, the gradient and the memory.
+
+    ``rho_near_minimum``: r, a number or a schedule, where the gradient of a quadratic loss
+    is that of the loss times 1 + r H, such as 0 for an average over noise; else None.
     """
     check_key(key)
     names = checks.check_names(batch_argnames)
@@ -85,6 +98,10 @@ def link(
         return _with_memory(state, init_memory(params))
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        if linear.is_read():
+            rho = rho_near_minimum
+            linear.hand_on(name, rho(state.count) if callable(rho) else rho)
+            return hand_on(updates, params, mask), state
         del updates
         value_fn = value_fn if own_value_fn is None else own_value_fn
         check_update(params, value_fn, name)
@@ -146,6 +163,12 @@ def _with_memory(state, memory):
     if hasattr(state, "with_memory"):
         return state.with_memory(memory)
     return state._replace(memory=memory)
+
+
+def hand_on(updates, params, mask):
+    """What comes in, zero where it is masked out."""
+    select, merge = selection(params, mask)
+    return merge(select(updates), trees.zeros_like(updates))
 
 
 def check_mask(mask, params):

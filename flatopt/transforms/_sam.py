@@ -152,6 +152,7 @@ def usam_gradients(
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
+        is_linear=True,
     )
 
 

@@ -161,4 +161,11 @@ def smoothed(
         select, _ = _link.selection(params, mask)
         return value, select(grads), ()
 
-    return _link.link(name, SmoothGradientsState, estimate, mask=mask, key=key)
+    return _link.link(
+        name,
+        SmoothGradientsState,
+        estimate,
+        mask=mask,
+        key=key,
+        rho_near_minimum=0,
+    )

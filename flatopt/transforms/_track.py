@@ -13,6 +13,7 @@ from flatopt._core import (
     binding,
     blocks,
     checks,
+    linear,
     loops,
     random,
     sharding,
@@ -146,6 +147,8 @@ def track_stability(
         )
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
+        if linear.is_read():
+            return updates, state
         _link.check_update(params, value_fn, "track_stability")
         checks.check_axis_name(axis_name)
         value_of, select, merge = _link.partition(value_fn, params, mask)
