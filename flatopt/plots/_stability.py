@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from flatopt import stability
-from flatopt._core.types import Sampling
+from flatopt._core.types import Optimizer, Sampling
 from flatopt.plots._axes import new_axes
 from flatopt.stability import _checks
 
@@ -19,6 +19,8 @@ def stability_thresholds(
     learning_rate: float | None = None,
     batch_size: int | None = None,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     ax: Any = None,
 ):
     """The largest stable learning rate against the batch size, by each theory.
@@ -28,7 +30,7 @@ def stability_thresholds(
       batch_sizes: the batch sizes; default: powers of two up to all examples.
       learning_rate: with ``batch_size``, a setting to mark.
       batch_size: with ``learning_rate``, a setting to mark.
-      sampling: see :func:`flatopt.stability.thresholds`.
+      sampling, optimizer, opt_state: see :func:`flatopt.stability.thresholds`.
       ax: matplotlib axes to draw into.
 
     Returns:
@@ -45,7 +47,8 @@ def stability_thresholds(
       'batch size'
     """
     _check_mark(learning_rate, batch_size, lin)
-    found = _thresholds(lin, batch_sizes, sampling)
+    asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
+    found = _thresholds(lin, batch_sizes, asked)
     return _draw_thresholds(found, learning_rate, batch_size, ax)
 
 
@@ -57,6 +60,8 @@ def stability_plane(
     learning_rate: float | None = None,
     batch_size: int | None = None,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     ax: Any = None,
 ):
     r"""The Frobenius norm over its bound, for each learning rate and batch size.
@@ -64,11 +69,13 @@ def stability_plane(
     Colors show :math:`\|H\|_F` over :math:`1 / (\eta \sqrt{p \mu})`, which is
     :math:`\sqrt{B / \mu} / \eta` for much data; above the thin line, where they are equal,
     the theory of Wu, Wang and Su has SGD leave. The thick line is the exact threshold.
+    The bound is for plain SGD: with another optimizer colors show the learning rate over
+    the exact threshold, and the thin line is the limit of the whole data in one batch.
 
     Args:
       lin: from :func:`flatopt.stability.linearize`.
       mu: the alignment; default: that of ``lin``, or 1 at zero loss.
-      batch_sizes, learning_rate, batch_size, sampling, ax: see
+      batch_sizes, learning_rate, batch_size, sampling, optimizer, opt_state, ax: see
         :func:`stability_thresholds`.
 
     Returns:
@@ -85,8 +92,9 @@ def stability_plane(
       'learning rate'
     """
     _check_mark(learning_rate, batch_size, lin)
-    found = _thresholds(lin, batch_sizes, sampling)
-    return _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax)
+    asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
+    found = _thresholds(lin, batch_sizes, asked)
+    return _draw_plane(lin, found, mu, learning_rate, batch_size, asked, ax)
 
 
 def stability_losses(
@@ -98,6 +106,8 @@ def stability_losses(
     num_runs: int = 200,
     key: jax.Array | None = None,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
     ax: Any = None,
 ):
     """Losses of linearized SGD: the exact mean, and the median and spread of runs.
@@ -111,7 +121,7 @@ def stability_losses(
       num_steps: number of steps.
       num_runs: number of runs.
       key: a JAX random key for the runs; default: ``jax.random.key(0)``.
-      sampling, ax: see :func:`stability_thresholds`.
+      sampling, optimizer, opt_state, ax: see :func:`stability_thresholds`.
 
     Returns:
       The axes.
@@ -127,10 +137,11 @@ def stability_losses(
       15.625
     """
     arguments = learning_rate, batch_size, num_steps
-    exact = stability.expected_losses(lin, *arguments, sampling=sampling)
+    asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
+    exact = stability.expected_losses(lin, *arguments, **asked)
     key = jax.random.key(0) if key is None else key
     runs = np.asarray(
-        stability.simulate(lin, key, *arguments, num_runs=num_runs, sampling=sampling)
+        stability.simulate(lin, key, *arguments, num_runs=num_runs, **asked)
     )
     ax = new_axes(ax, xlabel="step", ylabel="loss, linearized", yscale="log")
     ax.plot(exact, linewidth=2, label="mean, exact")
@@ -154,6 +165,8 @@ def stability_report(
     batch_size: int,
     *,
     sampling: Sampling = "without_replacement",
+    optimizer: Optimizer | None = None,
+    opt_state: Any = None,
 ):
     """Thresholds, norms and losses at one setting, side by side.
 
@@ -161,7 +174,7 @@ def stability_report(
       lin: from :func:`flatopt.stability.linearize`.
       learning_rate: the step size.
       batch_size: B.
-      sampling: see :func:`flatopt.stability.thresholds`.
+      sampling, optimizer, opt_state: see :func:`flatopt.stability.thresholds`.
 
     Returns:
       The three axes, of :func:`stability_thresholds`, :func:`stability_plane` and
@@ -179,14 +192,15 @@ def stability_report(
     _check_mark(learning_rate, batch_size, lin)
     _, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     setting = learning_rate, batch_size
-    found = _thresholds(lin, None, sampling)
+    asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
+    found = _thresholds(lin, None, asked)
     _draw_thresholds(found, *setting, axes[0])
-    _draw_plane(lin, found, None, *setting, sampling, axes[1])
-    stability_losses(lin, *setting, sampling=sampling, ax=axes[2])
+    _draw_plane(lin, found, None, *setting, asked, axes[1])
+    stability_losses(lin, *setting, ax=axes[2], **asked)
     return tuple(axes)
 
 
-def _thresholds(lin, batch_sizes, sampling):
+def _thresholds(lin, batch_sizes, asked):
     """Thresholds by batch size."""
     if batch_sizes is not None and not np.size(batch_sizes):
         raise ValueError("batch_sizes must hold batch sizes, got none; write [1, 8].")
@@ -194,7 +208,7 @@ def _thresholds(lin, batch_sizes, sampling):
         n = len(lin.coordinates)
         batch_sizes = sorted({*(2 ** np.arange(int(np.log2(n)) + 1)).tolist(), n})
     sizes = np.atleast_1d(batch_sizes).tolist()
-    return {b: stability.thresholds(lin, b, sampling=sampling) for b in sizes}
+    return {b: stability.thresholds(lin, b, **asked) for b in sizes}
 
 
 def _setting_axes(ax):
@@ -221,38 +235,44 @@ def _draw_thresholds(found, learning_rate, batch_size, ax):
     return ax
 
 
-def _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax):
+def _draw_plane(lin, found, mu, learning_rate, batch_size, asked, ax):
     batch_sizes, found = list(found), list(found.values())
-    if mu is None:
-        mu = (
-            float(stability.alignment(lin).mu)
-            if np.any(np.asarray(lin.residuals))
-            else 1.0
-        )
     exact = np.array([f.mean_square for f in found])
     rates = np.geomspace(exact.min() / 10, 4 * found[0].gradient_descent, 60)
-    norm = float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8")))
-    n = len(lin.coordinates)
-    bounds_at_one = np.array(
-        [
-            stability.sharpest_minimum(
-                1.0, b, n, mu=mu, sampling=sampling
-            ).frobenius_norm
-            for b in batch_sizes
-        ]
-    )
-    bounds = bounds_at_one[None] / rates[:, None]
+    if asked["optimizer"] is None:
+        ratio = _norm_over_bound(lin, mu, rates, batch_sizes, asked["sampling"])
+        quantity, line = "Frobenius norm over its bound", "norm at its bound"
+    else:
+        ratio = rates[:, None] / exact[None]
+        quantity, line = "learning rate over the exact threshold", None
     ax = _setting_axes(ax)
-    ratio = np.log10(np.maximum(norm / bounds, 1e-2))
+    ratio = np.log10(np.maximum(ratio, 1e-2))
     filled = ax.contourf(batch_sizes, rates, ratio, levels=20, cmap="coolwarm")
-    ax.figure.colorbar(filled, ax=ax, label="log10 of Frobenius norm over its bound")
-    if ratio.min() < 0 < ratio.max():
+    ax.figure.colorbar(filled, ax=ax, label=f"log10 of {quantity}")
+    if line is None:
+        limit = found[0].gradient_descent
+        ax.axhline(limit, color="k", linewidth=1, label="all data in one batch")
+    elif ratio.min() < 0 < ratio.max():
         ax.contour(batch_sizes, rates, ratio, levels=[0], colors="k", linewidths=1)
-        ax.plot([], [], "k", linewidth=1, label="norm at its bound")
+        ax.plot([], [], "k", linewidth=1, label=line)
     ax.plot(batch_sizes, exact, linewidth=3, label="exact threshold")
     _mark(ax, learning_rate, batch_size)
     ax.legend(fontsize="small")
     return ax
+
+
+def _norm_over_bound(lin, mu, rates, batch_sizes, sampling):
+    """The Frobenius norm over the bound of plain SGD, shape (rates, batch sizes)."""
+    if mu is None:
+        is_fitted = not np.any(np.asarray(lin.residuals))
+        mu = 1.0 if is_fitted else float(stability.alignment(lin).mu)
+    norm = float(np.linalg.norm(np.asarray(lin.eigenvalues, "f8")))
+    n = len(lin.coordinates)
+    bounds_at_one = [
+        stability.sharpest_minimum(1.0, b, n, mu=mu, sampling=sampling).frobenius_norm
+        for b in batch_sizes
+    ]
+    return norm * rates[:, None] / np.array(bounds_at_one)[None]
 
 
 def _check_mark(learning_rate, batch_size, lin):
