@@ -16,7 +16,7 @@ from flatopt._core.risk import Risk
 from flatopt._core.types import LossFn, ModelFn
 from flatopt.curvature import _draws, _operator, _probes
 from flatopt.stability import _checks, _moments
-from flatopt.stability._linearization import Linearization
+from flatopt.stability._linearization import Linearization, check_whole
 from flatopt.stability._losses import (
     check_same_shape,
     scaled_model,
@@ -78,6 +78,7 @@ def alignment(lin: Linearization) -> Alignment:
       >>> round(float(stability.alignment(lin).mu), 3)
       0.5
     """
+    check_whole(lin, "alignment")
     coordinates, values, _ = _moments.unit_arrays(lin)
     coordinates, values = coordinates.astype("f8"), values.astype("f8")
     residuals = np.asarray(lin.residuals, "f8")

@@ -12,7 +12,7 @@ import numpy as np
 from flatopt._core import blocks
 from flatopt._core.types import Optimizer, Sampling, SimulatedNoise
 from flatopt.stability import _checks, _coefficients, _moments, _motion
-from flatopt.stability._linearization import Linearization
+from flatopt.stability._linearization import Linearization, check_whole
 
 MOST_STEPS = 100_000  # looked at for an escape
 ROUND_STEPS = 32  # of an escape, looked at at once
@@ -32,7 +32,8 @@ def growth_rate(
 
     Above 1 the expected loss grows exponentially, below it falls. Directions that no
     example sees stay as they are and are left out. Below the threshold of a large problem
-    the flattest directions rule, and two digits of the result are good.
+    the flattest directions rule, and two digits of the result are good. Of a linearization
+    of some directions it is a lower bound.
 
     Args:
       lin: from :func:`linearize`.
@@ -112,6 +113,7 @@ class _Run(NamedTuple):
 
 
 def _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling):
+    check_whole(lin, "a recursion of losses")
     chain = _coefficients.chain(lin, optimizer, opt_state)
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
     lin = _motion.ascended(lin, chain, batch_size, weights)
@@ -410,6 +412,7 @@ def stationary_covariance(
       0.1667
     """
     _checks.check_rate(learning_rate)
+    check_whole(lin, "stationary_covariance")
     if _coefficients.is_plain(lin, optimizer, opt_state):
         _check_below(learning_rate, _moments.exact_threshold(lin, batch_size, sampling))
         covariance = _moments.stationary(lin, learning_rate, batch_size, sampling)

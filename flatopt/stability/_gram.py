@@ -26,7 +26,7 @@ def check_size(num_outputs):
         raise ValueError(
             f"inputs give {num_outputs:,} outputs in all, whose inner products and their "
             f"eigenvectors take {needed / 1e9:.3g} GB of {found / 1e9:.3g} GB of free memory, "
-            f"with at most {MOST_OUTPUTS:,} outputs; give fewer examples, or use "
+            f"with at most {MOST_OUTPUTS:,} outputs; ask for num_directions, or use "
             "estimate_alignment, batch_sharpness and critical_learning_rate, which take "
             "batches."
         )
@@ -61,7 +61,7 @@ def most_held():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jacobian(model_fn, params, scales, inputs, roots):
+def jacobian(model_fn, params, scales, inputs, roots):
     """Rows of the examples' roots times Jacobians, two axes a leaf.
 
     ``scales``: a tree like the parameters that multiplies their columns, or None.
@@ -126,7 +126,7 @@ def gram(model_fn, params, scales, inputs, roots, chunk_size, size, shown):
         for first in range(0, len(chunks), most):
             held = {}
             for j in range(first, len(chunks)):
-                rows = _jacobian(model_fn, params, scales, *chunks[j])
+                rows = jacobian(model_fn, params, scales, *chunks[j])
                 if j < first + most:
                     held[j] = rows
                 for i, others in held.items():

@@ -9,7 +9,7 @@ import numpy as np
 
 from flatopt._core import blocks, trees
 from flatopt._core.types import LossFn, ModelFn
-from flatopt.stability import _checks, _gram, _losses, _moments
+from flatopt.stability import _checks, _losses, _moments, _spectrum
 
 CHUNK_VALUES = 1 << 26  # computed at once
 
@@ -29,6 +29,8 @@ class Linearization(NamedTuple):
       reducible_loss: what the linearized model could still take off the loss, in flat
         directions too; 0 at a minimum.
       params: the parameters; None: an optimizer's coefficients are read on a flat vector.
+      largest_example: the largest eigenvalue of an example's own Hessian where only some
+        directions were asked for; None: all of them are there.
       preconditioner: a tree like them, or None; with it ``coordinates``, ``eigenvalues``
         and ``gradient_norm`` are those of the parameters over its root.
 
@@ -50,6 +52,7 @@ class Linearization(NamedTuple):
     reducible_loss: jax.Array
     params: Any = None
     preconditioner: Any = None
+    largest_example: float | None = None
 
 
 def linearize(
@@ -61,6 +64,7 @@ def linearize(
     loss_scale: float = 1.0,
     loss_fn: LossFn | None = None,
     preconditioner: Any = None,
+    num_directions: int | None = None,
     chunk_size: int | None = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
@@ -82,6 +86,9 @@ def linearize(
         learning rates unseen.
       preconditioner: a tree like ``params``, from :func:`preconditioner`: the linearization
         is then in the coordinates in which the optimizer that has it treats all alike.
+      num_directions: None: all directions. Of larger problems so many of the sharpest, by
+        products with the Jacobian alone; then :func:`thresholds` gives bounds, and what
+        needs all directions says so.
       chunk_size: number of examples whose Jacobian is computed at once; default: at most
         64, fewer for large models.
       progress: None: a bar where it takes long, if tqdm is there; True: a bar at once;
@@ -110,7 +117,7 @@ def linearize(
     """
     _checks.check_rate(loss_scale, "loss_scale")
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
-    _gram.check_size(outputs.size)
+    _check_directions(num_directions)
     targets = _losses.check_targets(outputs, targets)
     if loss_fn is not None:
         _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
@@ -120,7 +127,7 @@ def linearize(
     root = jnp.sqrt(jnp.asarray(loss_scale, errors.dtype))
     one = root * jnp.eye(errors.shape[1], dtype=errors.dtype)
     roots = jnp.broadcast_to(one, (n, *one.shape))
-    size = chunk_size, progress
+    size = num_directions, chunk_size, progress
     return _linearize(
         model_fn, params, preconditioner, inputs, roots, root * errors, loss, *size
     )
@@ -134,6 +141,7 @@ def linearize_gauss_newton(
     targets: Any,
     *,
     preconditioner: Any = None,
+    num_directions: int | None = None,
     chunk_size: int | None = None,
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
 ) -> Linearization:
@@ -154,7 +162,7 @@ def linearize_gauss_newton(
       params: the parameters, at or near a minimum.
       inputs: n inputs, a tree of arrays with a leading axis.
       targets: n targets, a tree of arrays with a leading axis.
-      preconditioner, chunk_size, progress: see :func:`linearize`.
+      preconditioner, num_directions, chunk_size, progress: see :func:`linearize`.
 
     Returns:
       A :class:`Linearization`.
@@ -174,10 +182,10 @@ def linearize_gauss_newton(
       Array([0.125, 0.125], dtype=float32)
     """
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
-    _gram.check_size(outputs.size)
+    _check_directions(num_directions)
     *parts, loss = _losses.expand(loss_fn, outputs, targets)
     roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
-    size = chunk_size, progress
+    size = num_directions, chunk_size, progress
     return _linearize(
         model_fn, params, preconditioner, inputs, roots, residuals, loss, *size
     )
@@ -193,42 +201,62 @@ def _without_rounding(errors, outputs):
     return jnp.where(is_rounding, 0.0, errors)
 
 
+def _check_directions(num_directions):
+    if num_directions is not None:
+        _checks.check_count(num_directions, "num_directions", "directions kept")
+
+
 def _linearize(
-    model_fn, params, preconditioner, inputs, roots, residuals, loss, chunk_size, shown
+    model_fn,
+    params,
+    preconditioner,
+    inputs,
+    roots,
+    residuals,
+    loss,
+    num_directions,
+    chunk_size,
+    shown,
 ):
     size = blocks.size(params)
-    scales = root_of(preconditioner, params)
     n, c = residuals.shape
     if chunk_size is None:
         chunk_size = max(1, min(64, CHUNK_VALUES // (c * size)))
     _checks.check_count(chunk_size, "chunk_size", "examples whose Jacobian is held")
-    gram = _gram.gram(model_fn, params, scales, inputs, roots, chunk_size, size, shown)
-    if not np.isfinite(gram).all():
-        raise ValueError(
-            "the Jacobian is not finite; look at the model's outputs and gradients first."
-        )
-    values, vectors = np.linalg.eigh(gram)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    _check_range(values[0] / n, residuals.dtype)
+    errors = np.asarray(residuals, "f8").reshape(-1)
+    rows = _spectrum.Rows(
+        model_fn,
+        params,
+        root_of(preconditioner, params),
+        inputs,
+        roots,
+        errors,
+        chunk_size,
+        shown,
+    )
+    found = _spectrum.spectrum(rows, num_directions)
+    values, dtype = found.values, residuals.dtype
+    _check_range(values[0] / n, dtype)
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
     rank = _rank(values, size, eps)
-    errors = np.asarray(residuals, "f8").reshape(-1)
-    # A coarse dtype hides directions, but not what the loss could still lose in them.
-    most = _rank(values, size, min(eps, float(jnp.finfo(jnp.float32).eps)))
-    seen = errors @ vectors[:, :most]
-    slope = max(errors @ gram @ errors, 0.0)
-    dtype = residuals.dtype
-    coordinates = (vectors[:, :rank] * np.sqrt(values[:rank])).reshape(n, c, rank)
+    reducible = float(loss)  # at most
+    largest = found.largest_example
+    if largest is None:
+        # A coarse dtype hides directions, but not what the loss could still lose in them.
+        most = _rank(values, size, min(eps, float(jnp.finfo(jnp.float32).eps)))
+        reducible = np.sum((errors @ found.vectors[:, :most]) ** 2) / (2 * n)
+    coordinates = found.vectors[:, :rank] * np.sqrt(values[:rank])
     return Linearization(
-        coordinates=_moments.narrow(coordinates, dtype),
+        coordinates=_moments.narrow(coordinates.reshape(n, c, rank), dtype),
         eigenvalues=_moments.narrow(values[:rank] / n, dtype),
         residuals=residuals,
         loss=loss,
-        gradient_norm=_moments.narrow(np.sqrt(slope) / n, dtype),
+        gradient_norm=_moments.narrow(found.slope / n, dtype),
         num_params=size,
-        reducible_loss=_moments.narrow(np.sum(seen**2) / (2 * n), dtype),
+        reducible_loss=_moments.narrow(reducible, dtype),
         params=params,
         preconditioner=preconditioner,
+        largest_example=largest,
     )
 
 
@@ -268,6 +296,16 @@ def _check_range(largest, dtype):
         raise ValueError(
             f"the largest eigenvalue of H, {largest:.3g}, is beyond {jnp.dtype(dtype)}; "
             "scale the loss or the outputs, or enable jax_enable_x64."
+        )
+
+
+def check_whole(lin, name):
+    """Refuse a linearization of some directions where all are needed."""
+    if lin.largest_example is not None:
+        raise ValueError(
+            f"{name} needs a linearization of all directions, got the "
+            f"{len(lin.eigenvalues)} sharpest; leave num_directions out of linearize, or "
+            "ask thresholds, which gives bounds."
         )
 
 

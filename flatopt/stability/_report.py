@@ -25,6 +25,7 @@ MEANINGS = {
     "frobenius": "necessary, from the norm and the least alignment",
     "frobenius_estimate": "rule of thumb, alignment as measured here",
     "coherence": "necessary, from how alike examples are",
+    "sufficient": "below it SGD stays for sure",
 }
 
 

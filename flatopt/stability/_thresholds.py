@@ -10,15 +10,16 @@ import numpy as np
 from flatopt._core.types import Optimizer, Sampling
 from flatopt.stability import _checks, _coefficients, _moments, _motion
 from flatopt.stability._alignment import alignment
-from flatopt.stability._linearization import Linearization
+from flatopt.stability._linearization import Linearization, check_whole
 
 
 class Thresholds(NamedTuple):
     r"""Largest stable learning rates by theory, from :func:`thresholds`.
 
     ``mean_square`` is exact for the linearized model: necessary and sufficient for a
-    bounded second moment. All others but ``frobenius_estimate`` are necessary conditions,
-    never below it for the same sampling.
+    bounded second moment. ``sufficient`` is never above it; all others but
+    ``frobenius_estimate`` are necessary conditions, never below it for the same sampling.
+    Of a linearization of some directions ``mean_square`` is an upper bound.
 
     Attributes:
       gradient_descent: :math:`2 / \lambda_{max}`.
@@ -32,6 +33,8 @@ class Thresholds(NamedTuple):
       frobenius_estimate: the same with the alignment measured at these parameters: a rule
         of thumb, which may be below ``mean_square``; NaN at zero loss.
       coherence: Dexter et al., for Bernoulli sampling; NaN for the others.
+      sufficient: :math:`2 / (q \lambda_{max} + p \max_i \lambda_{max}(H_i))`: below it SGD
+        stays for sure.
       loss: the loss there: the theory is about minima of zero loss.
       gradient_norm: the norm of its gradient, zero at a minimum.
 
@@ -52,6 +55,7 @@ class Thresholds(NamedTuple):
     coherence: float
     loss: float
     gradient_norm: float
+    sufficient: float = math.nan
 
     @property
     def rates(self) -> dict[str, float]:
@@ -133,7 +137,11 @@ def thresholds(
     """
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
     if _coefficients.is_plain(lin, optimizer, opt_state):
-        rates = _bounds(lin, weights, batch_size, sampling)
+        rates = dict.fromkeys(_UNKNOWN, math.nan)
+        rates["gradient_descent"] = 2 / float(np.asarray(lin.eigenvalues)[0])
+        if lin.largest_example is None:
+            rates = _bounds(lin, weights, batch_size, sampling)
+        rates["sufficient"] = _sufficient(lin, weights)
         limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
     else:
         chain = _coefficients.chain(lin, optimizer, opt_state)
@@ -184,6 +192,17 @@ def _bounds(lin, weights, batch_size, sampling):
     return {name: rate / scale for name, rate in found.items()}
 
 
+def _sufficient(lin, weights):
+    """Below it tr(M D(M)) < (2 / rate) tr(M C(M)), as tr(M H_i M H_i) <= l_i tr(M H_i M)."""
+    coordinates, values, scale = _moments.unit_arrays(lin)
+    coordinates = coordinates.astype("f8")
+    largest = lin.largest_example
+    if largest is None:
+        grams = np.einsum("ncr,ndr->ncd", coordinates, coordinates)
+        largest = scale * np.linalg.eigvalsh(grams)[:, -1].max()
+    return 2 / (weights.whole * scale * values[0] + weights.each * largest)
+
+
 def _aligned(square, each, mu):
     """The rate of a Frobenius norm and an alignment."""
     if math.isnan(mu):
@@ -218,6 +237,7 @@ def smallest_batch_size(
       2
     """
     _checks.check_rate(learning_rate)
+    check_whole(lin, "smallest_batch_size")
     n = len(lin.coordinates)
 
     if _coefficients.is_plain(lin, optimizer, opt_state):
