@@ -19,12 +19,10 @@ from flatopt.stability._alignment import (
 from flatopt.stability._coefficients import preconditioner
 from flatopt.stability._critical import CriticalRate, critical_learning_rate
 from flatopt.stability._dynamics import (
-    StationaryCovariance,
     escape_time,
     expected_losses,
     growth_rate,
     simulate,
-    stationary_covariance,
 )
 from flatopt.stability._linearization import (
     Linearization,
@@ -33,6 +31,7 @@ from flatopt.stability._linearization import (
 )
 from flatopt.stability._monitor import Monitor, monitor
 from flatopt.stability._report import Report, report
+from flatopt.stability._stationary import StationaryCovariance, stationary_covariance
 from flatopt.stability._thresholds import (
     SharpestMinimum,
     Thresholds,

@@ -9,7 +9,7 @@ import numpy as np
 
 from flatopt._core import blocks, trees
 from flatopt._core.types import LossFn, ModelFn
-from flatopt.stability import _checks, _losses, _moments, _spectrum
+from flatopt.stability import _checks, _convex, _losses, _moments, _spectrum
 
 CHUNK_VALUES = 1 << 26  # computed at once
 
@@ -183,7 +183,7 @@ def linearize_gauss_newton(
     """
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
     _check_directions(num_directions)
-    *parts, loss = _losses.expand(loss_fn, outputs, targets)
+    *parts, loss = _convex.expand(loss_fn, outputs, targets)
     roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
     size = num_directions, chunk_size, progress
     return _linearize(

@@ -17,7 +17,8 @@ import numpy as np
 
 from flatopt._core import progress
 from flatopt.stability import _moments
-from flatopt.stability._coefficients import Chain, Coefficients
+from flatopt.stability._coefficients import Chain
+from flatopt.stability._shared import Coefficients
 
 FINEST = 1e-5  # rate times largest eigenvalue from which rates are scanned
 COARSEST = 1e5

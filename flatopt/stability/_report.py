@@ -9,7 +9,7 @@ import numpy as np
 
 from flatopt import curvature
 from flatopt._core.types import LossFn, ModelFn, Optimizer, Sampling
-from flatopt.stability import _checks, _coefficients, _losses
+from flatopt.stability import _checks, _coefficients, _convex, _losses
 from flatopt.stability._alignment import Alignment, alignment
 from flatopt.stability._dynamics import growth_rate
 from flatopt.stability._linearization import linearize, linearize_gauss_newton, root_of
@@ -309,7 +309,7 @@ def report(
             model_fn, loss_fn, params, inputs, targets, **shown
         )
         whole = _losses.whole_loss(model_fn, loss_fn)
-        constant = _losses.best_constant_loss(loss_fn, outputs, targets)
+        constant = _convex.best_constant_loss(loss_fn, outputs, targets)
     else:
         lin = linearize(model_fn, params, inputs, targets, loss_scale=scale, **shown)
         targets = _losses.check_targets(outputs, targets)
