@@ -10,6 +10,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tqdm
 import tyro
@@ -20,6 +21,7 @@ from flatopt import stability
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 50
+WARM_UP = 4  # rounds in which everything is compiled
 BATCH = {"mlp": 256, "cnn": 64, "transformer": 16}
 
 
@@ -27,8 +29,8 @@ BATCH = {"mlp": 256, "cnn": 64, "transformer": 16}
 class Config:
     """Settings of a run."""
 
-    rounds: int = 8
-    """Rounds of 50 steps of each network, with and without the tracker."""
+    rounds: int = 24
+    """Rounds of 50 steps of each network, with and without watching; a multiple of 4."""
     sizes: tuple[int, ...] = (500, 1000, 2000)
     """Numbers of examples and parameters of the thresholds."""
     results: pathlib.Path = ROOT / "docs" / "results" / "stability_cpu.json"
@@ -36,9 +38,10 @@ class Config:
 
 
 def tracker(name, rounds):
-    """Seconds with the tracker over seconds without, a ratio a round.
+    """Seconds of watching over seconds without, a ratio a round.
 
-    "chain": in the chain. "apart": in a jitted function of its own, called every so often.
+    "chain": the tracker in the chain. "apart": in a jitted function of its own, called every
+    so often. "monitor": ``flatopt.monitor``, at half as many steps.
     """
     problem = problems.make_problem(name, BATCH[name])
     value_fn, batch = problem.value_fn, problem.batch
@@ -46,7 +49,7 @@ def tracker(name, rounds):
     watch = flatopt.track_stability(0.01, BATCH[name], every=EVERY)
     watch_now = flatopt.track_stability(0.01, BATCH[name], every=1)
 
-    def make_run(tx, apart=False):
+    def make_run(tx, apart=False, monitored=False):
         tx = optax.with_extra_args_support(tx)
 
         @jax.jit
@@ -61,6 +64,7 @@ def tracker(name, rounds):
 
         carry = problem.params, tx.init(problem.params)
         seen = watch_now.init(problem.params)
+        monitor = flatopt.monitor(value_fn, tx, every=2 * EVERY) if monitored else None
 
         def run():
             nonlocal carry, seen
@@ -69,6 +73,8 @@ def tracker(name, rounds):
                 seen = measure(carry[0], seen)
             for _ in range(EVERY):
                 carry = step(*carry)
+                if monitor is not None:
+                    monitor(*carry, **batch)
             jax.block_until_ready((carry, seen))
             return time.perf_counter() - start
 
@@ -78,15 +84,24 @@ def tracker(name, rounds):
         "plain": make_run(plain),
         "chain": make_run(optax.chain(watch, plain)),
         "apart": make_run(plain, apart=True),
+        "monitor": make_run(plain, monitored=True),
     }
-    ratios = {"chain": [], "apart": []}
-    for index in tqdm.trange(rounds + 1, desc=name):
-        order = list(runs)[index % 3 :] + list(runs)[: index % 3]
-        times = {contender: runs[contender]() for contender in order}
-        if index:
-            for contender in ratios:
-                ratios[contender].append(times[contender] / times["plain"])
-    return ratios
+    times = {contender: [] for contender in runs}
+    for index in tqdm.trange(WARM_UP + rounds, desc=name):
+        order = [*runs, *runs][index % len(runs) :][: len(runs)]
+        for contender in order:
+            times[contender].append(runs[contender]())
+    # A round in two has a measurement of the monitor, in turns of two kinds: four rounds
+    # make one value.
+    parts = {
+        contender: np.reshape(seconds[WARM_UP:], (-1, 4)).sum(axis=1)
+        for contender, seconds in times.items()
+    }
+    return {
+        contender: (seconds / parts["plain"]).tolist()
+        for contender, seconds in parts.items()
+        if contender != "plain"
+    }
 
 
 def thresholds(size):
@@ -107,10 +122,39 @@ def thresholds(size):
     }
 
 
+def momentum(size):
+    """Seconds and products of the exact threshold with momentum over those of plain SGD."""
+    rows = jax.random.normal(jax.random.key(0), (size, size))
+    lin = stability.linearize(
+        lambda params, inputs: inputs @ params, jnp.ones(size), rows, jnp.zeros(size)
+    )
+    optimizers = {"plain": None, "momentum": lambda rate: optax.sgd(rate, momentum=0.9)}
+    found = {}
+    for name, optimizer in optimizers.items():
+        counts = {}
+
+        def count(done, total, description, counts=counts):
+            del total
+            counts[description] = done
+
+        def ask(optimizer=optimizer, count=count):
+            return stability.thresholds(lin, 8, optimizer=optimizer, progress=count)
+
+        ask()  # compiles
+        start = time.perf_counter()
+        ask()
+        found[name] = {
+            "seconds": time.perf_counter() - start,
+            "products": counts["the exact threshold"],
+        }
+    return found
+
+
 def main(config: Config) -> None:
     report = {
         "tracker": {name: tracker(name, config.rounds) for name in BATCH},
         "thresholds": {size: thresholds(size) for size in config.sizes},
+        "momentum": momentum(min(config.sizes)),
     }
     config.results.write_text(json.dumps(report, indent=1) + "\n")
     render.write(ROOT / "docs/results/benchmarks_cpu.json", ROOT / "docs/benchmarks.md")
