@@ -288,13 +288,13 @@ def test_settings_are_chosen_as_trained_at_matched_accuracy_and_at_any(monkeypat
         "noise": kept[:, :5].tolist(),
         "pruned": kept[:, :5].tolist(),
     }
-    sgd = rounding.chosen_of("SGD", rates, tuned, None)
+    sgd = rounding.chosen_of("SGD", rates, tuned, 0.955)
     assert sgd["float, 3 bits"] == 0
     assert sgd["matched, 3 bits"] == 1  # a setting that fell to NaN is not trained
     assert sgd["best, 3 bits"] == 3
     assert sgd["SGD, largest rate, 3 bits"] == 1
     weak = tuned | {"float": [0.90, 0.91, 0.80, 0.85]}
-    other = rounding.chosen_of("SAM", rates, weak, {"validation": tuned})
+    other = rounding.chosen_of("SAM", rates, weak, 0.955)
     assert other["matched, 3 bits"] == 1  # its best as trained, where none is as good
     assert "SGD, largest rate, 3 bits" not in other
 
