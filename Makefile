@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-fast test-fuzz test-floor test-newest lint format hooks doctest docs dist bench bench-curvature bench-stability bench-precision bench-planning reproduce clean
 
 help:
-	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (3 minutes)"
+	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
 	@echo "make test     run the tests; make test T='tests/test_kernels.py -k signs' runs some"
 	@echo "make test-fast    run the heart of every module: 2 minutes"
 	@echo "make test-fuzz    try 500 random uses of the links against NumPy"
@@ -23,8 +23,8 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
-	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (two hours);"
-	@echo "                  with CIFAR10=FOLDER that of CIFAR-10 too"
+	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (three hours);"
+	@echo "                  with CIFAR10=FOLDER, SHAKESPEARE=FOLDER those of CIFAR-10 and of text too"
 	@echo "make clean    remove the environments and what was built"
 
 # One stamp an extra: .venv/.examples holds the packages of flatopt[examples].
@@ -119,12 +119,15 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
-REPRODUCE := $(filter-out %/cifar10,$(basename $(wildcard examples/reproduce/*.py)))
+REPRODUCE := $(filter-out %/cifar10 %/rounding_text,$(basename $(wildcard examples/reproduce/*.py)))
 
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
 ifdef CIFAR10
 	$(BIN)/python examples/reproduce/cifar10.py --data-dir $(CIFAR10)
+endif
+ifdef SHAKESPEARE
+	$(BIN)/python examples/reproduce/rounding_text.py --data-dir $(SHAKESPEARE)
 endif
 
 clean:

@@ -272,6 +272,108 @@ def test_a_network_in_a_wider_program_has_the_curvature_of_its_own(monkeypatch):
     assert abs(spectra[0][0]) > 0.01
 
 
+# Weights that change after training
+
+
+def test_settings_are_chosen_as_trained_at_matched_accuracy_and_at_any(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import rounding
+
+    rates = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.2, 0.8)]
+    kept = np.zeros((4, 6))
+    kept[:, 4] = [0.5, 0.6, 0.7, 0.9]  # at 3 bits
+    tuned = {
+        "float": [0.960, 0.956, np.nan, 0.930],
+        "bits": kept.tolist(),
+        "noise": kept[:, :5].tolist(),
+        "pruned": kept[:, :5].tolist(),
+    }
+    sgd = rounding.chosen_of("SGD", rates, tuned, 0.955)
+    assert sgd["float, 3 bits"] == 0
+    assert sgd["matched, 3 bits"] == 1  # a setting that fell to NaN is not trained
+    assert sgd["best, 3 bits"] == 3
+    assert sgd["SGD, largest rate, 3 bits"] == 1
+    weak = tuned | {"float": [0.90, 0.91, 0.80, 0.85]}
+    other = rounding.chosen_of("SAM", rates, weak, 0.955)
+    assert other["matched, 3 bits"] == 1  # its best as trained, where none is as good
+    assert "SGD, largest rate, 3 bits" not in other
+
+
+def test_gains_are_paired_by_seed_and_averaged_over_networks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import rounding
+
+    def runs(trained, kept):
+        return {"float": trained, "bits": np.tile(np.array(kept)[:, None], 6)}
+
+    own = [runs([0.9, 0.8], [0.7, 0.6]), runs([0.5, 0.6], [0.5, 0.8])]
+    base = [runs([0.8, 0.8], [0.6, 0.6]), runs([0.5, 0.6], [0.5, 0.6])]
+    found = rounding.against(own, base, "3 bits")
+    np.testing.assert_allclose(found["float_gain"]["mean"], 0.025)
+    gain = found["gain"]  # of 0.05 and 0.1; the 97.5 % quantile of t for one degree
+    np.testing.assert_allclose(gain["mean"], 0.075)
+    np.testing.assert_allclose(gain["high"] - gain["mean"], 12.706 * 0.025, rtol=1e-4)
+    assert found["levels"]["3"]["gain"] == gain
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_what_is_kept_is_measured_as_in_numpy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import after
+
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(10, 3)).astype(np.float32)
+    params = {"kernel": jnp.asarray(kernel), "bias": jnp.full(3, 0.01)}
+
+    def mean_square(params, batch):
+        return jnp.mean(batch) * jnp.mean(params["kernel"] ** 2) + params["bias"].sum()
+
+    found = jax.jit(lambda p: after.kept(mean_square, p, jnp.ones(2), 400))(params)
+    np.testing.assert_allclose(found["float"], (kernel**2).mean() + 0.03, rtol=1e-5)
+    step = np.abs(kernel).max(axis=0) / 3
+    rounded = (np.rint(kernel / step) * step) ** 2
+    at = after.BITS.index(3)
+    np.testing.assert_allclose(found["bits"][at], rounded.mean() + 0.03, rtol=1e-5)
+    rise = np.asarray(found["noise"]) - float(found["float"])
+    expected = (np.array(after.NOISE) * np.abs(kernel).max()) ** 2
+    np.testing.assert_allclose(rise, expected, rtol=0.05, atol=0.005)
+    smallest = np.sort(np.abs(kernel).ravel())[15:]  # half of thirty
+    at = after.PRUNED.index(0.5)
+    expected = (smallest**2).sum() / 30 + 0.03
+    np.testing.assert_allclose(found["pruned"][at], expected, rtol=1e-5)
+
+
+def test_the_average_forgets_the_start_and_changes_no_update(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import after
+
+    link = after.average(0.5)
+    params, state = jnp.zeros(2), link.init(jnp.zeros(2))
+    expected = 0.0
+    for step in range(4):
+        updates, state = link.update(jnp.ones(2), state, params)
+        np.testing.assert_array_equal(updates, 1)
+        params = params + updates
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1)
+    np.testing.assert_allclose(state["average"], expected, rtol=1e-6)
+
+
+def test_the_frontier_is_the_most_kept_where_so_much_is_learned(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import again
+
+    old, new = [[0.9, 0.5], [0.7, 0.6]], [[0.2, 0.8], [0.6, 0.9]]
+    found = again.frontier(old, new, [0.1, 0.5, 0.7, 0.85, 0.95])
+    np.testing.assert_array_equal(found, [0.9, 0.7, 0.6, 0.6, 0])
+    # From a half to all: 0.7 to a level of 0.6, 0.6 to 0.9, none beyond.
+    np.testing.assert_allclose(again.area(old, new), 0.14 + 0.36, atol=0.02)
+    digit = jnp.arange(64.0)[None]
+    assert again.turned(digit).reshape(8, 8)[0, 0] == 7  # the upper right corner
+    np.testing.assert_array_equal(again.turned(again.turned(digit), 3), digit)
+
+
 # Pages
 
 
@@ -333,7 +435,10 @@ def test_quoted_numbers_are_found_and_compared():
 
 PAGES = [
     *sorted((ROOT / "docs" / "reproduce").glob("*.md")),
-    *(ROOT / name for name in ("docs/evidence.md", "docs/choose.md", "README.md")),
+    *(
+        ROOT / name
+        for name in ("docs/evidence.md", "docs/choose.md", "docs/uses.md", "README.md")
+    ),
 ]
 
 

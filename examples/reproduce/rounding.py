@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from common import after, figures, statistics
-from common.after import BITS, LEVELS, NOISE
+from common.after import LEVELS, NOISE
 from common.links import METHODS, SGD
 
 # Shares by which a phase of SAM at the end of pre-training lowers what a language model of
@@ -27,7 +27,14 @@ TARGETS = {"3 bits": ("bits", 3), "noise 0.1": ("noise", 0.1), "80 %": ("pruned"
 TOLERANCE = 0.005  # of accuracy, below the best of SGD on validation images
 RATE = "SGD, largest rate"
 GOALS = ("float", "matched", "best")
-SHOWN = ("average of weights", "SAM", "NSO", "LPF-SGD", "LPF-SGD, rounding")
+SHOWN = (
+    "average of weights",
+    "SAM",
+    "NSO",
+    "LPF-SGD",
+    "LPF-SGD, rounding",
+    "LPF-SGD, weight noise",
+)
 
 
 @dataclasses.dataclass
@@ -88,35 +95,46 @@ def compute(config, piece):
 
 def study(piece, network, training, methods):
     """Tune every method on validation images, then train what was chosen."""
-    found = {}
+    found, enough = {}, None
     for name, method in methods.items():
         cost = piece(f"{network}, {name}, cost", lambda m=method: training.cost(m))
         steps = int(training.num_steps / cost)
         run = functools.partial(training.tune_kept, method, steps)
         tuned = piece(f"{network}, {name}, tuning", run)
         settings = training.settings(method)
+        if name == SGD:
+            enough, follows = max(tuned["float"]) - TOLERANCE, rates(tuned)
         found[name] = {
             "gradients_a_step": cost,
             "num_steps": steps,
-            "validation": tuned,
-            "chosen": chosen_of(name, settings, tuned, found.get(SGD)),
+            "validation": shortened(tuned),
+            "chosen": chosen_of(name, settings, tuned, enough),
         }
         places = sorted({*found[name]["chosen"].values()})
         run = functools.partial(training.finish_kept, method, steps, places)
         found[name]["runs"] = piece(f"{network}, {name}, final", run)
         found[name]["settings"] = {place: settings[place] for place in places}
-    return {"methods": found, "summary": summarize([found]), "rates": rates(found[SGD])}
+    return {"methods": found, "summary": summarize([found]), "rates": follows}
 
 
-def chosen_of(name, settings, tuned, sgd):
+def column_of(found, target):
+    change, level = TARGETS[target]
+    return np.asarray(found[change])[:, LEVELS[change].index(level)]
+
+
+def shortened(tuned):
+    """Validation accuracies of every setting as trained and at the targets."""
+    targets = {target: column_of(tuned, target) for target in TARGETS}
+    return {"float": tuned["float"]} | targets
+
+
+def chosen_of(name, settings, tuned, enough):
     """The place of the setting that each goal chooses on validation images."""
     trained = np.nan_to_num(tuned["float"])
-    enough = max((sgd["validation"] if sgd else tuned)["float"]) - TOLERANCE
     enough = min(enough, trained.max())  # the best one, where none is good enough
     chosen = {}
-    for target, (change, level) in TARGETS.items():
-        column = LEVELS[change].index(level)
-        kept = np.nan_to_num(np.asarray(tuned[change])[:, column])
+    for target in TARGETS:
+        kept = np.nan_to_num(column_of(tuned, target))
         within = np.where(trained >= enough, kept, -1)
         chosen[f"float, {target}"] = np.argmax(trained)
         chosen[f"matched, {target}"] = np.argmax(within)
@@ -147,6 +165,7 @@ def summarize(networks):
                     [runs_for(found[name], own or goal, target) for found in networks],
                     [runs_for(found[SGD], goal, target) for found in networks],
                     target,
+                    whole_curve=goal == "matched",
                 )
                 for row, name, own in rows_of(networks[0])
             }
@@ -156,7 +175,7 @@ def summarize(networks):
     }
 
 
-def against(own, base, target):
+def against(own, base, target, whole_curve=True):
     """Of runs of the same seeds, a list of networks each: means over the networks."""
     change, level = TARGETS[target]
 
@@ -172,18 +191,20 @@ def against(own, base, target):
         }
         for column, at in enumerate(LEVELS[change])
     }
-    return {
-        "float": common.mean_and_error(trained),
-        "float_gain": statistics.with_interval(trained - base_trained),
-        "levels": levels,
-    } | levels[str(level)]
+    return (
+        {
+            "float": common.mean_and_error(trained),
+            "float_gain": statistics.with_interval(trained - base_trained),
+        }
+        | levels[str(level)]
+        | ({"levels": levels} if whole_curve else {})
+    )
 
 
-def rates(sgd):
+def rates(tuned):
     """Whether what 3 bits take away from SGD follows learning rate and decay."""
-    tuned = sgd["validation"]
     trained = np.asarray(tuned["float"])
-    lost = trained - np.asarray(tuned["bits"])[:, BITS.index(3)]
+    lost = trained - column_of(tuned, "3 bits")
     table = pd.DataFrame(tuned["settings"]).assign(lost=lost)
     table = table[trained >= trained.max() - 0.02]
     names = ["learning_rate", "weight_decay"]
@@ -282,7 +303,8 @@ def draw_gains(axis, summary):
         means = np.array([100 * gain["mean"] for gain in gains.values()])
         ends = [100 * (gain["high"] - gain["mean"]) for gain in gains.values()]
         places = np.arange(len(gains)) + 0.2 * (index - 1)
-        axis.errorbar(means, places, xerr=ends, fmt="o", markersize=4, label=target)
+        label = f"{target} pruned" if target.endswith("%") else target
+        axis.errorbar(means, places, xerr=ends, fmt="o", markersize=4, label=label)
     figures.set_rows(axis, list(gains), fontsize=8)
     axis.axvline(0, color="black", linestyle=":")
     axis.set(xlabel="percentage points above SGD, 95 % intervals")
