@@ -85,7 +85,7 @@ def test_counts_are_left_out_of_injected_hyperparameters():
     ):
         tx = optax.inject_hyperparams(make)(**{scale: 0.2})
         state = tx.init(regression(16)[0])
-        assert set(state.hyperparams) == {scale, "key"}
+        assert set(state.hyperparams) == {scale, "key", "start_step"}
         expected = _run(optax.chain(make(0.2), optax.sgd(RATE)))
         _check(_run(optax.chain(tx, optax.sgd(RATE))), expected)
 
