@@ -94,6 +94,7 @@ def smooth_value_and_grad(
     has_aux: bool = False,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: jax.typing.ArrayLike | None = None,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
@@ -132,6 +133,10 @@ def smooth_value_and_grad(
         is not computed; zeros stand for it.
       noise_mask: which leaves get noise, in the form of ``mask``; None: those of
         ``mask``. For noise on frozen weights with gradients for their adapters alone.
+      clean_weight: weight c of the gradient at the parameters themselves, between 0 and 1;
+        the smoothed one has 1 - c. It costs one gradient more; with ``batch_argnames`` it
+        takes a chunk of its own, so that the batch is split into ``num_samples + 1``. Its
+        aux is dropped. None: there is no clean pass.
       strategy: how samples are laid out. ``"vmap"``: all at once (fast where memory and
         matrix units are plenty). ``"scan"``: one after another in a loop.
         ``"unroll"``: one after another without a loop. An int: that many at once
@@ -177,39 +182,15 @@ def smooth_value_and_grad(
         )
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
+    if clean_weight is not None:
+        checks.check_share(clean_weight, "clean_weight")
+    has_clean_chunk = bool(names) and clean_weight is not None
+    num_chunks = num_samples + has_clean_chunk
+    count_name = "num_samples + 1" if has_clean_chunk else "num_samples"
+
     def value_and_grad(key, params, /, *args, **kwargs):
-        chunks, whole = layout.split_batch(kwargs, names, num_samples)
+        chunks, whole = layout.split_batch(kwargs, names, num_chunks, count_name)
         free_flags, noise_flags = _flags(mask, noise_mask, params)
-        dtypes = []
-
-        def value_of(free, perturbed, chunk, sample):
-            perturbed = trees.merge(free, perturbed, free_flags)
-            out = value_fn(perturbed, *args, **whole, **chunk, **sample)
-            if not has_aux:
-                return checks.check_value(out), None
-            if not (isinstance(out, tuple) and len(out) == 2):
-                raise TypeError(
-                    f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
-                    "return a pair."
-                )
-            return checks.check_value(out[0]), out[1]
-
-        def evaluate(perturbed, chunk, **sample):
-            (value, aux), grads = jax.value_and_grad(value_of, has_aux=True)(
-                trees.select(perturbed, free_flags), perturbed, chunk, sample
-            )
-            dtypes.append(value.dtype)
-            value, grads = jax.tree.map(trees.widen, (value, grads))
-            weight = jnp.ones((), value.dtype)
-            if weight_fn is not None:
-                only = chunk[names[0]] if len(names) == 1 else chunk
-                weight = checks.check_weight(weight_fn(only)).astype(value.dtype)
-                value, grads = jax.tree.map(
-                    lambda x: jnp.where(weight == 0, 0, weight.astype(x.dtype) * x),
-                    (value, grads),
-                )
-            return (value, weight, grads), aux
-
         checks.check_random_key(key)
         checks.check_axis_name(axis_name)
         free = checks.check_params(trees.select(params, free_flags))
@@ -217,7 +198,20 @@ def smooth_value_and_grad(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
             free = sharding.tree_varying(free, axis_name)
         whole_params = trees.merge(free, params, free_flags)
+
+        def call(params, chunk, sample):
+            return value_fn(params, *args, **whole, **chunk, **sample)
+
+        evaluate, dtypes = _evaluation(call, free_flags, has_aux, weight_fn, names)
         totals, aux = estimate(evaluate, key, whole_params, chunks, noise_flags)
+        if clean_weight is not None:
+            options = signatures.sample_options(
+                value_fn, random.fold_in(key, num_samples)
+            )
+            own = layout.chunk_at(chunks, num_samples)
+            clean, _ = evaluate(whole_params, own, **options)
+            axis = axis_name if weight_fn is not None else None
+            totals = _mixed(clean, totals, clean_weight, axis)
         if axis_name is not None:
             totals = jax.lax.pmean(totals, axis_name)
         value, weight, grads = totals
@@ -229,6 +223,62 @@ def smooth_value_and_grad(
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return value_and_grad
+
+
+def _evaluation(call, free_flags, has_aux, weight_fn, names):
+    """Value, weight and gradient of one sample; and the dtypes of the values, as seen."""
+    dtypes = []
+
+    def value_of(free, perturbed, chunk, sample):
+        out = call(trees.merge(free, perturbed, free_flags), chunk, sample)
+        if not has_aux:
+            return checks.check_value(out), None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
+                "return a pair."
+            )
+        return checks.check_value(out[0]), out[1]
+
+    def evaluate(perturbed, chunk, **sample):
+        (value, aux), grads = jax.value_and_grad(value_of, has_aux=True)(
+            trees.select(perturbed, free_flags), perturbed, chunk, sample
+        )
+        dtypes.append(value.dtype)
+        value, grads = jax.tree.map(trees.widen, (value, grads))
+        weight = jnp.ones((), value.dtype)
+        if weight_fn is not None:
+            only = chunk[names[0]] if len(names) == 1 else chunk
+            weight = checks.check_weight(weight_fn(only)).astype(value.dtype)
+            value, grads = jax.tree.map(
+                lambda x: jnp.where(weight == 0, 0, weight.astype(x.dtype) * x),
+                (value, grads),
+            )
+        return (value, weight, grads), aux
+
+    return evaluate, dtypes
+
+
+def _mixed(clean, noisy, clean_weight, axis_name):
+    """The mean of two sums of values and gradients, as one sum of weight 1.
+
+    Each sum is over its own weight on all devices. Where one has none, the other counts
+    alone.
+    """
+    weights = clean[1], noisy[1]
+    if axis_name is not None:
+        weights = jax.lax.pmean(weights, axis_name)
+    share = jnp.asarray(clean_weight).astype(weights[0].dtype)
+    share = jnp.where(weights[1] == 0, 1, jnp.where(weights[0] == 0, 0, share))
+    is_empty = (weights[0] == 0) & (weights[1] > 0)
+    of_clean = share / jnp.where(is_empty, 1, weights[0])
+    of_noisy = jnp.where(share == 1, 0, (1 - share) / weights[1])
+
+    def mix(x, y):
+        return of_clean.astype(x.dtype) * x + of_noisy.astype(y.dtype) * y
+
+    value, grads = jax.tree.map(mix, (clean[0], clean[2]), (noisy[0], noisy[2]))
+    return value, jnp.ones_like(clean[1]), grads
 
 
 def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):

@@ -198,6 +198,7 @@ TRANSFORMATIONS = {
         is_last=True,
         needs_value_fn=False,
     ),
+    "arwp_gradients": Row({"sigma": 0.1}, {"sigma": TINY}, is_resumed=True),
     "asam_gradients": _sam(),
     "asam_sgd": _recipe({"rho": TINY}, 6),
     "chain": Row(

@@ -647,6 +647,8 @@ def _scheduled():
         for argument, parameter in _parameters(name).items()
         # Of the parameters themselves as a model, functional SAM does not depend on rho.
         if TRANSFORMATIONS[name].make is None
+        # With noise as small as here a share of the clean gradient changes nothing.
+        if argument != "clean_weight"
         if optax.Schedule in typing.get_args(parameter.annotation)
     ]
 

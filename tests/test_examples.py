@@ -260,6 +260,13 @@ def test_command_runs_at_its_quick_size(tmp_path, run, command):
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".json"}
 
 
+def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
+    printed = run(EXAMPLES / "flat_lora.py", "--quick", "--output", tmp_path)
+    assert "Flat-LoRA: " in printed
+    results = json.loads((tmp_path / "flat_lora.json").read_text())
+    assert {len(row["accuracy"]) for row in results.values()} == {2}
+
+
 # Notebooks
 
 

@@ -106,7 +106,7 @@ def _is_split(leaf):
     return hasattr(leaf, "shape") and len(leaf.shape) >= 1
 
 
-def _chunk_at(chunks, index):
+def chunk_at(chunks, index):
     """Chunk ``index`` of what :func:`split_batch` returned."""
     return jax.tree.map(
         lambda x: (
@@ -119,7 +119,7 @@ def _chunk_at(chunks, index):
 def walk(step, start, num_steps, chunks):
     """Fold ``step(state, index, chunk) -> state`` over chunks, one after the other."""
     return repeat(
-        lambda index, state: step(state, index, _chunk_at(chunks, index)),
+        lambda index, state: step(state, index, chunk_at(chunks, index)),
         start,
         num_steps,
     )
@@ -138,7 +138,7 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
         )
 
     def one(index):
-        total, aux = sample(index, _chunk_at(chunks, index))
+        total, aux = sample(index, chunk_at(chunks, index))
         return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
 
     def batch(start, size):

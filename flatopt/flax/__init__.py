@@ -15,6 +15,13 @@ except ModuleNotFoundError as error:
 
 from flatopt.flax._axes import filter_axes
 from flatopt.flax._functional import functional
+from flatopt.flax._statistics import update_batch_stats
 from flatopt.flax._training import update, value_and_grad
 
-__all__ = ["filter_axes", "functional", "update", "value_and_grad"]
+__all__ = [
+    "filter_axes",
+    "functional",
+    "update",
+    "update_batch_stats",
+    "value_and_grad",
+]

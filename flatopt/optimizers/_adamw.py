@@ -27,6 +27,8 @@ def lpf_adamw(
     weight_fn: WeightFn | None = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: optax.ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -44,7 +46,8 @@ def lpf_adamw(
       batch_argnames: names of the extra arguments that hold the batch.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      weight_fn, noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
+      weight_fn, noise_mask, clean_weight, start_step, strategy, axis_name, key: see
+        :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and the batch.
@@ -75,6 +78,8 @@ def lpf_adamw(
             weight_fn=weight_fn,
             mask=mask,
             noise_mask=noise_mask,
+            clean_weight=clean_weight,
+            start_step=start_step,
             strategy=strategy,
             axis_name=axis_name,
             key=key,
@@ -110,6 +115,8 @@ def nso_adamw(
     weight_decay_mask: Any = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: optax.ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -126,7 +133,8 @@ def nso_adamw(
       weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
+      noise_mask, clean_weight, start_step, strategy, axis_name, key: see
+        :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
@@ -154,6 +162,8 @@ def nso_adamw(
             kernel,
             mask=mask,
             noise_mask=noise_mask,
+            clean_weight=clean_weight,
+            start_step=start_step,
             strategy=strategy,
             axis_name=axis_name,
             key=key,

@@ -26,6 +26,8 @@ def lpf_sgd(
     weight_fn: WeightFn | None = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: optax.ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -51,7 +53,8 @@ def lpf_sgd(
       batch_argnames: names of the extra arguments that hold the batch.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      weight_fn, noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
+      weight_fn, noise_mask, clean_weight, start_step, strategy, axis_name, key: see
+        :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and the batch.
@@ -84,6 +87,8 @@ def lpf_sgd(
             weight_fn=weight_fn,
             mask=mask,
             noise_mask=noise_mask,
+            clean_weight=clean_weight,
+            start_step=start_step,
             strategy=strategy,
             axis_name=axis_name,
             key=key,
@@ -113,6 +118,8 @@ def nso_sgd(
     weight_decay_mask: Any = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: optax.ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -136,7 +143,8 @@ def nso_sgd(
       weight_decay_mask: which leaves decay, in the form of ``mask``; None: all trained.
       mask: which leaves to train, as in :func:`smooth_gradients`; the others get
         neither noise, gradient nor weight decay.
-      noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
+      noise_mask, clean_weight, start_step, strategy, axis_name, key: see
+        :func:`smooth_gradients`.
 
     Returns:
       An optax transformation; its ``update`` takes ``value_fn`` and its arguments.
@@ -166,6 +174,8 @@ def nso_sgd(
             kernel,
             mask=mask,
             noise_mask=noise_mask,
+            clean_weight=clean_weight,
+            start_step=start_step,
             strategy=strategy,
             axis_name=axis_name,
             key=key,

@@ -2,6 +2,7 @@
 
 from flatopt.transforms._accumulate import accumulate
 from flatopt.transforms._anti_pgd import AntiPGDState, anti_pgd
+from flatopt.transforms._arwp import arwp_gradients
 from flatopt.transforms._chain import chain
 from flatopt.transforms._counter import GradientCounter
 from flatopt.transforms._entropy import entropy_sgd_gradients
@@ -42,6 +43,7 @@ __all__ = [
     "TrackStabilityState",
     "accumulate",
     "anti_pgd",
+    "arwp_gradients",
     "asam_gradients",
     "chain",
     "entropy_sgd_gradients",

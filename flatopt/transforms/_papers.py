@@ -27,6 +27,8 @@ def lpf_gradients(
     weight_fn: WeightFn | None = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -48,7 +50,7 @@ def lpf_gradients(
       kernel: ``kernel(key, params) -> perturbation``. Default:
         :func:`flatopt.kernels.filterwise`.
       batch_argnames: names of the extra arguments that hold the batch.
-      weight_fn, mask, noise_mask, strategy, axis_name, key: see
+      weight_fn, mask, noise_mask, clean_weight, start_step, strategy, axis_name, key: see
         :func:`smooth_gradients`.
 
     Returns:
@@ -82,6 +84,8 @@ def lpf_gradients(
         weight_fn=weight_fn,
         mask=mask,
         noise_mask=noise_mask,
+        clean_weight=clean_weight,
+        start_step=start_step,
         strategy=strategy,
         axis_name=axis_name,
         key=key,
@@ -95,6 +99,8 @@ def nso_gradients(
     *,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -115,7 +121,8 @@ def nso_gradients(
       num_perturbations: number of pairs k; None: 1.
       kernel: ``kernel(key, params) -> perturbation``. Default:
         :func:`flatopt.kernels.isotropic`.
-      mask, noise_mask, strategy, axis_name, key: see :func:`smooth_gradients`.
+      mask, noise_mask, clean_weight, start_step, strategy, axis_name, key: see
+        :func:`smooth_gradients`.
 
     Returns:
       A transformation with state :class:`SmoothGradientsState`.
@@ -148,6 +155,8 @@ def nso_gradients(
         antithetic=True,
         mask=mask,
         noise_mask=noise_mask,
+        clean_weight=clean_weight,
+        start_step=start_step,
         strategy=strategy,
         axis_name=axis_name,
         key=key,

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from flatopt import kernels, smoothing
-from flatopt._core import checks, sharding
+from flatopt._core import checks, loops, sharding
 from flatopt._core.types import (
     AxisName,
     KernelFn,
@@ -29,6 +31,8 @@ def smooth_gradients(
     weight_fn: WeightFn | None = None,
     mask: Mask = None,
     noise_mask: Any = None,
+    clean_weight: ScalarOrSchedule | None = None,
+    start_step: int = 0,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
     key: Key = 0,
@@ -64,6 +68,12 @@ def smooth_gradients(
         masked out get no noise and are not differentiated; their update is zero.
       noise_mask: which leaves get noise, in the form of ``mask``; None: those of
         ``mask``. For noise on frozen weights with gradients for their adapters alone.
+      clean_weight: weight c of the clean gradient, between 0 and 1: a number or a schedule;
+        the smoothed one has 1 - c. It costs one gradient more; with ``batch_argnames`` it
+        takes a chunk of its own, so that the batch is split into ``num_samples + 1`` and
+        the cost stays 1. None: there is no clean pass.
+      start_step: number of steps of plain gradients, at one gradient each, before the
+        noise begins.
       strategy: layout of the samples, see :func:`smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over.
       key: an int or a JAX random key, read by ``init``.
@@ -107,6 +117,8 @@ def smooth_gradients(
         weight_fn=weight_fn,
         mask=mask,
         noise_mask=noise_mask,
+        clean_weight=clean_weight,
+        start_step=start_step,
         strategy=strategy,
         axis_name=axis_name,
         key=key,
@@ -124,19 +136,37 @@ def smoothed(
     batch_argnames=(),
     weight_fn=None,
     mask,
-    noise_mask,
+    noise_mask=None,
+    clean_weight,
+    start_step,
     strategy,
     axis_name,
     key,
+    init_memory=None,
+    remember=None,
 ):
-    """The link of a smoothed loss under a public name, which its errors show."""
+    """The link of a smoothed loss under a public name, which its errors show.
+
+    A method that remembers gives ``init_memory(params)`` and ``remember(memory, grads)``;
+    its ``kernel`` is a function of the memory that returns one.
+    """
     if not callable(scale):
         checks.check_scale(scale, scale_name)
-    checks.check_kernel(kernel)
+    if remember is None:
+        checks.check_kernel(kernel)
     checks.check_count(num_samples)
     checks.check_strategy(strategy)
     checks.check_weight_fn(weight_fn)
-    batch_argnames = checks.check_names(batch_argnames)
+    checks.check_start_step(start_step)
+    if clean_weight is not None and not callable(clean_weight):
+        checks.check_share(clean_weight, "clean_weight")
+    options = {
+        "batch_argnames": checks.check_names(batch_argnames),
+        "weight_fn": weight_fn,
+        "mask": mask,
+        "strategy": strategy,
+        "axis_name": axis_name,
+    }
 
     def estimate(step):
         checks.check_axis_name(axis_name)
@@ -144,28 +174,69 @@ def smoothed(
         # It masks, splits the batch and averages over devices: frozen leaves may get noise,
         # and weights of chunks come before the mean.
         value_fn, params = step.whole
-        value_and_grad = smoothing.smooth_value_and_grad(
-            value_fn,
-            _link.at_step(scale, step.count, scale_name),
-            kernel,
-            num_samples=num_samples,
-            antithetic=antithetic,
-            batch_argnames=batch_argnames,
-            weight_fn=weight_fn,
-            mask=mask,
-            noise_mask=noise_mask,
-            strategy=strategy,
-            axis_name=axis_name,
-        )
-        value, grads = value_and_grad(step.key, params, **step.arguments)
-        select, _ = _link.selection(params, mask)
-        return value, select(grads), ()
 
+        def noisy():
+            value_and_grad = smoothing.smooth_value_and_grad(
+                value_fn,
+                _link.at_step(scale, step.count, scale_name),
+                kernel if remember is None else kernel(step.memory),
+                num_samples=num_samples,
+                antithetic=antithetic,
+                noise_mask=noise_mask,
+                clean_weight=_at_step(clean_weight, step.count),
+                **options,
+            )
+            return value_and_grad(step.key, params, **step.arguments)
+
+        def plain():
+            # In the same chunks, of which the layout bounds the memory.
+            num_chunks = num_samples + (clean_weight is not None)
+            value_and_grad = smoothing.smooth_value_and_grad(
+                value_fn,
+                0.0,
+                _SILENCE,
+                num_samples=num_chunks if batch_argnames else 1,
+                **options,
+            )
+            return value_and_grad(step.key, params, **step.arguments)
+
+        if isinstance(start_step, int) and start_step == 0:
+            value, grads = noisy()
+        else:
+            value, grads = loops.cond(step.count >= start_step, noisy, plain)
+        select, _ = _link.selection(params, mask)
+        grads = select(grads)
+        memory = () if remember is None else remember(step.memory, grads)
+        return value, grads, memory
+
+    # A clean chunk of its own weighs more than the others: no plain mean over the batch.
+    weighs_apart = clean_weight is not None and options["batch_argnames"]
+    rho_near_minimum = None if weighs_apart else 0
     return _link.link(
         name,
         SmoothGradientsState,
         estimate,
         mask=mask,
         key=key,
-        rho_near_minimum=0,
+        init_memory=init_memory,
+        is_memory_of_free=True,
+        rho_near_minimum=rho_near_minimum,
     )
+
+
+def _at_step(clean_weight, count):
+    if clean_weight is None:
+        return None
+    share = _link.at_step(clean_weight, count, "clean_weight")
+    checks.check_share(share, "clean_weight")
+    return share
+
+
+def _no_noise(key, params):
+    del key
+    return lambda key: jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), params
+    )
+
+
+_SILENCE = kernels.Kernel(_no_noise)

@@ -63,8 +63,8 @@ def advanced(new):
 class SmoothGradientsState(NamedTuple):
     """State of :func:`smooth_gradients`: plain numeric arrays.
 
-    After a step that :func:`skip_nonfinite` skips all of it advances: the next step draws
-    other noise.
+    After a step that :func:`skip_nonfinite` skips all but the memory advances: the next
+    step draws other noise.
 
     Attributes:
       count: number of updates made, shape (), int32.
@@ -72,6 +72,7 @@ class SmoothGradientsState(NamedTuple):
         from this key folded with ``count``.
       smoothed_value: the last estimate of the smoothed loss, shape (), float32 or
         wider; infinite before the first update.
+      memory: what :func:`arwp_gradients` keeps between steps; elsewhere ``()``.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
 
@@ -84,11 +85,12 @@ class SmoothGradientsState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count
     noise_key: jax.Array
     smoothed_value: jax.Array
+    memory: Any = ()
     is_finite: Any = ()
 
     def after_skip(self, new):
-        """The state after a skipped step: all of it advances."""
-        return advanced(new)
+        """The state after a skipped step: all but the memory advances."""
+        return advanced(new)._replace(memory=self.memory)
 
     def metrics(self):
         """The loss measured last."""

@@ -85,7 +85,7 @@ def test_counts_are_left_out_of_injected_hyperparameters():
     ):
         tx = optax.inject_hyperparams(make)(**{scale: 0.2})
         state = tx.init(regression(16)[0])
-        assert set(state.hyperparams) == {scale, "key"}
+        assert set(state.hyperparams) == {scale, "key", "start_step"}
         expected = _run(optax.chain(make(0.2), optax.sgd(RATE)))
         _check(_run(optax.chain(tx, optax.sgd(RATE))), expected)
 
@@ -274,6 +274,56 @@ def test_noise_on_frozen_weights_against_the_sum_written_out(strategy, antitheti
     np.testing.assert_allclose(value, np.mean(values), rtol=1e-5)
     _check({n: grads[n] for n in total}, total)
     np.testing.assert_array_equal(grads["base"], 0)
+
+
+def _authors_deviation(weight, step, num_steps, rho):
+    """Flat-LoRA's deviations in PyTorch's layout, a row an output, as its authors write."""
+    num_inputs = weight.shape[1]
+    factor = 0.5 * (1 - np.cos(step / num_steps * np.pi))
+    row_norms = np.linalg.norm(weight, axis=1, keepdims=True)
+    return np.broadcast_to(factor * rho * row_norms / num_inputs**0.5, weight.shape)
+
+
+@pytest.mark.parametrize("step", [0, 3, 10])
+def test_the_noise_of_flat_lora_is_that_of_its_authors(step):
+    params, _ = _adapted()
+    params["base"] *= jnp.arange(1.0, 21.0)[None]  # outputs of very different norms
+    num_steps, rho = 10, 0.3
+
+    def norms_of(params):
+        return {"base": _merged(params)["base"] / 30**0.5}
+
+    seen = []  # the bases at which the loss is evaluated
+
+    def value_fn(params):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x, "f8")), params["base"])
+        return jnp.sum(params["up"])
+
+    tx = flatopt.smooth_gradients(
+        lambda count: (
+            rho * (1 - jnp.cos(jnp.pi * count.astype(jnp.float32) / num_steps)) / 2
+        ),
+        kernels.filterwise(norms_of=norms_of),
+        num_samples=200,
+        mask=ADAPTERS,
+        noise_mask=BASE,
+    )
+    state = tx.init(params)._replace(count=jnp.int32(step))
+    jax.block_until_ready(
+        jax.jit(lambda s: tx.update(None, s, params, value_fn=value_fn))(state)
+    )
+    jax.effects_barrier()
+    noise = np.stack(seen) - np.asarray(params["base"], "f8")
+    merged = np.asarray(_merged(params)["base"], "f8")
+    deviation = _authors_deviation(merged.T, step, num_steps, rho).T
+    if step == 0:
+        np.testing.assert_array_equal(noise, 0)
+        return
+    scaled = noise / deviation
+    # Of each output the deviation, and the mean of all.
+    std = np.sqrt((scaled**2).mean(axis=(0, 1)))
+    np.testing.assert_allclose(std, 1, atol=5 / np.sqrt(2 * 200 * 30))
+    assert abs(scaled.mean()) < 5 / np.sqrt(scaled.size)
 
 
 def _count_products(jaxpr, shape):
