@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, jaxprs, risk
+from flatopt._core import blocks, checks, jaxprs, risk, vectors
 
 
 class Kind(abc.ABC):
@@ -89,7 +89,7 @@ class Hessian(Kind):
 
         def reverse():
             _, _, product = self.linearize(params, batch)
-            return (blocks.dot(vector, product(vector)),)
+            return (vectors.dot(vector, product(vector)),)
 
         return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
 
@@ -150,11 +150,11 @@ class GaussNewton(Kind):
         def forward():
             outputs, tangent = jax.jvp(model, (params,), (vector,))
             curved = self.output_product(outputs, batch, tangent)
-            return (blocks.dot(tangent, curved),)
+            return (vectors.dot(tangent, curved),)
 
         def reverse():
             _, _, product = self.linearize(params, batch)
-            return (blocks.dot(vector, product(vector)),)
+            return (vectors.dot(vector, product(vector)),)
 
         return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
 

@@ -36,7 +36,7 @@ def loss(opt_state: Any) -> jax.Array:
       >>> flatopt.loss(state)
       Array(25., dtype=float32)
     """
-    found = [value for name, value in _measured(opt_state) if name == "loss"]
+    found = losses(opt_state)
     if not found:
         raise ValueError(
             "opt_state must hold a link that makes a gradient, got none in a "
@@ -77,6 +77,11 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     for name in {name for name, _ in measured}:
         _check_one(name, [value for other, value in measured if other == name])
     return dict(sorted(measured, key=lambda pair: pair[0]))
+
+
+def losses(opt_state):
+    """What every link in a state measured of the loss, from the outermost inward."""
+    return [value for name, value in _measured(opt_state) if name == "loss"]
 
 
 def _check_one(name, found):
