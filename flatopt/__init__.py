@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from flatopt import curvature, kernels, schedules
+from flatopt import kernels, schedules
 from flatopt.optimizers import (
     IVONState,
     asam_sgd,
@@ -112,9 +112,10 @@ __all__ = [
 
 # Imported when they are asked for: analysis that a training script does not need, and two
 # modules that need an extra.
-_LAZY = ("flax", "plots", "sharpness", "stability")
+_LAZY = ("curvature", "flax", "plots", "sharpness", "stability")
 
 if TYPE_CHECKING:
+    from flatopt import curvature as curvature
     from flatopt import flax as flax
     from flatopt import plots as plots
     from flatopt import sharpness as sharpness

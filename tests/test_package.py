@@ -92,6 +92,23 @@ def test_package_imports_without_its_extras():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_package_imports_no_analysis():
+    """What `import flatopt` brings beside JAX and optax are the links alone."""
+    code = (
+        "import sys, jax, optax; before = set(sys.modules); import flatopt; "
+        "flatopt.track_stability(0.1, 32); flatopt.lpf_sgd(0.1); "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    new = done.stdout.split()
+    rooms = {"_core", "kernels", "optimizers", "schedules", "smoothing", "transforms"}
+    assert {name.split(".")[1] for name in new if name.startswith("flatopt.")} == rooms
+    others = {name.split(".")[0] for name in new} - {"flatopt"}
+    assert not others & {"flax", "matplotlib", "scipy", "tqdm"}
+
+
 def test_benchmark_figures_are_those_of_the_measured_run():
     from benchmarks import render
 

@@ -82,14 +82,6 @@ def subtract(block, other):
     return jax.tree.map(jnp.subtract, block, other)
 
 
-def dot(tree, other):
-    """Inner product of two trees, in float32 or wider."""
-    parts = jax.tree.map(
-        lambda x, y: jnp.sum(trees.widen(x) * trees.widen(y)), tree, other
-    )
-    return sum(jax.tree.leaves(parts))
-
-
 def gram(block, other):
     """All inner products: shape (rows of block, rows of other)."""
 

@@ -2,26 +2,30 @@
 
 import contextlib
 import contextvars
+import functools
 import sys
 import time
 from typing import Any
-
-try:
-    import tqdm as _tqdm
-except ImportError:
-    tqdm: Any = None  # a progress bar is a comfort, not a need
-else:
-    tqdm = _tqdm
 
 _OUTER = contextvars.ContextVar("progress of the bar around this one", default=None)
 
 LONG = 60.0  # seconds from which an analysis says beforehand how long it will take
 
 
+@functools.cache
+def load_tqdm() -> Any:
+    """The module tqdm, or None: a progress bar is a comfort, not a need."""
+    try:
+        import tqdm
+    except ImportError:
+        return None
+    return tqdm
+
+
 def check_progress(progress):
     """Reject what is neither None, a bool nor a function."""
     if progress is None or isinstance(progress, bool) or callable(progress):
-        if progress is True and tqdm is None:
+        if progress is True and load_tqdm() is None:
             raise ImportError(
                 "progress=True needs tqdm, which is not installed; run pip install tqdm, "
                 "or give a function progress(done, total, description)."
@@ -47,10 +51,10 @@ class Bar:
         self._report()
 
     def _open(self):
-        if tqdm is None or self.progress is False or callable(self.progress):
+        if self.progress is False or callable(self.progress) or load_tqdm() is None:
             return None
         delay = 0 if self.progress else 3
-        return tqdm.tqdm(
+        return load_tqdm().tqdm(
             total=self.total, desc=self.description, delay=delay, leave=False
         )
 
@@ -113,10 +117,10 @@ def announce(progress, seconds, description):
     if seconds < LONG or progress is False or callable(progress):
         return
     text = f"{description} will take about {_duration(seconds)} more."
-    if tqdm is None:
+    if load_tqdm() is None:
         print(text, file=sys.stderr)
     else:
-        tqdm.tqdm.write(text, file=sys.stderr)
+        load_tqdm().tqdm.write(text, file=sys.stderr)
 
 
 def _duration(seconds):

@@ -45,7 +45,11 @@ def largest(tree):
 
 
 def dot(tree, other):
-    parts = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), tree, other))
+    """Inner product of two trees, in float32 or wider."""
+    products = jax.tree.map(
+        lambda x, y: jnp.sum(trees.widen(x) * trees.widen(y)), tree, other
+    )
+    parts = jax.tree.leaves(products)
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
     return sum((x.astype(dtype) for x in parts), jnp.zeros((), dtype))
 

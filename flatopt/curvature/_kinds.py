@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, jaxprs, risk, trees
+from flatopt._core import blocks, checks, jaxprs, risk, trees, vectors
 
 
 class Kind(abc.ABC):
@@ -91,7 +91,7 @@ class Hessian(Kind):
 
         def reverse():
             _, _, product = self.linearize(params, batch)
-            return (blocks.dot(vector, product(vector)),)
+            return (vectors.dot(vector, product(vector)),)
 
         return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
 
@@ -152,11 +152,11 @@ class GaussNewton(Kind):
         def forward():
             outputs, tangent = jax.jvp(model, (params,), (vector,))
             curved = self.output_product(outputs, batch, tangent)
-            return (blocks.dot(tangent, curved),)
+            return (vectors.dot(tangent, curved),)
 
         def reverse():
             _, _, product = self.linearize(params, batch)
-            return (blocks.dot(vector, product(vector)),)
+            return (vectors.dot(vector, product(vector)),)
 
         return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
 

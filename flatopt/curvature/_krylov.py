@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks
+from flatopt._core import blocks, checks, vectors
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
 from flatopt.curvature._probes import check_operator, is_traced
@@ -34,7 +34,7 @@ def _expand(basis, found):
         part = blocks.gram(blocks.single(rest), basis)[0]
         rest = blocks.subtract(rest, blocks.combine(part, basis))
         coefficients = coefficients + part
-    length = jnp.sqrt(blocks.dot(rest, rest))
+    length = jnp.sqrt(vectors.dot(rest, rest))
     rest = blocks.divide(rest, jnp.where(length == 0, 1.0, length))
     return coefficients, rest, length, unit
 

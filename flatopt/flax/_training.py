@@ -13,6 +13,7 @@ from flatopt import smoothing
 from flatopt._core import checks, filters, random, sharding, signatures
 from flatopt._core.types import AxisName, KernelFn, LossFn, Strategy, WeightFn
 from flatopt.flax import _axes, _changes, _passes
+from flatopt.transforms._read import losses
 
 
 def value_and_grad(
@@ -206,7 +207,7 @@ def update(
       >>> loss.shape
       ()
     """
-    if _last_value(optimizer) is None:
+    if not losses(optimizer):
         raise ValueError(
             "optimizer has no link of flatopt in its chain, so value_fn would be ignored; "
             "make it with nnx.Optimizer(model, flatopt.lpf_sgd(0.1), wrt=nnx.Param)."
@@ -232,7 +233,7 @@ def update(
         sharding.watching_averages() as averaged,
     ):
         _step(optimizer, model, source, _value_fn(loss_alone, source), kwargs)
-    loss = _last_value(optimizer)[...]
+    loss = losses(optimizer)[0]
     _check_averaged(loss, axis_name, averaged)
     if change is not None and change.paths:
         _check_statistics(axis_name, averaged)
@@ -286,13 +287,6 @@ def _loss_and_aux(out, has_aux):
             "return a pair."
         )
     return out
-
-
-def _last_value(optimizer):
-    for name in ("smoothed_value", "clean_value"):
-        for _, value in optax.tree.get_all_with_path(optimizer.opt_state, name):
-            return value
-    return None
 
 
 def _clean_key(optimizer):

@@ -234,7 +234,7 @@ def pac_bayes(
         params,
         initial_params,
     )
-    distance = float(blocks.dot(difference, difference))
+    distance = float(vectors.dot(difference, difference))
     penalty = distance / (4 * sigma**2) if math.isfinite(sigma) else 0.0
     return PACBayes(penalty + math.log(2 * num_examples / delta), sigma)
 

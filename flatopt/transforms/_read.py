@@ -46,7 +46,7 @@ def loss(opt_state: Any) -> jax.Array:
       >>> flatopt.loss(state)
       Array(25., dtype=float32)
     """
-    found = [value for name, value in measured(opt_state) if name == "loss"]
+    found = losses(opt_state)
     if not found:
         raise ValueError(
             "opt_state must hold a link that makes a gradient, got none in a "
@@ -87,6 +87,11 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     for name in {name for name, _ in pairs}:
         _check_one(name, [value for other, value in pairs if other == name])
     return dict(sorted(pairs, key=lambda pair: pair[0]))
+
+
+def losses(opt_state):
+    """What every link in a state measured of the loss, from the outermost inward."""
+    return [value for name, value in measured(opt_state) if name == "loss"]
 
 
 def _check_one(name, found):

@@ -21,7 +21,6 @@ from flatopt._core import (
     vectors,
 )
 from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
-from flatopt.curvature import _kinds, _operator
 from flatopt.transforms import _link
 
 
@@ -188,6 +187,9 @@ def _hessian_product(value_of, params, arguments, key, axis_name):
     if axis_name is not None:
         sample_key = jax.random.fold_in(sample_key, jax.lax.axis_index(axis_name))
         params = sharding.tree_varying(params, axis_name)
+    # Imported here: most training scripts watch no curvature, and need not wait for it.
+    from flatopt.curvature import _kinds, _operator
+
     options = signatures.sample_options(value_of, sample_key)
     kind = _kinds.Hessian(lambda params: value_of(params, **arguments, **options))
     value, _, linear = kind.linearize(params, None)

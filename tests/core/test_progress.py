@@ -27,7 +27,7 @@ def test_long_work_is_announced_once_and_short_work_never(monkeypatch, capsys):
     for seconds, expected in ((10.0, "passes will take about 2 minutes"), (0.1, "")):
         clock = iter([0.0, seconds, 2 * seconds, 3 * seconds])
         monkeypatch.setattr(progress.time, "monotonic", lambda clock=clock: next(clock))
-        monkeypatch.setattr(progress, "tqdm", None)
+        monkeypatch.setattr(progress, "load_tqdm", lambda: None)
         with progress.bar(None, 14, "passes") as bar:
             for _ in range(4):
                 bar.update()
