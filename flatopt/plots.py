@@ -59,8 +59,11 @@ def spectral_density(
       >>> ax.get_xlabel()
       'eigenvalue'
     """
+    _checks.check_count(num_points, "num_points", "points of the curve")
     low, high = density.nodes.min(), density.nodes.max()
-    if width is None:
+    if width is not None:
+        _checks.check_rate(width, "width")
+    else:
         width = max((high - low) / 100, 1e-6 * max(abs(low), abs(high))) or 1.0
     points = np.linspace(low - 5 * width, high + 5 * width, num_points)
     ax = _axes(ax, xlabel="eigenvalue", ylabel="density", yscale="log")
@@ -319,6 +322,7 @@ def _draw_thresholds(found, learning_rate, batch_size, ax):
 
 def _check_mark(learning_rate, batch_size, lin):
     """A setting to mark is both, or none."""
+    _checks.check_linearization(lin)
     if (learning_rate is None) != (batch_size is None):
         raise ValueError(
             "learning_rate and batch_size mark a setting together, got "
@@ -370,6 +374,8 @@ def stability_plane(
       'learning rate'
     """
     _check_mark(learning_rate, batch_size, lin)
+    if mu is not None:
+        _checks.check_rate(mu, "mu")
     found = _thresholds(lin, batch_sizes, sampling)
     return _draw_plane(lin, found, mu, learning_rate, batch_size, sampling, ax)
 

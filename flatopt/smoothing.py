@@ -64,6 +64,7 @@ def smooth(
       >>> smoothed(jax.random.key(0), jnp.array([3.0, 4.0]))  # 25 + 2 * 0.1 ** 2
       Array(25.02, dtype=float32)
     """
+    checks.check_function(value_fn, "value_fn", "value_fn(params)")
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
     def smoothed(key, params, /, *args, **kwargs):
@@ -169,6 +170,8 @@ def smooth_value_and_grad(
       >>> value.shape, grads.shape
       ((), (3,))
     """
+    checks.check_function(value_fn, "value_fn", "value_fn(params)")
+    checks.check_weight_fn(weight_fn)
     names = checks.check_batch_argnames(batch_argnames, value_fn)
     if weight_fn is not None and not names:
         raise ValueError(

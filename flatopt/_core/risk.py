@@ -35,8 +35,14 @@ class Risk:
     @classmethod
     def of(cls, loss_fn, params, data=None, weight_fn=None):
         """A risk of checked arguments."""
+        with_data = data is not None
+        example = (
+            "loss_fn(params, batch)" if with_data else "loss_fn(params), or give data"
+        )
+        checks.check_function(loss_fn, "loss_fn", example, count=1 + with_data)
+        checks.check_weight_fn(weight_fn)
         _check_hashable(loss_fn, weight_fn)
-        params = _check_params(params)
+        params = check_params(params)
         return cls(loss_fn, params, *streams.prepare(data), weight_fn)
 
     def tree_flatten(self):
@@ -231,7 +237,7 @@ def _check_hashable(*functions):
         ) from error
 
 
-def _check_params(params):
+def check_params(params):
     params = checks.check_params(params)
     if not blocks.size(params):
         raise ValueError(

@@ -53,6 +53,7 @@ def growth_rate(
       >>> round(stability.growth_rate(lin, 3.0, 1), 3)
       2.5
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     return _moments.growth(lin, learning_rate, batch_size, sampling, progress)
 
@@ -87,6 +88,7 @@ def expected_losses(
       >>> [round(float(x), 3) for x in stability.expected_losses(lin, 3.0, 1, 2)]
       [1.0, 2.5, 6.25]
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_count(num_steps, "num_steps", "steps")
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
@@ -157,6 +159,7 @@ def escape_time(
       >>> stability.escape_time(lin, 3.0, 1), stability.escape_time(lin, 1.0, 1)
       (3.0, inf)
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_rate(factor, "factor")
     if not factor > 1:
@@ -221,6 +224,7 @@ def simulate(
       >>> losses.shape
       (3, 6)
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_count(num_steps, "num_steps", "steps")
     _checks.check_count(num_runs, "num_runs", "runs")
@@ -359,6 +363,7 @@ def stationary_covariance(
       >>> round(float(found.excess_loss), 4)  # 0.5 * 0.5 / (2 - 0.5)
       0.1667
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     limit = _moments.exact_threshold(lin, batch_size, sampling)
     if not learning_rate < limit:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, trees
+from flatopt._core import blocks, checks, trees
 from flatopt._core.types import LossFn, ModelFn
 from flatopt.stability import _checks, _gram, _losses, _moments
 
@@ -105,6 +105,7 @@ def linearize(
     _gram.check_size(outputs.size)
     targets = _losses.check_targets(outputs, targets)
     if loss_fn is not None:
+        checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
         _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
     n = len(outputs)
     errors = _without_rounding(trees.widen(outputs) - targets, outputs).reshape(n, -1)

@@ -123,6 +123,7 @@ def thresholds(
       >>> round(found.gradient_descent, 3), round(found.mean_square, 3)
       (4.0, 2.0)
     """
+    _checks.check_linearization(lin)
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
     rates = _bounds(lin, weights, batch_size, sampling)
     limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
@@ -193,6 +194,7 @@ def smallest_batch_size(
       >>> stability.smallest_batch_size(lin, 3.0)
       2
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     n = len(lin.coordinates)
 
@@ -267,10 +269,9 @@ def sharpest_minimum(
     """
     _checks.check_rate(learning_rate)
     _checks.check_count(num_outputs, "num_outputs", "outputs of an example")
-    if not mu > 0:
-        raise ValueError(
-            f"mu must be positive, got {mu}; 1 is that of noise in proportion to H."
-        )
+    _checks.check_rate(mu, "mu")
+    if num_examples is not None:
+        _checks.check_count(num_examples, "num_examples", "examples in all")
     _, each = _moments.sampling_weights(num_examples, batch_size, sampling)
     return SharpestMinimum(
         max_eigenvalue=2 / learning_rate,
