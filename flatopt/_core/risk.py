@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 
 import jax
@@ -115,7 +116,12 @@ class Risk:
                     (shapes[0], *shapes),
                 )
                 eps = float(jnp.finfo(shapes[0].dtype).eps)
-            total = _add_weighted(function, total, jnp.float32(weight), *arguments)
+            weight = jnp.float32(weight)
+            start = time.monotonic()
+            total = _add_weighted(function, total, weight, *arguments)
+            if len(weights) == 1 and self.bar is not None:
+                jax.block_until_ready(total)
+                self._announce(start, function, total, weight, arguments)
         if not any(weights):
             raise ValueError(
                 f"data must hold examples, got {len(weights)} batches of weight 0; give a "
@@ -131,6 +137,18 @@ class Risk:
             found = self.seen._replace(batches=len(weights), weight=weight)
             streams.check_same(self.seen, found)
         return parts
+
+    def _announce(self, start, function, total, weight, arguments):
+        """Say how long all passes will take; the first batch is timed once more.
+
+        The first time compiles: what is short with that is short without.
+        """
+        if not self.bar.may_take_long(time.monotonic() - start):
+            return
+        spare = jax.tree.map(jnp.zeros_like, total)
+        start = time.monotonic()
+        jax.block_until_ready(_add_weighted(function, spare, weight, *arguments))
+        self.bar.announce(time.monotonic() - start)
 
     def batches(self, description):
         """Yield ``(batch, weight)`` of a re-iterable, and count them on the bar."""

@@ -199,7 +199,8 @@ def report(
 
 def _measured(measures, progress):
     values = {}
-    with bars.bar(progress, len(measures), "sharpness.report") as bar:
+    name = "sharpness.report"  # whose measures take very different times
+    with bars.bar(progress, len(measures), name, announced=True) as bar:
         for name, measure in measures.items():
             found = measure()
             if name == "probe":
