@@ -192,8 +192,8 @@ def smooth_value_and_grad(
                 return checks.check_value(out), None
             if not (isinstance(out, tuple) and len(out) == 2):
                 raise TypeError(
-                    f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
-                    "return a pair."
+                    "value_fn must return (value, aux) with has_aux=True, got "
+                    f"{checks.described(out)}; return a pair."
                 )
             return checks.check_value(out[0]), out[1]
 

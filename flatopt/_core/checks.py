@@ -230,7 +230,7 @@ def described(value):
     """A value in a few words of one line, for an error."""
     text = repr(value)
     if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of shape {value.shape}"
+        return f"an array of shape {jnp.shape(value)}"
     short = isinstance(value, numbers.Number | str | tuple | list | None) and (
         len(text) < 60
     )
