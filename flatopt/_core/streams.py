@@ -103,12 +103,9 @@ def prepare(data):
 
 def _check_batches(batches):
     """Reject one batch as a list ``[inputs, targets]``, taken as two batches."""
-    is_array = all(hasattr(x, "ndim") and hasattr(x, "dtype") for x in batches)
-    kinds = (
-        {(x.ndim, getattr(x.dtype, "kind", str(x.dtype))) for x in batches}
-        if is_array
-        else ()
-    )
+    if not all(hasattr(x, "ndim") and hasattr(x, "dtype") for x in batches):
+        return
+    kinds = {(x.ndim, getattr(x.dtype, "kind", str(x.dtype))) for x in batches}
     if len(kinds) > 1:
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in batches[:4])
         raise ValueError(
