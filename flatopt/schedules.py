@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flatopt._core import checks
+
 
 def cosine_growth(
     init_value: float, growth: float, transition_steps: int
@@ -38,6 +40,9 @@ def cosine_growth(
       >>> [round(float(gamma(t)), 5) for t in (0, 50, 100, 200)]
       [0.0005, 0.004, 0.0075, 0.0075]
     """
+    for name, given in {"init_value": init_value, "growth": growth}.items():
+        checks.check_scale(given, name)
+    checks.check_scale(transition_steps, "transition_steps")
     if (
         not isinstance(transition_steps, jax.core.Tracer)
         and float(transition_steps) < 1

@@ -64,6 +64,7 @@ def smooth(
       >>> smoothed(jax.random.key(0), jnp.array([3.0, 4.0]))  # 25 + 2 * 0.1 ** 2
       Array(25.02, dtype=float32)
     """
+    checks.check_function(value_fn, "value_fn", "value_fn(params)")
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
     def smoothed(key, params, /, *args, **kwargs):
@@ -174,6 +175,8 @@ def smooth_value_and_grad(
       >>> value.shape, grads.shape
       ((), (3,))
     """
+    checks.check_function(value_fn, "value_fn", "value_fn(params)")
+    checks.check_weight_fn(weight_fn)
     names = checks.check_batch_argnames(batch_argnames, value_fn)
     if weight_fn is not None and not names:
         raise ValueError(
@@ -235,8 +238,8 @@ def _evaluation(call, free_flags, has_aux, weight_fn, names):
             return checks.check_value(out), None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
-                f"value_fn must return (value, aux) with has_aux=True, got {out!r}; "
-                "return a pair."
+                "value_fn must return (value, aux) with has_aux=True, got "
+                f"{checks.described(out)}; return a pair."
             )
         return checks.check_value(out[0]), out[1]
 

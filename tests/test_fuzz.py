@@ -11,7 +11,9 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers import TRANSFORMATIONS, optimizer, takes, types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import sparse
@@ -67,11 +69,14 @@ def _chunks(batch, count, is_split):
     return [batch[j::count] if is_split else batch for j in range(count)]
 
 
+def _step_key(case):
+    return jax.random.fold_in(jax.random.key(case["key"]), 0)
+
+
 def _noises(case, kernel, free, count):
-    step_key = jax.random.fold_in(jax.random.key(case["key"]), 0)
-    draw = kernel.bind(step_key, free)
+    draw = kernel.bind(_step_key(case), free)
     for index in range(count):
-        noise = draw(jax.random.fold_in(step_key, index))
+        noise = draw(jax.random.fold_in(_step_key(case), index))
         yield {n: np.asarray(noise[n], "f8") for n in noise}
 
 
@@ -87,16 +92,60 @@ def _smoothed(case, kernel, free, params, dtype):
     return _mean(pairs)
 
 
-def _ascended(case, params, dtype):
+def _norm(tree):
+    return np.sqrt(sum((x**2).sum() for x in tree.values()))
+
+
+def _filter_norms(leaf):
+    axes = tuple(range(leaf.ndim - 1))
+    return np.sqrt((leaf**2).sum(axis=axes, keepdims=True))
+
+
+ETA, ALPHA, SIGMA = 0.05, 0.4, 0.3
+SIZES = {  # the units of an ascent step, from parameters and gradient
+    "asam": lambda p, g: np.abs(p) + ETA,
+    "filterwise_asam": lambda p, g: (
+        (_filter_norms(p) if p.ndim > 1 else np.abs(p)) + ETA
+    ),
+    "fisher_sam": lambda p, g: 1 / np.sqrt(1 + ETA * g**2),
+}
+NOISY = {"random_sam": kernels.filterwise(), "bayesian_sam": kernels.isotropic()}
+
+
+def _ascent(case, params, grad):
+    """The ascent step of a method at its first step."""
+    if case["link"] == "usam":
+        return {n: case["scale"] * g for n, g in grad.items()}
+    size_of = SIZES.get(case["link"], lambda p, g: np.ones_like(p))
+    sizes = {n: size_of(params[n], grad[n]) for n in params}
+    norm = _norm({n: sizes[n] * grad[n] for n in grad})
+    length = case["scale"] / norm if norm else 0.0
+    return {n: length * sizes[n] ** 2 * grad[n] for n in grad}
+
+
+def _ascended(case, free, params, dtype):
     pairs = []
-    for chunk in _chunks(case["batch"], case["count"], case["is_split"]):
-        value, grad = _value_and_gradient(params, chunk)
-        norm = np.sqrt(sum((g**2).sum() for g in grad.values()))
-        length = case["scale"] * (
-            1 if case["link"] == "usam" or norm == 0 else 1 / norm
-        )
-        step = {n: length * g for n, g in grad.items()}
+    for index, chunk in enumerate(
+        _chunks(case["batch"], case["count"], case["is_split"])
+    ):
+        start = params
+        if case["link"] in NOISY:
+            key = jax.random.fold_in(_step_key(case), index)
+            noise = NOISY[case["link"]](key, free)
+            noise = {n: SIGMA * np.asarray(noise[n], "f8") for n in params}
+            start = _moved(params, noise, dtype)
+        value, clean = _value_and_gradient(start, chunk)
+        step = _ascent(case, params, clean)
         _, grad = _value_and_gradient(_moved(params, step, dtype), chunk)
+        if case["link"] == "gsam":
+            square = sum((g**2).sum() for g in grad.values())
+            share = sum((clean[n] * grad[n]).sum() for n in grad) / (square or 1.0)
+            grad = {
+                n: g - ALPHA * (clean[n] - share * g)
+                if square
+                else g - ALPHA * clean[n]
+                for n, g in grad.items()
+            }
         pairs.append((value, grad))
     return _mean(pairs)
 
@@ -112,11 +161,32 @@ KERNELS = {
     "shared": kernels.shared_magnitude(kernels.isotropic()),
     "one layer": kernels.one_layer(kernels.isotropic(), lambda path: path),
 }
+SMOOTHED = ["smooth", "lpf", "nso"]
+ASCENDED = [
+    "sam",
+    "usam",
+    "asam",
+    "filterwise_asam",
+    "fisher_sam",
+    "gsam",
+    "look_sam",
+    "friendly_sam",
+    "random_sam",
+    "bayesian_sam",
+]
+SETTINGS = {
+    "asam": {"eta": ETA},
+    "filterwise_asam": {"eta": ETA},
+    "fisher_sam": {"eta": ETA},
+    "gsam": {"alpha": ALPHA},
+    "random_sam": {"sigma": SIGMA},
+    "bayesian_sam": {"sigma": SIGMA},
+}
 SHAPES = [(), (3,), (2, 3), (0,), (0, 3)]
 MASKS = [None, True, {"a": True, "b": False}, {"a": False, "b": True}]
 CASE = st.fixed_dictionaries(
     {
-        "link": st.sampled_from(["smooth", "smooth", "sam", "usam"]),
+        "link": st.sampled_from([*SMOOTHED * 4, *ASCENDED]),
         "kernel": st.sampled_from(sorted(KERNELS)),
         "shapes": st.tuples(st.sampled_from(SHAPES), st.sampled_from(SHAPES)),
         "dtype": st.sampled_from(["float32", "float32", "bfloat16", "float16"]),
@@ -135,30 +205,35 @@ CASE = st.fixed_dictionaries(
 
 def _prepare(case):
     rng = np.random.default_rng(case["seed"])
-    if case["link"] != "smooth" and not case["is_split"]:
+    if case["link"] == "nso":
+        case |= {"antithetic": True, "is_split": False}
+    if case["link"] == "lpf":
+        case["antithetic"] = False
+    if case["link"] in ASCENDED and not case["is_split"]:
         case["count"] = 1
     case["batch"] = rng.normal(size=case["count"] * case["per_chunk"])
     params = {
         name: jnp.asarray(rng.normal(size=shape), case["dtype"])
         for name, shape in zip("ab", case["shapes"], strict=True)
     }
-    options = {
-        "mask": case["mask"],
-        "key": case["key"],
-        "batch_argnames": ("batch",) if case["is_split"] else (),
-    }
-    if case["link"] == "smooth":
+    options = {"mask": case["mask"], "key": case["key"]}
+    if case["link"] != "nso":
+        options["batch_argnames"] = ("batch",) if case["is_split"] else ()
+    make = getattr(flatopt, case["link"] + "_gradients")
+    if case["link"] in ASCENDED:
+        options |= {"rho": case["scale"], "num_microbatches": case["count"]}
+        options |= SETTINGS.get(case["link"], {})
+    else:
+        names = {"smooth": "scale", "lpf": "gamma", "nso": "sigma"}
+        counts = {"nso": "num_perturbations"}
         options |= {
-            "scale": case["scale"],
+            names[case["link"]]: case["scale"],
+            counts.get(case["link"], "num_samples"): case["count"],
             "kernel": KERNELS[case["kernel"]],
-            "num_samples": case["count"],
-            "antithetic": case["antithetic"],
             "strategy": case["strategy"],
         }
-        make = flatopt.smooth_gradients
-    else:
-        options |= {"rho": case["scale"], "num_microbatches": case["count"]}
-        make = getattr(flatopt, case["link"] + "_gradients")
+        if case["link"] == "smooth":
+            options["antithetic"] = case["antithetic"]
     arguments = {"value_fn": value_fn, "batch": jnp.asarray(case["batch"], jnp.float32)}
     return make, options, params, arguments
 
@@ -179,11 +254,11 @@ def test_a_link_gives_what_numpy_gives(case):
     fixed = {n: p for n, p in wide.items() if not mask[n]}
     free = {n: p if mask[n] else None for n, p in params.items()}
     start = {n: p for n, p in wide.items() if mask[n]}
-    if case["link"] == "smooth":
+    if case["link"] in SMOOTHED:
         kernel = KERNELS[case["kernel"]]
         value, grads = _smoothed(case, kernel, free, start, case["dtype"])
     else:
-        value, grads = _ascended(case, start, case["dtype"])
+        value, grads = _ascended(case, free, start, case["dtype"])
     chunks = _chunks(case["batch"], case["count"], case["is_split"])
     value += np.mean([_value_and_gradient(fixed, chunk)[0] for chunk in chunks])
     eps = float(jnp.finfo(case["dtype"]).eps)
@@ -281,12 +356,16 @@ def test_a_fault_is_one_sentence_of_ours(case, fault):
     wrong = WRONG[name][index]
     if name in OF_SMOOTH:
         case["link"] = "smooth"
-    if name in OF_ASCENT and case["link"] == "smooth":
+    if name in OF_ASCENT and case["link"] in SMOOTHED:
         case["link"] = "sam"
+    if name == "batch_argnames" and case["link"] == "nso":
+        case["link"] = "lpf"
     if name in ("params", "mask", "kernel"):  # with another fault out of the way
         case["mask"], case["shapes"] = None, ((3,), (2,))
     if name in ("batch", "weight_fn"):
         case["is_split"], case["count"] = True, 4
+        if case["link"] == "nso":  # it splits no batch
+            case["link"] = "lpf"
     make, options, params, arguments = _prepare(case)
     if name in ("value_fn", "batch"):
         arguments[name] = wrong
@@ -301,3 +380,55 @@ def test_a_fault_is_one_sentence_of_ours(case, fault):
     assert frame.filename.startswith(PACKAGE), (fault, frame, message)
     assert re.search(r"\w+.*; '?\w+.*\.$", message), (fault, message)
     assert "\n" not in message, (fault, message)
+
+
+# The links without a reference here, whole optimizers and what is around links
+
+OTHERS = sorted(
+    name
+    for name in TRANSFORMATIONS
+    if name.removesuffix("_gradients") not in {*SMOOTHED, *ASCENDED}
+)
+
+
+def _options(name, case):
+    """Options of any transformation, as far as it takes them."""
+    given = {
+        "kernel": KERNELS[case["kernel"]],
+        "num_samples": case["count"],
+        "num_perturbations": case["count"],
+        "num_microbatches": case["count"] if case["is_split"] else 1,
+        "mask": case["mask"],
+        "strategy": case["strategy"],
+        "batch_argnames": ("batch",) if case["is_split"] else (),
+        "key": case["key"],
+    }
+    if case["is_split"] and takes(name, "num_steps"):  # one chunk an inner step
+        given["num_steps"] = case["count"]
+    fixed = ("link", "inner", "optimizer")
+    if any(takes(name, argument) for argument in fixed):
+        return {}
+    return {k: v for k, v in given.items() if takes(name, k)}
+
+
+@fuzz
+@given(st.sampled_from(OTHERS), CASE)
+def test_any_transformation_keeps_shapes_and_is_finite(name, case):
+    case["link"] = "smooth"
+    _, _, params, arguments = _prepare(case)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        tx = optimizer(name, **_options(name, case))
+        state, current = tx.init(params), params
+        treedef = jax.tree.structure(state)
+        for _ in range(2):
+            zeros = jax.tree.map(jnp.zeros_like, current)
+            updates, state = tx.update(zeros, state, current, **arguments)
+            current = optax.apply_updates(current, updates)
+    assert jax.tree.structure(state) == treedef
+    assert types(current) == types(params)
+    for leaf in jax.tree.leaves((updates, current)):
+        assert np.isfinite(np.asarray(leaf, "f8")).all()
+    frozen = case["mask"] if takes(name, "mask") else None
+    for leaf in params if isinstance(frozen, dict) else ():
+        if not frozen[leaf] and name != "track_stability":
+            np.testing.assert_array_equal(current[leaf], params[leaf])

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "flatopt"
 FLOORS = [
-    {"_core", "schedules"},
-    {"kernels"},
+    {"_core"},
+    {"kernels", "schedules"},
     {"smoothing", "curvature"},
     {"transforms", "stability"},
     {"optimizers", "sharpness", "plots", "flax"},

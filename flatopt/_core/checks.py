@@ -242,6 +242,38 @@ def check_random_key(key):
     )
 
 
+def described(value):
+    """A value in a few words of one line, for an error."""
+    text = repr(value)
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {jnp.shape(value)}"
+    short = isinstance(value, numbers.Number | str | tuple | list | None) and (
+        len(text) < 60
+    )
+    name = getattr(value, "__name__", None)
+    return text if short else name or f"a {type(value).__name__}"
+
+
+def check_function(
+    function, name="loss_fn", example="loss_fn(params, batch)", count=None, more=False
+):
+    """Reject what cannot be called, or not with so many positional arguments.
+
+    With ``more`` it may need others, too.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"{name} must be a function, got {described(function)}; give one such as "
+            f"{example}."
+        )
+    if count is not None and not _takes(function, count, more):
+        taken = ", ".join(parameters_of(function) or ())
+        raise TypeError(
+            f"{name} must take {count} argument{'s' * (count > 1)}, got one of ({taken}); "
+            f"write {example}."
+        )
+
+
 def check_kernel(kernel, name="kernel"):
     """Reject a sampler, or a function that makes a kernel, in place of a kernel."""
     label = getattr(kernel, "__name__", None) or f"a {type(kernel).__name__}"
@@ -288,10 +320,11 @@ def check_sampler(sampler):
     )
 
 
-def _takes(function, count):
+def _takes(function, count, more=False):
     """Whether a function can be called with so many positional arguments."""
     try:
-        inspect.signature(function).bind(*[None] * count)
+        signature = inspect.signature(function)
+        (signature.bind_partial if more else signature.bind)(*[None] * count)
     except TypeError:
         return False
     except ValueError:  # it has no signature
@@ -315,6 +348,9 @@ def check_axis_name(axis_name):
 def check_weight_fn(weight_fn):
     if weight_fn is not None and not callable(weight_fn):
         raise TypeError(
-            f"weight_fn must be a function of a chunk, got {weight_fn!r}; write one such "
-            "as lambda chunk: chunk['mask'].sum()."
+            f"weight_fn must be a function of a chunk, got {described(weight_fn)}; write "
+            "one such as lambda chunk: chunk['mask'].sum()."
         )
+    if weight_fn is not None:
+        example = "lambda chunk: chunk['mask'].sum()"
+        check_function(weight_fn, "weight_fn", example, count=1)

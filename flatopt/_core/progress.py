@@ -43,10 +43,10 @@ class Bar:
     ``total`` may be corrected while the work goes on.
     """
 
-    def __init__(self, progress, total, description):
+    def __init__(self, progress, total, description, announced=False):
         self.progress, self.total, self.description = progress, total, description
         self.done = 0
-        self.started, self.announced = None, False
+        self.started, self.announced = None, announced
         self.shown = self._open()
         self._report()
 
@@ -83,6 +83,20 @@ class Bar:
             each = (now - self.started) / (self.done - self.first)
             announce(self.progress, each * (self.total - self.done), self.description)
 
+    def may_take_long(self, seconds):
+        """Whether parts of so many seconds may come to more than is left unsaid."""
+        is_heard = self.progress is not False and not callable(self.progress)
+        return is_heard and not self.announced and self._rest(seconds) >= LONG
+
+    def announce(self, seconds):
+        """Say, before they start, how long parts of so many seconds will take."""
+        if self._rest(seconds) >= LONG:
+            self.announced = True
+            announce(self.progress, self._rest(seconds), self.description)
+
+    def _rest(self, seconds):
+        return seconds * (self.total - self.done) if self.total is not None else 0.0
+
     def close(self):
         """Take the bar off the screen."""
         if self.shown is not None:
@@ -90,19 +104,20 @@ class Bar:
 
 
 @contextlib.contextmanager
-def bar(progress, total, description):
+def bar(progress, total, description, announced=False):
     """A bar over ``total`` parts of work (None: unknown), for a ``with`` block.
 
     ``progress`` as users give it: None for a bar once the work takes more than three
     seconds, True for one at once, False for none, or ``progress(done, total,
     description)``. When two parts are done and the rest will take more than a minute, a
-    line says so. A bar within a bar of a function, or of False, shows nothing.
+    line says so, unless that was ``announced`` before. A bar within a bar of a function,
+    or of False, shows nothing.
     """
     check_progress(progress)
     outer = _OUTER.get()
     if progress is None and (outer is False or callable(outer)):
         progress = False
-    shown = Bar(progress, total, description)
+    shown = Bar(progress, total, description, announced)
     token = _OUTER.set(progress) if progress is not None else None
     try:
         yield shown

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 
 import jax
@@ -35,8 +36,14 @@ class Risk:
     @classmethod
     def of(cls, loss_fn, params, data=None, weight_fn=None):
         """A risk of checked arguments."""
+        with_data = data is not None
+        example = (
+            "loss_fn(params, batch)" if with_data else "loss_fn(params), or give data"
+        )
+        checks.check_function(loss_fn, "loss_fn", example, count=1 + with_data)
+        checks.check_weight_fn(weight_fn)
         _check_hashable(loss_fn, weight_fn)
-        params = _check_params(params)
+        params = check_params(params)
         return cls(loss_fn, params, *streams.prepare(data), weight_fn)
 
     def tree_flatten(self):
@@ -109,7 +116,12 @@ class Risk:
                     (shapes[0], *shapes),
                 )
                 eps = float(jnp.finfo(shapes[0].dtype).eps)
-            total = _add_weighted(function, total, jnp.float32(weight), *arguments)
+            weight = jnp.float32(weight)
+            start = time.monotonic()
+            total = _add_weighted(function, total, weight, *arguments)
+            if len(weights) == 1 and self.bar is not None:
+                jax.block_until_ready(total)
+                self._announce(start, function, total, weight, arguments)
         if not any(weights):
             raise ValueError(
                 f"data must hold examples, got {len(weights)} batches of weight 0; give a "
@@ -125,6 +137,18 @@ class Risk:
             found = self.seen._replace(batches=len(weights), weight=weight)
             streams.check_same(self.seen, found)
         return parts
+
+    def _announce(self, start, function, total, weight, arguments):
+        """Say how long all passes will take; the first batch is timed once more.
+
+        The first time compiles: what is short with that is short without.
+        """
+        if not self.bar.may_take_long(time.monotonic() - start):
+            return
+        spare = jax.tree.map(jnp.zeros_like, total)
+        start = time.monotonic()
+        jax.block_until_ready(_add_weighted(function, spare, weight, *arguments))
+        self.bar.announce(time.monotonic() - start)
 
     def batches(self, description):
         """Yield ``(batch, weight)`` of a re-iterable, and count them on the bar."""
@@ -231,7 +255,7 @@ def _check_hashable(*functions):
         ) from error
 
 
-def _check_params(params):
+def check_params(params):
     params = checks.check_params(params)
     if not blocks.size(params):
         raise ValueError(

@@ -91,12 +91,27 @@ def prepare(data):
         batch = jax.tree.map(_array, data)
         batch_size(batch)
         return batch, None
+    if isinstance(data, list):
+        _check_batches(data)
     if iter(data) is data:
         raise TypeError(
             f"data must be a batch or a re-iterable of batches, got the iterator {data!r}, "
             "which ends after one pass; give the loader itself, or list(data)."
         )
     return None, Stream(data)
+
+
+def _check_batches(batches):
+    """Reject one batch as a list ``[inputs, targets]``, taken as two batches."""
+    if not all(hasattr(x, "ndim") and hasattr(x, "dtype") for x in batches):
+        return
+    kinds = {(x.ndim, getattr(x.dtype, "kind", str(x.dtype))) for x in batches}
+    if len(kinds) > 1:
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in batches[:4])
+        raise ValueError(
+            f"data is a list, which is taken as many batches, got arrays of different "
+            f"kinds, {shapes}; give one batch as a tuple, (inputs, targets)."
+        )
 
 
 def passes(stream, weight_fn, description, bar=None):

@@ -1,5 +1,7 @@
 """Parameter trees: names of leaves, masks, the dtypes to compute in."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,10 @@ def is_function(x):
 
 def mask_flags(mask, params, name="mask"):
     """One bool for each leaf of ``params`` from a mask as in ``optax.masked``."""
-    given = mask(params) if is_function(mask) else mask
+    given = mask
+    if is_function(mask):
+        _check_takes_params(mask, name)
+        given = mask(params)
     try:
         flags = jax.tree.leaves(
             jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), given, params)
@@ -46,6 +51,18 @@ def mask_flags(mask, params, name="mask"):
                 "leaf takes part and False where it does not."
             )
     return [bool(flag) for flag in flags]
+
+
+def _check_takes_params(mask, name):
+    try:
+        inspect.signature(mask).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a function of params or a tree of bools, got a function of "
+            f"other arguments, {inspect.signature(mask)}; write lambda params: ..."
+        ) from error
+    except ValueError:  # it has no signature
+        pass
 
 
 def _difference(mask, params):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks
+from flatopt._core import blocks, checks
 from flatopt._core.types import SpectrumEnd
 from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
 from flatopt.curvature._operator import products
+from flatopt.curvature._probes import check_share
 
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
 EXTRA = 8  # pairs kept beyond the wanted: their convergence is not lost at a restart
@@ -131,6 +132,13 @@ def eigenpairs(
       10.0
     """
     size = check_eigen(operator, key, k, which)
+    check_share(rtol, "write rtol=1e-3, in units of the largest magnitude")
+    checks.check_count(max_matvecs, "max_matvecs", "it counts the products to spend")
+    if start is not None and not isinstance(start, Eigenpairs):
+        raise TypeError(
+            f"start must be Eigenpairs, got {checks.described(start)}; give what "
+            "eigenpairs returned before."
+        )
     goal = _Goal(k, which, rtol, max_matvecs, size)
     krylov = Krylov(operator, key, min(size, 2 * k + ROOM))
     expected = min(max_matvecs, PASSES + PASSES * k * (k > 1 or start is not None))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flatopt._core import streams
+from flatopt._core import checks, streams
 from flatopt._core.risk import Risk
 from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.curvature import _kinds
@@ -51,6 +51,7 @@ def hessian(
       Array([[1.6666667, 1.3333334],
              [1.3333334, 1.6666667]], dtype=float32)
     """
+    checks.check_function(loss_fn)
     return _operator(_kinds.Hessian(loss_fn), params, data, weight_fn)
 
 
@@ -96,6 +97,8 @@ def gauss_newton(
             "data must be a pair (inputs, targets) or batches of such pairs, got "
             f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
         )
+    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
     return _operator(_kinds.GaussNewton(model_fn, loss_fn), params, data, weight_fn)
 
 
@@ -131,6 +134,8 @@ def empirical_fisher(
       Array([[2., 0.],
              [0., 2.]], dtype=float32)
     """
+    checks.check_function(loss_fn, count=2)
+    checks.check_weight_fn(weight_fn)
     kind = _kinds.EmpiricalFisher(loss_fn, weight_fn)
     return _operator(kind, params, _needed(data), weight_fn)
 
@@ -171,6 +176,8 @@ def gradient_covariance(
       Array([[ 1., -1.],
              [-1.,  1.]], dtype=float32)
     """
+    checks.check_function(loss_fn, count=2)
+    checks.check_weight_fn(weight_fn)
     kind = _kinds.GradientCovariance(loss_fn, weight_fn)
     return _operator(kind, params, _needed(data), weight_fn)
 

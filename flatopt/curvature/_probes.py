@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 import warnings
 from typing import Any, NamedTuple
 
@@ -211,11 +212,7 @@ def check_probes(operator, num_probes, num_deflated=0, rtol=None):
     if num_deflated:
         checks.check_count(num_deflated, "num_deflated")
     if rtol is not None:
-        if isinstance(rtol, bool) or not np.isscalar(rtol) or not 0 < rtol < 1:
-            raise ValueError(
-                f"rtol must lie between 0 and 1, got {rtol!r}; write rtol=0.05 for an "
-                "interval of 5 % to either side."
-            )
+        check_share(rtol, "write rtol=0.05 for an interval of 5 % to either side")
         if is_traced(operator):
             raise TypeError(
                 "rtol decides while running how many probes to draw, got a call inside "
@@ -223,10 +220,20 @@ def check_probes(operator, num_probes, num_deflated=0, rtol=None):
             )
 
 
+def check_share(rtol, advice):
+    """Reject what is not a number between 0 and 1."""
+    is_number = isinstance(rtol, numbers.Real | np.ndarray | jax.Array)
+    if isinstance(rtol, bool) or not is_number or np.ndim(rtol) or not 0 < rtol < 1:
+        raise ValueError(
+            f"rtol must lie between 0 and 1, got {checks.described(rtol)}; {advice}."
+        )
+
+
 def check_operator(operator):
     if not isinstance(operator, Operator):
         raise TypeError(
-            f"operator must be a curvature operator, got {operator!r}; make one with "
+            f"operator must be a curvature operator, got {checks.described(operator)}; "
+            "make one with "
             "curvature.hessian(loss_fn, params, data)."
         )
 

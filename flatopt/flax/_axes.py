@@ -32,6 +32,7 @@ def filter_axes(model: nnx.Module, *, wrt: Any = nnx.Param) -> dict[str, Any]:
       >>> axes["query"]["kernel"], axes["out"]["kernel"], axes["query"]["bias"]
       ((1, 2), (2,), ())
     """
+    _passes.check_model(model)
     modules = dict(nnx.iter_modules(model))
     tree: dict[Any, Any] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, wrt)):

@@ -11,7 +11,7 @@ import jax
 from flax import errors, nnx
 from flax.nnx import filterlib
 
-from flatopt._core import signatures
+from flatopt._core import checks, signatures
 from flatopt._core.types import LossFn
 
 
@@ -47,6 +47,9 @@ class Pass:
     """
 
     def __init__(self, loss_fn: LossFn, model, objects, wrt, noise_wrt=None):
+        example = "loss_fn(model, batch)"
+        checks.check_function(loss_fn, "loss_fn", example, count=1, more=True)
+        check_model(model)
         self.loss_fn = loss_fn
         self.roots = (model, *objects)
         self.wrt = wrt if noise_wrt is None else nnx.Any(wrt, noise_wrt)
@@ -122,6 +125,15 @@ class Pass:
         state = nnx.state(roots, nnx.Not(nnx.Any(nnx.RngKey, nnx.Intermediate)))
         flat = nnx.to_flat_state(state)
         return {path: v for path, v in flat if path not in self._trained}
+
+
+def check_model(model):
+    """Reject what is no NNX object, such as a batch or a loss in its place."""
+    if not isinstance(model, nnx.Pytree | nnx.State | dict | list | tuple):
+        raise TypeError(
+            f"model must be an nnx.Module, got {checks.described(model)}; look at the order "
+            "of the arguments."
+        )
 
 
 def take_out(arguments):

@@ -101,10 +101,12 @@ def value_and_grad(
             f"batch_norm must be 'perturbed' or 'clean', got {batch_norm!r}; 'perturbed' "
             "costs nothing extra."
         )
+    checks.check_function(loss_fn, "loss_fn", "loss_fn(model, batch)")
     if kernel is not None:
         checks.check_kernel(kernel)
 
     def smoothed(key, model, /, *args, **kwargs):
+        checks.check_random_key(key)
         objects, (args, kwargs) = _passes.take_out((args, kwargs))
         source = _passes.Pass(loss_fn, model, objects, wrt, noise_wrt)
         paths = []
@@ -207,6 +209,11 @@ def update(
       >>> loss.shape
       ()
     """
+    if not hasattr(optimizer, "opt_state"):
+        raise TypeError(
+            f"optimizer must be an nnx.Optimizer, got {checks.described(optimizer)}; write "
+            "update(optimizer, model, loss_fn)."
+        )
     if not losses(optimizer):
         raise ValueError(
             "optimizer has no link of flatopt in its chain, so value_fn would be ignored; "

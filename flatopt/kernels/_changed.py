@@ -85,6 +85,10 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
       [False, True]
     """
     checks.check_kernel(kernel)
+    if layer_of is not None:
+        checks.check_function(
+            layer_of, "layer_of", "lambda path: path.split('/')[0]", count=1
+        )
 
     def layer(path):
         name = trees.path_name(path)

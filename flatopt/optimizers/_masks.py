@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from flatopt._core import trees
+from flatopt._core import checks, trees
 from flatopt.transforms import chain
 
 
@@ -14,7 +14,17 @@ def recipe(*transformations):
     return tx
 
 
+def check_rates(learning_rate, weight_decay):
+    """Reject what is no rate; optax would ascend by a negative one."""
+    for name, given in zip(
+        ("learning_rate", "weight_decay"), (learning_rate, weight_decay), strict=True
+    ):
+        if not callable(given):
+            checks.check_scale(given, name)
+
+
 def sgd(learning_rate, *, weight_decay, weight_decay_mask, mask, **options):
+    check_rates(learning_rate, weight_decay)
     return optax.chain(
         optax.add_decayed_weights(weight_decay, _both(mask, weight_decay_mask)),
         _masked(optax.sgd(learning_rate, **options), mask),
@@ -23,6 +33,7 @@ def sgd(learning_rate, *, weight_decay, weight_decay_mask, mask, **options):
 
 def adamw(learning_rate, *, weight_decay, weight_decay_mask, mask, **options):
     """``optax.adamw``, link by link: decay has a mask of its own."""
+    check_rates(learning_rate, weight_decay)
     if mask is None:
         decays = _both(None, weight_decay_mask)
         return optax.adamw(

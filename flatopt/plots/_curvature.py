@@ -8,6 +8,7 @@ import numpy as np
 from flatopt import curvature
 from flatopt._core import trees
 from flatopt.plots._axes import new_axes
+from flatopt.stability import _checks
 
 
 def spectral_density(
@@ -37,8 +38,11 @@ def spectral_density(
       >>> ax.get_xlabel()
       'eigenvalue'
     """
+    _checks.check_count(num_points, "num_points", "points of the curve")
     low, high = density.nodes.min(), density.nodes.max()
-    if width is None:
+    if width is not None:
+        _checks.check_rate(width, "width")
+    else:
         width = max((high - low) / 100, 1e-6 * max(abs(low), abs(high))) or 1.0
     points = np.linspace(low - 5 * width, high + 5 * width, num_points)
     ax = new_axes(ax, xlabel="eigenvalue", ylabel="density", yscale="log")

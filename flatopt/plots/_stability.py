@@ -92,6 +92,8 @@ def stability_plane(
       'learning rate'
     """
     _check_mark(learning_rate, batch_size, lin)
+    if mu is not None:
+        _checks.check_rate(mu, "mu")
     asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
     found = _thresholds(lin, batch_sizes, asked)
     return _draw_plane(lin, found, mu, learning_rate, batch_size, asked, ax)
@@ -277,6 +279,7 @@ def _norm_over_bound(lin, mu, rates, batch_sizes, sampling):
 
 def _check_mark(learning_rate, batch_size, lin):
     """A setting to mark is both, or none."""
+    _checks.check_linearization(lin)
     if (learning_rate is None) != (batch_size is None):
         raise ValueError(
             "learning_rate and batch_size mark a setting together, got "

@@ -213,16 +213,11 @@ def pac_bayes(
     check_positive(delta, "delta")
     checks.check_count(num_samples)
     risk = Risk.of(loss_fn, params, data, weight_fn)
+    checks.check_random_key(key)
     if num_examples is None:
         num_examples = _count_examples(risk)
-    checks.check_random_key(key)
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (initial_params, params)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "initial_params must have the structure and shapes of params, got "
-            f"{shapes[0]}; give the parameters that training started from."
-        )
-
+    checks.check_count(num_examples, "num_examples", "it counts the examples in all")
+    check_initial(initial_params, params)
     base = risk.value
 
     def rise(sigma):
@@ -374,9 +369,9 @@ def local_entropy_gradient(
     checks.check_scale(inner_learning_rate, "inner_learning_rate")
     checks.check_scale(noise_scale, "noise_scale")
     checks.check_decay(decay)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
-    if risk.batch is None and risk.stream is None:
+    if data is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
+    risk = Risk.of(loss_fn, params, data, weight_fn)
     settings = jnp.asarray(
         [gamma, inner_learning_rate, noise_scale, decay], jnp.float32
     )
@@ -402,11 +397,23 @@ def _walk(settings, center, point, mean, grads, key, index):
     return point, vectors.add(vectors.scale(decay, mean), 1 - decay, point)
 
 
+def check_initial(initial_params, params):
+    """Reject parameters of another structure than those at hand."""
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (initial_params, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "initial_params must have the structure and shapes of params, got "
+            f"{shapes[0]}; give the parameters that training started from."
+        )
+
+
 def _count_examples(risk):
     if risk.batch is not None:
         return streams.batch_size(risk.batch)
     if risk.stream is None:
-        raise ValueError("num_examples must be given where there is no data.")
+        raise ValueError(
+            "num_examples must be given where there is no data, got None; give their number."
+        )
     return sum(
         streams.batch_size(jax.tree.map(jnp.asarray, batch))
         for batch in risk.stream.batches

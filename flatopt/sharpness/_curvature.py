@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, streams
+from flatopt._core import blocks, checks, streams
 from flatopt._core.estimates import Estimate
 from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.sharpness._solve import check_number, check_positive
@@ -138,6 +138,7 @@ def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
       >>> round(sharpness.shannon_entropy(lambda p, x: x, None, jnp.zeros((5, 2))), 4)
       -0.6931
     """
+    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
     total, count = 0.0, 0
     for batch in inputs if streams.is_stream(inputs) else [inputs]:
         batch = jax.tree.map(jnp.asarray, batch)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flatopt import kernels
-from flatopt._core import filters, trees
+from flatopt._core import filters, risk, trees
 
 
 class NormalizedFilters(NamedTuple):
@@ -67,6 +67,7 @@ def normalize_filters(
       >>> normalized["bias"], restore(normalized)["bias"]
       (Array([0.5], dtype=float32), Array([5.], dtype=float32))
     """
+    params = risk.check_params(params)
     norm = filters.filter_norm(filter_axes, params)
     axes_of = filters.filter_axes_function(filter_axes, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)

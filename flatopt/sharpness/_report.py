@@ -14,6 +14,7 @@ from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
+    check_initial,
     entropy_of,
     local_entropy_gradient,
     mean_rise,
@@ -26,6 +27,7 @@ from flatopt.sharpness._curvature import (
     fisher_rao_hessian,
     shannon_entropy,
 )
+from flatopt.sharpness._solve import check_positive
 from flatopt.sharpness._worst import epsilon_sharpness_of, worst_case
 
 GRADIENTS = 1000  # of all data in a report, 640 of them for the effective dimension
@@ -143,6 +145,12 @@ def report(
             "entropy."
         )
     checks.check_random_key(key)
+    check_positive(sigma, "sigma")
+    check_positive(rho, "rho")
+    if initial_params is not None:
+        check_initial(initial_params, params)
+    if model_fn is not None:
+        checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
     options = {"data": data, "weight_fn": weight_fn}
     operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
     risk = operator.risk
@@ -191,7 +199,8 @@ def report(
 
 def _measured(measures, progress):
     values = {}
-    with bars.bar(progress, len(measures), "sharpness.report") as bar:
+    name = "sharpness.report"  # whose measures take very different times
+    with bars.bar(progress, len(measures), name, announced=True) as bar:
         for name, measure in measures.items():
             found = measure()
             if name == "probe":

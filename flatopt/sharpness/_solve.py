@@ -11,7 +11,9 @@ from flatopt._core import checks
 def check_positive(value, name):
     checks.check_scale(value, name)
     if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}.")
+        raise ValueError(
+            f"{name} must be greater than 0, got {value}; give a positive number."
+        )
 
 
 def check_number(value, name, advice):

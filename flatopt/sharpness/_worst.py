@@ -128,7 +128,9 @@ def worst_case(
     checks.check_count(num_steps, "num_steps")
     checks.check_random_key(key)
     if norm not in NORMS:
-        raise ValueError(f"norm must be 'l2' or 'linf', got {norm!r}.")
+        raise ValueError(
+            f"norm must be 'l2' or 'linf', got {norm!r}; 'l2' is that of SAM."
+        )
     risk = Risk.of(loss_fn, params, data, weight_fn)
     params = risk.params
     units = jax.tree.map(
@@ -158,8 +160,9 @@ def _random_direction(key, params):
 
 
 @jax.jit
-def _times(tree, other):
-    return jax.tree.map(jnp.multiply, tree, other)
+def _times(units, grads):
+    direction, _ = vectors.normalize(grads)
+    return jax.tree.map(jnp.multiply, units, direction)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -211,6 +214,11 @@ def m_sharpness(
       >>> round(float(found.value), 4)
       0.02
     """
+    if isinstance(batches, dict | str) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            "batches must be a list or another iterable of batches, got "
+            f"{type(batches).__name__}; write [batch] for one."
+        )
     found = [
         worst_case(
             loss_fn,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, checks, streams, trees, vectors
+from flatopt._core import blocks, checks, risk, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
 from flatopt._core.types import LossFn, ModelFn
@@ -78,6 +78,7 @@ def alignment(lin: Linearization) -> Alignment:
       >>> round(float(stability.alignment(lin).mu), 3)
       0.5
     """
+    _checks.check_linearization(lin)
     check_whole(lin, "alignment")
     coordinates, values, _ = _moments.unit_arrays(lin)
     coordinates, values = coordinates.astype("f8"), values.astype("f8")
@@ -160,6 +161,8 @@ def estimate_alignment(
       >>> round(float(found.mu.value), 3)
       0.5
     """
+    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    params = risk.check_params(params)
     _checks.check_key(key)
     slope, error = _units(model_fn, params, data)
     loss_fn = square_loss(model_fn, unit=slope * error)
@@ -327,7 +330,8 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
             "batches must be a list or another iterable of batches, got "
             f"{type(batches).__name__}; write [batch] for one."
         )
-    params = checks.check_params(params)
+    checks.check_function(loss_fn, count=2)
+    params = risk.check_params(params)
     ratios, sizes, count = [], [], 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
         batch = jax.tree.map(jnp.asarray, batch)

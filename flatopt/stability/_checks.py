@@ -43,6 +43,15 @@ def check_rate(rate, name="learning_rate"):
         )
 
 
+def check_linearization(lin):
+    """Reject what is not the result of linearize."""
+    if not hasattr(lin, "coordinates"):
+        raise TypeError(
+            f"lin must be a Linearization, got {checks.described(lin)}; give what "
+            "stability.linearize returns."
+        )
+
+
 def check_count(count, name, meaning):
     """Reject what is not an int >= 1."""
     if (

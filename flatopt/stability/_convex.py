@@ -43,6 +43,7 @@ def expand(loss_fn, outputs, targets):
     In float64, where rounding of a probability near 1 does not hide its curvature; where
     the loss refuses it, in the outputs' own width.
     """
+    checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
     targets = _losses.as_arrays(targets)
     checked = _check_mean(loss_fn, outputs, targets)
     try:

@@ -57,6 +57,7 @@ def growth_rate(
       >>> round(stability.growth_rate(lin, 3.0, 1), 3)
       2.5
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     if _coefficients.is_plain(lin, optimizer, opt_state):
         return _moments.growth(lin, learning_rate, batch_size, sampling, progress)
@@ -97,6 +98,7 @@ def expected_losses(
       >>> [round(float(x), 3) for x in stability.expected_losses(lin, 3.0, 1, 2)]
       [1.0, 2.5, 6.25]
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_count(num_steps, "num_steps", "steps")
     run = _run(lin, optimizer, opt_state, learning_rate, batch_size, sampling)
@@ -194,6 +196,7 @@ def escape_time(
       >>> stability.escape_time(lin, 3.0, 1), stability.escape_time(lin, 1.0, 1)
       (3.0, inf)
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_rate(factor, "factor")
     if not factor > 1:
@@ -267,6 +270,7 @@ def simulate(
       >>> losses.shape
       (3, 6)
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     _checks.check_count(num_steps, "num_steps", "steps")
     _checks.check_count(num_runs, "num_runs", "runs")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, trees
+from flatopt._core import blocks, checks, trees
 from flatopt._core.types import LossFn, ModelFn
 from flatopt.stability import _checks, _convex, _losses, _moments, _spectrum
 
@@ -120,6 +120,7 @@ def linearize(
     _check_directions(num_directions)
     targets = _losses.check_targets(outputs, targets)
     if loss_fn is not None:
+        checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
         _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
     n = len(outputs)
     errors = _without_rounding(trees.widen(outputs) - targets, outputs).reshape(n, -1)

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, trees
+from flatopt._core import checks, risk, trees
 
 
 def check_outputs(model_fn, params, inputs):
     """Parameters and outputs of a model, shape (n,) or (n, c), checked."""
-    params = checks.check_params(params)
-    if not blocks.size(params):
-        raise ValueError(
-            "params must hold at least one number, got none; give the model's parameters."
-        )
+    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    params = risk.check_params(params)
     outputs = model_fn(params, inputs)
     if not isinstance(outputs, jax.Array | np.ndarray):
         raise TypeError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
+from flatopt._core import checks
 from flatopt._core.types import LossFn, ModelFn, Optimizer, Sampling
 from flatopt.stability import _checks, _coefficients, _convex, _losses
 from flatopt.stability._alignment import Alignment, alignment
@@ -370,10 +371,7 @@ def _scale(outputs, targets, loss_scale, loss_fn):
                 "error over c outputs."
             )
         return loss_scale
-    if not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn must be a function loss_fn(outputs, targets), got {loss_fn!r}."
-        )
+    checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
     found = None
     if _losses.is_mistaken_for_outputs(outputs, targets):
         _losses.check_same_shape(outputs, targets)

@@ -77,6 +77,7 @@ def stationary_covariance(
       >>> round(float(found.excess_loss), 4)  # 0.5 * 0.5 / (2 - 0.5)
       0.1667
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     check_whole(lin, "stationary_covariance")
     if _coefficients.is_plain(lin, optimizer, opt_state):

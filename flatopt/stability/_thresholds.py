@@ -135,6 +135,7 @@ def thresholds(
       >>> round(found.gradient_descent, 3), round(found.mean_square, 3)
       (4.0, 2.0)
     """
+    _checks.check_linearization(lin)
     weights = _moments.sampling_weights(len(lin.coordinates), batch_size, sampling)
     if _coefficients.is_plain(lin, optimizer, opt_state):
         rates = dict.fromkeys(_UNKNOWN, math.nan)
@@ -236,6 +237,7 @@ def smallest_batch_size(
       >>> stability.smallest_batch_size(lin, 3.0)
       2
     """
+    _checks.check_linearization(lin)
     _checks.check_rate(learning_rate)
     check_whole(lin, "smallest_batch_size")
     n = len(lin.coordinates)
@@ -336,10 +338,9 @@ def sharpest_minimum(
     """
     _checks.check_rate(learning_rate)
     _checks.check_count(num_outputs, "num_outputs", "outputs of an example")
-    if not mu > 0:
-        raise ValueError(
-            f"mu must be positive, got {mu}; 1 is that of noise in proportion to H."
-        )
+    _checks.check_rate(mu, "mu")
+    if num_examples is not None:
+        _checks.check_count(num_examples, "num_examples", "examples in all")
     _, each = _moments.sampling_weights(num_examples, batch_size, sampling)
     return SharpestMinimum(
         max_eigenvalue=2 / learning_rate,

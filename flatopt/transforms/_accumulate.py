@@ -3,7 +3,7 @@
 import optax
 
 from flatopt._core import checks
-from flatopt.transforms import _chain
+from flatopt.transforms import _chain, _link
 
 
 def accumulate(
@@ -50,7 +50,7 @@ def accumulate(
     """
     checks.check_count(num_microbatches, "num_microbatches")
     for given in (link, optimizer):
-        _chain.check_transformation(given, "accumulate")
+        _link.check_transformation(given, "accumulate")
     if getattr(link.update, "is_optimizer", False):
         raise ValueError(
             "link must be a link, got a whole optimizer, whose steps another would turn "

@@ -36,7 +36,7 @@ whose result it would discard; write flatopt.chain(sam_gradients(...), optimizer
     """
     before = 0
     for transformation in transformations:
-        check_transformation(transformation)
+        _link.check_transformation(transformation)
         name = getattr(transformation.update, "makes_gradient", None)
         if name is not None:
             _check_first(name, f"{name}(...)", before)
@@ -71,12 +71,3 @@ def _check_states(states, transformations):
         if "loss" in dict(_read.measured(state)):
             _check_first("the link that measures a loss", "link", before)
         before += not getattr(transformation.update, "keeps_updates", False)
-
-
-def check_transformation(given, name="chain"):
-    if not isinstance(given, optax.GradientTransformation):
-        raise TypeError(
-            f"{name} takes gradient transformations, got "
-            f"{getattr(given, '__name__', None) or type(given).__name__}; call what makes "
-            "one, and write optax.MultiSteps(...).gradient_transformation()."
-        )

@@ -171,6 +171,15 @@ def hand_on(updates, params, mask):
     return merge(select(updates), trees.zeros_like(updates))
 
 
+def check_transformation(given, name="chain"):
+    if not isinstance(given, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} takes gradient transformations, got "
+            f"{getattr(given, '__name__', None) or type(given).__name__}; call what makes "
+            "one, and write optax.MultiSteps(...).gradient_transformation()."
+        )
+
+
 def check_mask(mask, params):
     """Refuse a wrong mask at ``init`` already, before a wrapper of optax meets it."""
     if mask is not None and jax.tree.leaves(params):

@@ -62,7 +62,8 @@ def look_sam_gradients(
       [-0.303, -0.404]
     """
     checks.check_scale(alpha, "alpha")
-    if not isinstance(every, jax.Array):
+    is_array = isinstance(every, jax.Array) and every.shape == ()
+    if not (is_array and jnp.issubdtype(jnp.result_type(every), jnp.integer)):
         checks.check_count(
             every, "every", "it counts the steps from one ascent step to the next"
         )

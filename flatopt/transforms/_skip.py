@@ -72,7 +72,9 @@ def skip_nonfinite(
       >>> updates, state.num_skipped
       (Array([0., 0.], dtype=float32), Array(1, dtype=int32))
     """
-    if isinstance(inner, optax.MultiSteps):  # as a transformation it drops value_fn
+    if not isinstance(inner, optax.MultiSteps):
+        _link.check_transformation(inner, "skip_nonfinite")
+    else:  # as a transformation it drops value_fn
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
     inner = optax.with_extra_args_support(inner)
 

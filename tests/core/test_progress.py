@@ -1,8 +1,13 @@
 """Progress: what a callable sees, what is said beforehand, and what is refused."""
 
+import types
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from flatopt._core import progress
+from flatopt import curvature
+from flatopt._core import progress, risk
 
 
 @pytest.mark.heart
@@ -47,3 +52,48 @@ def test_whoever_gives_a_callable_or_false_is_left_in_peace(capsys):
 def test_what_is_no_progress_is_refused():
     with pytest.raises(TypeError, match="progress must be None, a bool or a function"):
         progress.check_progress("bar")
+
+
+def _clock(durations):
+    """A clock that is read before and after each part of the work."""
+    now = 0.0
+    for duration in durations:
+        yield now
+        now += duration
+        yield now
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize(
+    ("durations", "expected"),
+    [
+        ([30.0, 12.0], "probe will take about 2 minutes more."),
+        ([30.0, 0.1], ""),  # the first time compiles
+        ([0.2, 0.1], ""),
+    ],
+)
+def test_passes_are_announced_before_the_second_batch(
+    durations, expected, monkeypatch, capsys
+):
+    said = []
+
+    class Batches:
+        def __len__(self):
+            return 10
+
+        def __iter__(self):
+            for _ in range(10):
+                said.append(capsys.readouterr().err)
+                yield jnp.ones((4, 2))
+
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ params) ** 2)
+
+    clock = _clock([*durations, *[0.0] * 100])
+    monotonic = lambda: next(clock)  # noqa: E731
+    monkeypatch.setattr(risk, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(progress, "tqdm", None)
+    operator = curvature.hessian(loss_fn, jnp.ones(2), Batches())
+    curvature.probe(operator, jax.random.key(0), 8, num_deflated=0)
+    assert said[1].strip() == expected
+    assert not "".join(said[2:])

@@ -753,7 +753,9 @@ def test_wrong_parameters_and_losses():
     with pytest.raises(TypeError, match="params must be floating point, got int32"):
         curvature.hessian(_loss, jnp.ones(3, jnp.int32), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="params must hold at least one number"):
-        curvature.hessian(_loss, {})
+        curvature.hessian(lambda p: jnp.zeros(()), {})
+    with pytest.raises(TypeError, match=r"loss_fn must take 1 .* or give data\."):
+        curvature.hessian(_loss, jnp.ones(3))
     operator = curvature.hessian(lambda p, b: b @ p, jnp.ones(3), jnp.ones((2, 3)))
     with pytest.raises(TypeError, match=r"loss_fn must return a real scalar, got sha"):
         operator.matvec(jnp.ones(3))

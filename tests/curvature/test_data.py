@@ -36,6 +36,15 @@ def _shifted(params, batch):
     return jnp.mean((x @ params - y) ** 2 + shift)
 
 
+@pytest.mark.parametrize("second", [Y, Y[:, None].astype(int)])
+def test_one_batch_as_a_list_is_not_taken_as_two(second):
+    for data in ([X, second], [jnp.asarray(X), jnp.asarray(second)]):
+        with pytest.raises(
+            ValueError, match=r"data is a list, .* give one batch as a t"
+        ):
+            curvature.hessian(_shifted, jnp.ones(4), data)
+
+
 @pytest.mark.heart
 @pytest.mark.parametrize(
     ("loss_fn", "extra", "weight_fn"),
