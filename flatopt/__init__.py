@@ -88,6 +88,7 @@ __all__ = [
     "lpf_gradients",
     "lpf_sgd",
     "metrics",
+    "monitor",
     "momentum_sam_gradients",
     "noisy_sam_gradients",
     "nso_adamw",
@@ -132,4 +133,4 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY, "__version__", "monitor"})
+    return sorted({*__all__, *_LAZY, "__version__"})
