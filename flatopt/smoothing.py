@@ -291,7 +291,6 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     checks.check_strategy(strategy)
     kernel = kernels.isotropic() if kernel is None else kernel
     checks.check_kernel(kernel)
-    coefficients = (1, -1) if antithetic else (1,)
 
     def estimate(evaluate, key, params, chunks, noise_flags=None, rematerialize=False):
         noisy = checks.check_params(trees.select(params, noise_flags))
@@ -301,19 +300,18 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
             noise_key = random.fold_in(key, index)
             options = signatures.sample_options(value_fn, noise_key)
             noise = draw(noise_key)
-            if antithetic:
-                # Both signs use it: without the barrier XLA may draw it twice.
-                noise = jax.lax.optimization_barrier(noise)
-            moved = [_perturb(noisy, sign, scale, noise) for sign in coefficients]
-            outs = [
-                evaluate(trees.merge(tree, params, noise_flags), chunk, **options)
-                for tree in moved
-            ]
+
+            def at(sign):
+                tree = _perturb(noisy, sign, scale, noise)
+                return evaluate(
+                    trees.merge(tree, params, noise_flags), chunk, **options
+                )
+
             if not antithetic:
-                return outs[0]
-            (plus, aux_plus), (minus, aux_minus) = outs
-            total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
-            return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
+                return at(None)
+            # Both signs use it: without the barrier XLA may draw it twice.
+            noise = jax.lax.optimization_barrier(noise)
+            return layout.mean_of_pair(at)
 
         return layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
 
@@ -332,7 +330,8 @@ def _perturb(params, sign, scale, noise):
     def perturb(leaf, unit):
         dtype = trees.wide(leaf.dtype)
         step = jnp.asarray(scale).astype(dtype) * unit.astype(dtype)
-        moved = leaf.astype(dtype) + step if sign > 0 else leaf.astype(dtype) - step
-        return moved.astype(leaf.dtype)
+        if sign is not None:
+            step = sign.astype(dtype) * step
+        return (leaf.astype(dtype) + step).astype(leaf.dtype)
 
     return jax.tree.map(perturb, params, noise)

@@ -499,3 +499,55 @@ def test_raw_keys_and_other_generators_work():
             key, params, batch
         )
         assert jnp.isfinite(value)
+
+
+def _layered(num_layers, width, batch):
+    keys = jax.random.split(jax.random.key(41), 2)
+    params = jax.random.normal(keys[0], (num_layers, width, width)) / width**0.5
+    return params, jax.random.normal(keys[1], (batch, width))
+
+
+def _scanned_loss(params, inputs):
+    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w) + h, None), inputs, params)
+    return jnp.mean(hidden**2)
+
+
+def _unrolled_loss(params, inputs):
+    for weights in params:
+        inputs = jnp.tanh(inputs @ weights) + inputs
+    return jnp.mean(inputs**2)
+
+
+@pytest.mark.heart
+def test_a_pair_of_scanned_layers_keeps_the_activations_of_one():
+    params, inputs = _layered(12, 16, 1024)
+
+    def temporaries(function, *args):
+        compiled = jax.jit(function).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    plain = temporaries(jax.value_and_grad(_scanned_loss), params, inputs)
+    pair = flatopt.smooth_value_and_grad(_scanned_loss, 0.1, antithetic=True)
+    assert temporaries(pair, jax.random.key(0), params, inputs) <= 1.2 * plain
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_pair_in_a_loop_has_the_values_of_a_pair_side_by_side(num_samples, has_aux):
+    params, inputs = _layered(3, 4, 5)
+    found = []
+    for loss in (_scanned_loss, _unrolled_loss):
+
+        def loss_fn(params, inputs, loss=loss):
+            value = loss(params, inputs)
+            return (value, {"loss": value}) if has_aux else value
+
+        function = flatopt.smooth_value_and_grad(
+            loss_fn, 0.1, antithetic=True, num_samples=num_samples, has_aux=has_aux
+        )
+        found.append(jax.jit(function)(jax.random.key(3), params, inputs))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6), *found
+    )
+    if has_aux:
+        assert found[0][0][1]["loss"].shape == (num_samples, 2)

@@ -11,9 +11,8 @@ from flatopt._core.loops import is_staged, repeat
 from flatopt._core.sharding import explicit_sharding, make_varying, varying_axes
 
 MOST_UNROLLED = 16
-
-
 MOST_UNROLLED_VALUES = 1_000_000
+LOOPS = ("scan", "while")
 
 
 def split_batch(kwargs, names, num_samples, count_name="num_samples"):
@@ -170,6 +169,26 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
     return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
 
 
+def mean_of_pair(one):
+    """The mean of ``one(sign)[0]`` at the signs 1 and -1; the aux ``[1]`` stacked.
+
+    One after the other where ``one`` has a loop of its own, such as scanned layers: XLA
+    keeps the activations of two copies of a loop side by side, which is twice the memory.
+    """
+    signs = jnp.array([1.0, -1.0], jnp.float32)
+    if not is_staged():
+        outs = [one(sign) for sign in signs]
+    else:
+        traced, jaxpr = jaxprs.trace(one, signs[0])
+        if any(jaxprs.has_primitive(jaxpr, name) for name in LOOPS):
+            total, aux = _scan_rows(traced, jaxpr, signs)
+            return jax.tree.map(lambda x: x / 2, total), aux
+        outs = [traced(sign) for sign in signs]
+    (plus, aux_plus), (minus, aux_minus) = outs
+    total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
+    return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
+
+
 def _unroll(one, num_samples):
     total, aux = one(jnp.int32(0))
     auxes = [aux]
@@ -185,18 +204,23 @@ def _concatenate(*auxes):
 
 
 def _scan(traced, jaxpr, num_samples, size, rematerialize):
+    starts = jnp.arange(0, num_samples, size, dtype=jnp.int32)
     body = jax.checkpoint(traced) if rematerialize else traced
+    total, aux = _scan_rows(body, jaxpr, starts)
+    return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
-    def step(total, start):
-        part, aux = body(start)
+
+def _scan_rows(body, jaxpr, rows):
+    """The sum of ``body(row)[0]``, whose types ``jaxpr`` tells; the aux stacked."""
+
+    def step(total, row):
+        part, aux = body(row)
         return jax.tree.map(jnp.add, total, part), aux
 
-    starts = jnp.arange(0, num_samples, size, dtype=jnp.int32)
-    shapes, _ = jax.eval_shape(traced, starts[0])
+    shapes, _ = jax.eval_shape(body, rows[0])
     treedef = jax.tree.structure(shapes)
     zeros = [_zeros(v.aval) for v in jaxpr.outvars[: treedef.num_leaves]]
-    total, aux = jax.lax.scan(step, treedef.unflatten(zeros), starts)
-    return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
+    return jax.lax.scan(step, treedef.unflatten(zeros), rows)
 
 
 def _zeros(aval):
