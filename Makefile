@@ -83,11 +83,14 @@ format: $(VENV)/.dev
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
 
+# Compiled with all passes, as users do, but in one piece: two processes share the cores.
+doctest docs: export XLA_FLAGS := --xla_cpu_parallel_codegen_split_count=1 $(XLA_FLAGS)
+
 doctest: $(VENV)/.dev
-	$(BIN)/python -m pytest --doctest-modules -q flatopt
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules -q flatopt
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -j 2 -W --keep-going -b html docs docs/_build/html
 
 # With TAG=vX.Y.Z the archives must be of that version. Tests that read files run once more,
 # from the unpacked sdist and with its package.

@@ -1,10 +1,14 @@
 """Sphinx configuration."""
 
-import flatopt
+import pathlib
+import re
+
+# Not imported: processes that read pages side by side are forked from this one.
+package = pathlib.Path(__file__).parent.parent / "flatopt" / "__init__.py"
 
 project = "flatopt"
 author = copyright = "The flatopt authors"
-version = release = flatopt.__version__
+version = release = re.search(r'__version__ = "(.+)"', package.read_text())[1]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",

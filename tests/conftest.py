@@ -15,8 +15,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_parallel_codegen_split_count=1",
-        # Later versions lack this flag, and would not start with it.
-        "--xla_cpu_use_fusion_emitters=false" * (jaxlib.__version__ < "0.11"),
+        # Later versions may lack these flags, and would not start with them.
+        "--xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE "
+        * (jaxlib.__version__ < "0.11"),
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
