@@ -31,7 +31,8 @@ def smooth_gradients_zeroth_order(
     kept. Memory beyond the forward pass: one parameter size, for the moved parameters and
     after them for the update, if the parameters are donated (``jax.jit(step,
     donate_argnums=0)``); noise is drawn again, leaf by leaf, instead of kept. With
-    ``strategy="vmap"`` it is two parameter sizes a draw. The noise follows from ``key`` alone; the incoming gradients are not read.
+    ``strategy="vmap"`` it is two parameter sizes a draw. The noise follows from ``key``
+    alone; the incoming gradients are not read.
 
     Args:
       scale: standard deviation :math:`\sigma` of the noise, > 0: a number, a scalar
