@@ -46,6 +46,11 @@ def _injected():
     return optax.chain(link, optax.sgd(0.1, momentum=0.9), flatopt.anti_pgd(0.1))
 
 
+def _directed():
+    link = flatopt.sam_gradients(0.1, optax.scale_by_adam())
+    return optax.chain(link, optax.sgd(0.1, momentum=0.9))
+
+
 def _watched():
     link = transformation("track_stability")
     return optax.chain(link, flatopt.skip_nonfinite(flatopt.lpf_sgd(0.1, 0.1)))
@@ -58,6 +63,7 @@ CHAINS = {
 } | {
     "track_stability": _watched,
     "inject_hyperparams": _injected,
+    "a direction": _directed,
     "accumulation": _accumulating,
     "bfloat16": lambda: optimizer("friendly_sam_gradients", rate=0.1),
 }

@@ -379,3 +379,26 @@ def test_numbers_of_ivon_may_be_injected():
 def test_wrong_arguments(options, error, match):
     with pytest.raises(error, match=match):
         flatopt.ivon(**{"learning_rate": 0.1, "ess": ESS, **options})
+
+
+def test_a_flax_model_and_draws_from_its_posterior():
+    nnx = pytest.importorskip("flax.nnx")
+    import flatopt.flax
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    tx = flatopt.ivon(0.1, ESS, num_samples=2, batch_argnames=("batch",))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    loss = nnx.jit(
+        lambda model, optimizer, batch: flatopt.flax.update(
+            optimizer,
+            model,
+            lambda model, batch: jnp.mean(model(batch) ** 2),
+            batch=batch,
+        )
+    )(model, optimizer, jnp.ones((8, 3)))
+    assert jnp.isfinite(loss)
+    params = nnx.state(model, nnx.Param)
+    draw = flatopt.sample_posterior(jax.random.key(0), params, optimizer)
+    assert jax.tree.structure(draw) == jax.tree.structure(params)
+    noise = draw["kernel"][...] - params["kernel"][...]
+    assert 0.3 < float(jnp.std(noise)) * np.sqrt(ESS) < 3

@@ -106,6 +106,75 @@ def _wrapper(name, **options):
     return make
 
 
+class _MovedSGD(torch.optim.SGD):
+    """SGD of PyTorch with gradients at parameters moved by ``step_of(optimizer)``."""
+
+    def __init__(self, params, step_of):
+        super().__init__(params, lr=RATE, momentum=MOMENTUM)
+        self.step_of = step_of
+
+    def step(self, closure):
+        params = self.param_groups[0]["params"]
+        with torch.no_grad():
+            start, steps = [p.clone() for p in params], self.step_of(self, params)
+            for p, e in zip(params, steps, strict=True):
+                p.add_(e)
+            closure()
+            for p, s in zip(params, start, strict=True):
+                p.copy_(s)
+        return super().step()
+
+
+def _of_length(vectors, length):
+    norm = torch.sqrt(sum((v**2).sum() for v in vectors))
+    return [length * v / norm if norm > 0 else v for v in vectors]
+
+
+def _momentum_sam(params):
+    """Momentum-SAM: back along the momentum that PyTorch's SGD holds."""
+
+    def step_of(optimizer, params):
+        momentum = [
+            optimizer.state[p].get("momentum_buffer", torch.zeros_like(p))
+            for p in params
+        ]
+        return _of_length(momentum, -RHO)
+
+    return _MovedSGD(params, step_of)
+
+
+def _preconditioned_sam(params):
+    """SAM along what PyTorch's Adam makes of the gradient, which the loop leaves in .grad."""
+    copies = [torch.nn.Parameter(torch.zeros_like(p)) for p in params]
+    adam = torch.optim.Adam(copies, lr=1.0)
+
+    def step_of(optimizer, params):
+        for copy, p in zip(copies, params, strict=True):
+            copy.grad, copy.data = p.grad.clone(), torch.zeros_like(copy)
+        adam.step()
+        return _of_length([-copy.detach() for copy in copies], RHO)
+
+    return _MovedSGD(params, step_of)
+
+
+@pytest.mark.parametrize(
+    ("link", "make"),
+    [
+        (lambda: flatopt.momentum_sam_gradients(RHO, MOMENTUM), _momentum_sam),
+        (
+            lambda: flatopt.sam_gradients(RHO, optax.scale_by_adam()),
+            _preconditioned_sam,
+        ),
+    ],
+    ids=["momentum_sam", "preconditioned_sam"],
+)
+def test_trajectories_equal_those_of_pytorch(link, make, x64, standard_promotion):
+    start, _, _ = _network(False)
+    for a, b, c in zip(_ours(link(), False), _theirs(make, False), start, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+        assert np.abs(a - c).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("link", "make", "single"),
     [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import kernels
-from flatopt._core import binding, checks, layout, random, trees, vectors
+from flatopt._core import binding, checks, layout, loops, random, trees, vectors
 from flatopt._core.types import Key, Mask, ScalarOrSchedule, Strategy
 from flatopt.transforms import _link
 from flatopt.transforms._states import SmoothGradientsState
@@ -28,7 +28,11 @@ def smooth_gradients_zeroth_order(
     For standard normal :math:`U` its mean is exactly the gradient of
     :math:`E_U[L(\theta + \sigma U)]`; its variance grows with the number of parameters.
     Costs ``2 * num_samples`` forward passes and no backward pass; no activations are
-    kept. The noise follows from ``key`` alone; the incoming gradients are not read.
+    kept. Memory beyond the forward pass: one parameter size, for the moved parameters and
+    after them for the update, if the parameters are donated (``jax.jit(step,
+    donate_argnums=0)``); noise is drawn again, leaf by leaf, instead of kept. With
+    ``strategy="vmap"`` it is two parameter sizes a draw. The noise follows from ``key``
+    alone; the incoming gradients are not read.
 
     Args:
       scale: standard deviation :math:`\sigma` of the noise, > 0: a number, a scalar
@@ -66,6 +70,7 @@ def smooth_gradients_zeroth_order(
     num_samples = 1 if num_samples is None else num_samples
     checks.check_count(num_samples)
     checks.check_strategy(strategy)
+    layout_of_ends = strategy if isinstance(strategy, str) else 2 * strategy
     kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
 
     def estimate(step):
@@ -73,22 +78,36 @@ def smooth_gradients_zeroth_order(
         _check_positive(sigma)
         draw = binding.bind(kernel, step.key, step.params)
 
-        def sample(index, chunk):
-            noise_key = random.fold_in(step.key, index)
-            noise = jax.lax.optimization_barrier(draw(noise_key))
+        def end(index, chunk):
+            """The value at one end of a draw: +U, then -U."""
+            noise_key = random.fold_in(step.key, index // 2)
+            factor = jnp.asarray(sigma) * (1 - 2 * (index % 2)).astype(jnp.float32)
+            moved = vectors.move(step.params, vectors.scale(factor, draw(noise_key)))
+            value = trees.widen(step.value(moved, noise_key, chunk))
+            return value, value
 
-            def value_at(factor):
-                moved = vectors.move(step.params, vectors.scale(factor, noise))
-                return trees.widen(step.value(moved, noise_key, chunk))
-
-            plus, minus = value_at(sigma), value_at(-sigma)
-            slope = (plus - minus) / (2 * jnp.asarray(sigma).astype(plus.dtype))
-            return ((plus + minus) / 2, vectors.scale(slope, noise)), None
-
-        total, _ = layout.sum_samples(
-            sample, num_samples, step.chunks, strategy, rematerialize=False
+        # Each end draws its noise again, leaf by leaf where it is added: of the samples of
+        # a loop one is there at a time, the moved parameters and no noise.
+        total, values = layout.sum_samples(
+            end, 2 * num_samples, step.chunks, layout_of_ends, rematerialize=False
         )
-        return *jax.tree.map(lambda x: x / num_samples, total), ()
+        values = values.reshape(num_samples, 2)
+        slopes = (values[:, 0] - values[:, 1]) / (2 * jnp.asarray(sigma)).astype(
+            values.dtype
+        )
+
+        slopes = slopes / num_samples
+
+        def term(index):
+            noise = draw(random.fold_in(step.key, index))
+            return vectors.scale(slopes[index], noise)
+
+        def add(index, grads):
+            return jax.tree.map(jnp.add, grads, term(index + 1))
+
+        # From the first term, not from zeros, which would be there before the slopes are.
+        grads = loops.repeat(add, term(jnp.int32(0)), num_samples - 1)
+        return total / (2 * num_samples), grads, ()
 
     return _link.link(
         "smooth_gradients_zeroth_order",

@@ -99,3 +99,32 @@ def test_scale_zero_is_an_error():
         ValueError, match="scale must be greater than 0, got 0; differen"
     ):
         flatopt.smooth_gradients_zeroth_order(0.0)
+
+
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_a_donated_step_holds_one_parameter_size_more(num_samples):
+    params = {f"w{i}": jnp.ones((256, 256)) for i in range(8)}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    tx = optax.chain(
+        flatopt.smooth_gradients_zeroth_order(1e-3, num_samples=num_samples),
+        optax.sgd(0.1),
+    )
+    state = tx.init(params)
+
+    def value_fn(params, batch):
+        for leaf in params.values():
+            batch = jnp.tanh(batch @ leaf)
+        return jnp.mean(batch**2)
+
+    def step(params, state, batch):
+        zeros = optax.tree.zeros_like(params)
+        updates, state = tx.update(zeros, state, params, value_fn=value_fn, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    def temporary(function, donated):
+        jitted = jax.jit(function, donate_argnums=donated)
+        lowered = jitted.lower(params, state, jnp.ones((2, 256)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes / size
+
+    forward = temporary(lambda p, s, b: value_fn(p, b), ())
+    assert temporary(step, (0, 1)) <= forward + 1.2
