@@ -21,6 +21,7 @@ from common.links import METHODS, SGD
 # language model of 1B parameters (abstract of arXiv 2605.02105).
 PAPER = {"forgetting": 0.31}
 GOALS = ("float", "matched", "best")
+LABELS = dict(zip(GOALS, ("as trained", "matched", "any accuracy"), strict=True))
 TOLERANCE = 0.005  # of accuracy, below the best of SGD on validation images
 LEARNED = 0.85  # accuracy on the second task at which to compare
 
@@ -230,7 +231,8 @@ def draw_gains(axis, summary):
         means = np.array([100 * gain["mean"] for gain in gains.values()])
         ends = [100 * (gain["high"] - gain["mean"]) for gain in gains.values()]
         places = np.arange(len(gains)) + 0.2 * (index - 1)
-        axis.errorbar(means, places, xerr=ends, fmt="o", markersize=4, label=goal)
+        label = LABELS[goal]
+        axis.errorbar(means, places, xerr=ends, fmt="o", markersize=4, label=label)
     figures.set_rows(axis, list(gains), fontsize=8)
     axis.axvline(0, color="black", linestyle=":")
     axis.set(xlabel="area above SGD's, points, 95 % intervals")
