@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt import kernels
 from flatopt._core import blocks, loops, trees
@@ -114,6 +115,46 @@ class Operator:
         rows = products(self, block)
         return jax.vmap(lambda row: jax.flatten_util.ravel_pytree(row)[0])(rows)
 
+    def flat(self) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
+        """The matrix as a function of flat vectors, as other libraries of JAX take it.
+
+        Returns:
+          ``(product, like)``: a function of a vector of shape (d,), in the order of
+          ``jax.flatten_util.ravel_pytree``, and the shape and dtype of such vectors. For
+          lineax: ``lineax.FunctionLinearOperator(*operator.flat(), tags)``; matfree and
+          laplax take ``product``.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flatopt import curvature
+          >>> operator = curvature.hessian(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones(2)})
+          >>> product, like = operator.flat()
+          >>> product(jnp.ones(like.shape))
+          Array([2., 2.], dtype=float32)
+        """
+        wide = like_wide(self.like, self.like)
+        start, unravel = jax.flatten_util.ravel_pytree(wide)
+
+        def product(vector):
+            return jax.flatten_util.ravel_pytree(self.matvec(unravel(vector)))[0]
+
+        return product, jax.ShapeDtypeStruct(start.shape, start.dtype)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator``, for its solvers and eigensolvers.
+
+        Example:
+          >>> import jax.numpy as jnp, scipy.sparse.linalg
+          >>> from flatopt import curvature
+          >>> operator = curvature.hessian(
+          ...     lambda p: jnp.sum(jnp.arange(5.0) * p ** 2), jnp.ones(5))
+          >>> values = scipy.sparse.linalg.eigsh(
+          ...     operator.to_scipy(), k=1, return_eigenvectors=False)
+          >>> round(float(values[0]), 3)
+          8.0
+        """
+        return _scipy_operator(self)
+
     def _check_vector(self, vector):
         shapes = jax.tree.map(jnp.shape, vector)
         if shapes != jax.tree.map(jnp.shape, self.like):
@@ -122,6 +163,31 @@ class Operator:
                 f" give one array for each of {jax.tree.map(jnp.shape, self.like)}."
             )
         return like_wide(vector, self.like)
+
+
+def _scipy_operator(operator):
+    import scipy.sparse.linalg  # slow to import
+
+    wide = like_wide(operator.like, operator.like)
+    flat, unravel = jax.flatten_util.ravel_pytree(wide)
+
+    def matmat(matrix):
+        block = jax.vmap(unravel)(jnp.asarray(matrix.T, flat.dtype))
+        rows = products(operator, block)
+        found = jax.vmap(lambda row: jax.flatten_util.ravel_pytree(row)[0])(rows)
+        return np.asarray(found).T
+
+    def matvec(vector):
+        return matmat(np.reshape(vector, (-1, 1)))[:, 0]
+
+    return scipy.sparse.linalg.LinearOperator(
+        2 * flat.shape,
+        matvec=matvec,
+        rmatvec=matvec,
+        matmat=matmat,
+        rmatmat=matmat,
+        dtype=flat.dtype,
+    )
 
 
 def like_wide(vector, params):
