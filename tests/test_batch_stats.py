@@ -135,3 +135,26 @@ def test_a_layer_that_is_passed_by_is_named():
         ):
             flatopt.flax.update_batch_stats(model, [X], apply_fn=apply_fn)
     np.testing.assert_array_equal(model.first.mean[...], before)
+
+
+# A share of the clean gradient
+
+
+def test_the_clean_gradient_of_a_model_is_mixed_in():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+    def loss_fn(model, batch):
+        return jnp.mean(jnp.tanh(model(batch)) ** 2)
+
+    def grads(share):
+        f = flatopt.flax.value_and_grad(loss_fn, 0.3, clean_weight=share)
+        return f(jax.random.key(0), model, X)[1]
+
+    clean = nnx.grad(loss_fn)(model, X)
+    noisy = grads(None)
+    expected = jax.tree.map(lambda c, n: 0.25 * c + 0.75 * n, clean, noisy)
+    for one, two in zip(
+        jax.tree.leaves(grads(0.25)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(noisy["kernel"], clean["kernel"], rtol=1e-2)

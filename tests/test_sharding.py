@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import process_worker
 import pytest
 from helpers import (
@@ -28,6 +29,7 @@ NUM_DEVICES = 8
 KERNELS = {
     "filterwise": kernels.filterwise(),
     "signs": kernels.isotropic(kernels.signs),
+    "polynomial": kernels.polynomial((0.5, 0.2)),
     "shared": kernels.shared_magnitude(kernels.isotropic()),
 }
 
@@ -125,7 +127,7 @@ def test_under_shard_map_one_gradient_is_reduced_whatever_the_number_of_chunks(
     assert moved == [("all-reduce", _num_values(params) + 2)]  # the value, its weight
 
 
-FSDP_KERNELS = {name: KERNELS[name] for name in ("filterwise", "signs")}
+FSDP_KERNELS = {name: KERNELS[name] for name in ("filterwise", "polynomial", "signs")}
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan"])
@@ -153,6 +155,40 @@ def test_sharded_parameters_give_the_result_of_one_device(axis_type, kernel, str
         kept = NamedSharding(mesh, P("data"))
         for grad in jax.tree.leaves(result[1]):
             assert grad.sharding.is_equivalent_to(kept, grad.ndim)
+
+
+LEARNING = {
+    "ivon": {"ess": 100.0, "beta2": 0.9, "num_samples": 2},
+    "arwp_gradients": {"eta": 5.0},
+    "sam_gradients": {"direction": optax.scale_by_adam()},
+    "ire": {"every": 1},
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_what_is_learned_is_sharded_as_the_parameters(
+    name, axis_type, standard_promotion
+):
+    params, batch = process_worker.problem()
+    tx = transformation(name, **LEARNING[name])
+
+    @jax.jit
+    def two_steps(params, batch):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(
+                params, state, params, value_fn=process_worker.loss_fn, batch=batch
+            )
+        return updates, state
+
+    expected = two_steps(params, batch)
+    mesh = _mesh(axis_type)
+    with jax.set_mesh(mesh):
+        found = two_steps(
+            _place(params, mesh, P("data")), _place(batch, mesh, P("data"))
+        )
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", FSDP_KERNELS)

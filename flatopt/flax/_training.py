@@ -29,6 +29,7 @@ def value_and_grad(
     weight_fn: WeightFn | None = None,
     wrt: Any = nnx.Param,
     noise_wrt: Any = None,
+    clean_weight: jax.typing.ArrayLike | None = None,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
@@ -67,6 +68,8 @@ def value_and_grad(
       wrt: filter of the variables to differentiate.
       noise_wrt: filter of the variables to perturb; None: those of ``wrt``. For noise on
         frozen weights with gradients for their adapters alone.
+      clean_weight: weight of the gradient at the parameters themselves, see
+        :func:`flatopt.smooth_value_and_grad`; what that pass changes is dropped.
       strategy: layout of the samples, see :func:`flatopt.smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over: loss, gradient and running
         statistics; ``aux`` stays each device's own. Do not average again.
@@ -134,6 +137,7 @@ def value_and_grad(
                 has_aux=True,
                 mask=source.flags(wrt),
                 noise_mask=source.flags(wrt if noise_wrt is None else noise_wrt),
+                clean_weight=clean_weight,
                 strategy=strategy,
                 axis_name=axis_name,
             )(key, source.params, *args, **kwargs)

@@ -214,15 +214,18 @@ def _check(options):
     for name in ("beta1", "beta2"):
         checks.check_decay(getattr(options, name), name)
     checks.check_scale(options.weight_decay, "weight_decay")
-    radius = options.clip_radius
-    is_known = isinstance(radius, numbers.Real | jax.Array)
-    if not is_known or isinstance(radius, jax.core.Tracer) or radius != math.inf:
-        checks.check_positive(radius, "clip_radius")
+    if not _is_infinite(options.clip_radius):
+        checks.check_positive(options.clip_radius, "clip_radius")
     if not isinstance(options.rescale_lr, bool):
         raise TypeError(
             f"rescale_lr must be a bool, got {options.rescale_lr!r}; it says whether the "
             "learning rate is in units of the first curvature."
         )
+
+
+def _is_infinite(radius):
+    is_number = isinstance(radius, numbers.Real | jax.Array) and jnp.ndim(radius) == 0
+    return is_number and not isinstance(radius, jax.core.Tracer) and radius == math.inf
 
 
 def _scalars(options, params):
@@ -286,8 +289,11 @@ def _finish(step, result, options):
     def update(p, v, h):
         decay = weight_decay.astype(h.dtype)
         mean = v / correction.astype(v.dtype) + decay * p.astype(v.dtype)
-        radius = jnp.asarray(options.clip_radius).astype(v.dtype)
-        return -rate.astype(v.dtype) * jnp.clip(mean / (h + decay), -radius, radius)
+        ratio = mean / (h + decay)
+        if not _is_infinite(options.clip_radius):
+            radius = jnp.asarray(options.clip_radius).astype(v.dtype)
+            ratio = jnp.clip(ratio, -radius, radius)
+        return -rate.astype(v.dtype) * ratio
 
     momentum = vectors.add(momentum, new, jax.tree.map(jnp.subtract, grads, momentum))
     hess = jax.tree.map(curvature, hess, products)

@@ -1,7 +1,5 @@
 """The direction of an ascent step, shaped by a transformation of optax."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -37,7 +35,6 @@ def check_direction(direction):
             )
 
 
-@functools.lru_cache(maxsize=64)
 def _slope(direction):
     """How far a transformation points along a gradient; 0 where it takes no such."""
     grads = {"w": jnp.array([[1.0, 0.25], [0.5, 1.0]])}
