@@ -66,7 +66,7 @@ class Config(common.Config):
 
 SMOKE = {
     "networks": ("deep MLP",),
-    "methods": ("SGD", "average of weights"),
+    "methods": ("SGD",),
     "settings": 2,
     "seeds": 2,
     "tuning_seeds": 1,
