@@ -46,6 +46,10 @@ def _squares(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
 
+def _outputs_loss(outputs, batch=BATCH):
+    return jnp.mean(outputs**2) + 0 * jnp.mean(batch)
+
+
 OPERATOR = curvature.hessian(_loss, PARAMS, BATCH)
 NNX_MODEL = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
 NNX_OPTIMIZER = nnx.Optimizer(NNX_MODEL, flatopt.nso_sgd(0.1), wrt=nnx.Param)
@@ -90,7 +94,20 @@ VALID = {
     "model": NNX_MODEL,
     "num_examples": 8,
     "density": curvature.SpectralDensity(np.ones((1, 3)), np.ones((1, 3)) / 3),
+    "tx": optax.sgd(0.1),
+    "ess": 8.0,
+    "opt_state": (),
+    "bits": 3,
+    "coefficients": (0.1, 0.2),
+    "metric_fn": _loss,
+    "kappa": 0.5,
+    "sharp_share": 0.1,
+    "momentum": 0.9,
+    "decay": 0.9,
+    "scales": [0.0, 0.1],
 }
+IVON = flatopt.ivon(0.1, 8.0)
+ADAM_STATE = optax.tree.set(optax.adam(0.1).init(PARAMS), count=jnp.int32(9), nu=PARAMS)
 PAIRS = {"data": (BATCH, jnp.zeros(8))}
 OF_SQUARES = {"loss_fn": _squares}
 CHANGES = {
@@ -100,6 +117,13 @@ CHANGES = {
     "stability.estimate_alignment": PAIRS,
     "stability.report": {"loss_scale": 1.0},
     "flax.update": {"optimizer": NNX_OPTIMIZER},
+    "flatopt.functional_sam_gradients": {"loss_fn": _outputs_loss},
+    "flatopt.sample_posterior": {"opt_state": IVON.init(PARAMS)},
+    "flatopt.posterior_kernel": {"opt_state": IVON.init(PARAMS)},
+    "stability.preconditioner": {
+        "optimizer": optax.adam,
+        "opt_state": ADAM_STATE,
+    },
 }
 
 NUMBERS = ["a", -1.0, np.nan, np.inf, 1j, [0.1], jnp.ones(2)]
@@ -263,6 +287,8 @@ def test_a_wrong_argument_is_one_sentence_of_ours(full_name, request):
         values = list(WRONG.get(parameter, ()))
         if (full_name, parameter) in FREE:
             continue
+        if parameter == "optimizer" and room in ("stability", "plots"):
+            values = [3, "a", optax.sgd(0.1)]  # a function of the rate is asked for
         if p.default is None:
             values = [x for x in values if x is not None]
         if parameter == "key" and room != "flatopt":

@@ -321,7 +321,7 @@ class GradientCovariance(EmpiricalFisher):
             inside = pull(weights * centered.astype(weights.dtype))[0]
             if reference is None:
                 return inside
-            slope = blocks.dot(shared, vector)
+            slope = vectors.dot(shared, vector)
             return jax.tree.map(
                 lambda x, s: trees.widen(x) + slope.astype(s.dtype) * s, inside, shared
             )
@@ -340,7 +340,7 @@ class GradientCovariance(EmpiricalFisher):
         inside = jnp.sum(trees.widen(weights) * centered**2)
         if reference is None:
             return (inside,)
-        mean = mean - blocks.dot(reference, vector).astype(mean.dtype)
+        mean = mean - vectors.dot(reference, vector).astype(mean.dtype)
         return inside + mean**2, mean
 
     def finish_quadratic(self, moments):

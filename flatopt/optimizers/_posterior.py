@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flatopt import kernels
-from flatopt._core import binding, checks, trees, vectors
+from flatopt._core import binding, checks, risk, trees, vectors
 from flatopt.optimizers import _ivon
 from flatopt.transforms import _read
 
@@ -121,6 +121,7 @@ def sample_posterior(key: jax.Array, params: Any, opt_state: Any) -> Any:
       (0.88, True)
     """
     checks.check_random_key(key)
+    params = risk.check_params(params)
     noise = posterior_kernel(opt_state)(key, params)
     free = _by_path(_read.one_state(opt_state, _ivon.IVONState, "flatopt.ivon"))
 

@@ -12,7 +12,7 @@ import numpy as np
 from flatopt import kernels
 from flatopt._core import binding, checks, filters, loops, trees
 from flatopt._core.estimates import Estimate
-from flatopt._core.risk import Risk
+from flatopt._core.risk import Risk, check_params
 from flatopt._core.types import KernelFn, LossFn, WeightFn
 from flatopt.curvature._draws import probe_keys
 
@@ -188,7 +188,7 @@ def round_filters(
         raise ValueError(
             f"bits must be an int of at least 2, got {bits!r}; one bit is kept for the sign."
         )
-    params = checks.check_params(params)
+    params = check_params(params)
     axes_of = filters.filter_axes_function(filter_axes, params)
     levels = 2.0 ** (int(bits) - 1) - 1
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import linear
+from flatopt._core import linear, risk
 from flatopt.stability import _slots
 from flatopt.stability._reading import RATES, reader
 from flatopt.stability._shared import ADVICE, Coefficients
@@ -155,6 +155,7 @@ def preconditioner(optimizer: Any, opt_state: Any, params: Any) -> Any:
             "opt_state must be the optimizer's state after training, got None; a "
             "preconditioner is made of the gradients that it has seen."
         )
+    params = risk.check_params(params)
     return _factors(reader(optimizer, params, opt_state), params)
 
 

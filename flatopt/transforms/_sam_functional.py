@@ -75,12 +75,12 @@ def functional_sam_gradients(
       >>> [round(float(u), 3) for u in updates]
       [0.043, 0.11]
     """
-    for name, function in {"model_fn": model_fn, "loss_fn": loss_fn}.items():
-        if not callable(function):
-            raise TypeError(
-                f"{name} must be a function, got {function!r}; give model_fn(params, "
-                "inputs) and loss_fn(outputs, targets)."
-            )
+    checks.check_function(
+        model_fn, "model_fn", "model_fn(params, inputs)", count=1, more=True
+    )
+    checks.check_function(
+        loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=1, more=True
+    )
 
     def given(step, key, chunk):
         return _parts(step, key, chunk, mask, model_fn, loss_fn)

@@ -92,7 +92,7 @@ def test_passes_are_announced_before_the_second_batch(
     clock = _clock([*durations, *[0.0] * 100])
     monotonic = lambda: next(clock)  # noqa: E731
     monkeypatch.setattr(risk, "time", types.SimpleNamespace(monotonic=monotonic))
-    monkeypatch.setattr(progress, "tqdm", None)
+    monkeypatch.setattr(progress, "load_tqdm", lambda: None)
     operator = curvature.hessian(loss_fn, jnp.ones(2), Batches())
     curvature.probe(operator, jax.random.key(0), 8, num_deflated=0)
     assert said[1].strip() == expected

@@ -274,7 +274,7 @@ def test_leaves_of_size_zero_change_nothing():
     assert low <= 2 <= high
 
 
-def test_outputs_that_do_not_fit_are_refused_before_they_are_computed(monkeypatch):
+def test_outputs_whose_products_do_not_fit_are_refused(monkeypatch):
     free = _gram._free_memory()
     assert 0 < free <= _gram._host_memory()
     monkeypatch.setattr(_gram, "_free_memory", lambda: 6 * 8 * 100**2)
@@ -282,5 +282,7 @@ def test_outputs_that_do_not_fit_are_refused_before_they_are_computed(monkeypatc
     with pytest.raises(ValueError, match="inputs give 101 outputs in all"):
         _gram.check_size(101)
     monkeypatch.setattr(_gram, "_free_memory", lambda: 1 << 50)
-    with pytest.raises(ValueError, match=r"at most 32,000 outputs; give fewer"):
+    with pytest.raises(
+        ValueError, match=r"at most 32,000 outputs; ask for num_directions"
+    ):
         _gram.check_size(32_767)  # LAPACK's 2 n ** 2 no longer fits 32 bits
