@@ -109,7 +109,7 @@ SIZES = {  # the units of an ascent step, from parameters and gradient
     ),
     "fisher_sam": lambda p, g: 1 / np.sqrt(1 + ETA * g**2),
 }
-NOISY = {"random_sam": kernels.filterwise(), "bayesian_sam": kernels.isotropic()}
+NOISY = {"random_sam": kernels.filterwise(), "noisy_sam": kernels.isotropic()}
 
 
 def _ascent(case, params, grad):
@@ -172,7 +172,7 @@ ASCENDED = [
     "look_sam",
     "friendly_sam",
     "random_sam",
-    "bayesian_sam",
+    "noisy_sam",
 ]
 SETTINGS = {
     "asam": {"eta": ETA},
@@ -180,7 +180,7 @@ SETTINGS = {
     "fisher_sam": {"eta": ETA},
     "gsam": {"alpha": ALPHA},
     "random_sam": {"sigma": SIGMA},
-    "bayesian_sam": {"sigma": SIGMA},
+    "noisy_sam": {"sigma": SIGMA},
 }
 SHAPES = [(), (3,), (2, 3), (0,), (0, 3)]
 MASKS = [None, True, {"a": True, "b": False}, {"a": False, "b": True}]
