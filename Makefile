@@ -41,7 +41,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(or $(T),-n 2 --dist worksteal)
 
 # What meets JAX's inner parts: files test_NAME.py anywhere below tests.
-INNER := curvature errors export flax jaxprs kernels optimizers schedules sharding smooth track
+INNER := coefficients curvature errors export flax jaxprs kernels optimizers schedules sharding smooth track
 find_tests = $(or $(shell find tests -name test_$(1).py),\
 	$(error there are no tests named $(1)))
 INNER_TESTS = $(foreach name,$(INNER),$(call find_tests,$(name)))
