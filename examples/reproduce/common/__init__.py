@@ -21,9 +21,9 @@ To write a new study, ``examples/reproduce/NAME.py``:
 For every study: ``runs`` (settings, pieces, files), ``methods`` (grids, tuning, a training
 step), ``statistics`` (means and errors, pairs, rank correlations), ``cells`` (methods over
 networks and label noise), ``data`` and ``figures``. Networks and their training:
-``square_loss`` (alignment, escape), ``side_by_side``, ``networks`` and ``bound``
-(generalisation), ``one_loss`` and ``measures`` (sharpness_study), ``residual`` (cifar10),
-``text`` (transformer).
+``square_loss`` (alignment, escape), ``fitted``, ``optimizers`` and ``settling`` (edge),
+``side_by_side``, ``networks`` and ``bound`` (generalisation), ``one_loss`` and
+``measures`` (sharpness_study), ``residual`` (cifar10), ``text`` (transformer).
 """
 
 from .data import split_digits
