@@ -107,7 +107,7 @@ SMOKE = dict(
     fit_steps=500,
     escape_steps=20,
     num_runs=8,
-    num_seeds=2,
+    num_seeds=1,
 )
 
 
