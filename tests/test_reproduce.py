@@ -389,6 +389,65 @@ def test_the_frontier_is_the_most_kept_where_so_much_is_learned(monkeypatch):
     np.testing.assert_array_equal(again.turned(again.turned(digit), 3), digit)
 
 
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_sharpness_and_limits_are_those_of_a_quadratic(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import fitted, optimizers
+
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    targets, params = jnp.zeros((6, 1)), {"w": jnp.zeros((3, 1))}
+    hessian = np.asarray(inputs.T @ inputs) / 6
+    factors = np.array([1.0, 4.0, 0.25], np.float32)
+    values, vectors = np.linalg.eigh(hessian * np.sqrt(np.outer(factors, factors)))
+
+    def model_fn(params, inputs):
+        return inputs @ params["w"]
+
+    # The gradient of the second start is the top eigenvector: then both are the same.
+    along = np.linalg.solve(hessian, np.linalg.eigh(hessian)[1][:, -1:])
+    for start, own, largest in (
+        (np.ones((3, 1)), factors, values[-1]),
+        (along, np.ones(3), np.linalg.eigvalsh(hessian)[-1]),
+    ):
+        tree = {"w": jnp.asarray(start, jnp.float32)}
+        make = optimizers.OPTIMIZERS["SGD"]
+        state = make(0.1).init(tree)
+        scaled = {"w": jnp.asarray(own, jnp.float32)[:, None]}
+        critical, found = optimizers.sharpness(
+            model_fn, make, tree, state, 0.1, scaled, (inputs, targets)
+        )
+        np.testing.assert_allclose(found, largest, rtol=1e-4)
+    np.testing.assert_allclose(critical, largest, rtol=1 / 16)
+    task = fitted.Task(model_fn, None, None)
+    for name in ("SGD", "heavy ball", "Nesterov"):
+        lin, rate = optimizers.at(task, name, 6, params, None, (inputs, targets))
+        limit = float(lin.eigenvalues[0]) * rate
+        np.testing.assert_allclose(limit, optimizers.LIMITS[name], rtol=1e-5)
+    assert abs(optimizers.LIMITS["AdamW"] - 38) < 1e-9
+
+
+def test_growth_is_seen_between_ten_and_a_thousand_times_the_start(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import optimizers
+
+    steps = np.arange(60.0)
+    exact = 1.2**steps
+    losses = np.stack([1.1**steps, 1.1**steps, 3 * 1.3**steps])
+    losses[2, 45:] = np.nan  # it has left before
+    found = optimizers.seen(losses, exact)
+    first, last = 13, 38  # 1.2**13 > 10, 1.2**38 > 1000
+    mean = losses.mean(axis=0)
+    np.testing.assert_allclose(
+        found["mean"], (mean[last] / mean[first]) ** (1 / (last - first))
+    )
+    np.testing.assert_allclose(found["median"], 1.1)
+    np.testing.assert_allclose(found["left"], 1 / 3)
+    np.testing.assert_allclose(
+        optimizers.seen(0.9 ** steps[None], 0.9**steps)["mean"], 0.9
+    )
+
+
 # Pages
 
 
