@@ -196,7 +196,7 @@ def draw(report):
         for axis, goal in zip(row[1:], ("alone", "merge"), strict=True):
             draw_gains(axis, network["summary"], goal)
     axes[0, 0].legend(fontsize=7)
-    axes[0, 1].legend(fontsize=7)
+    axes[0, 1].legend(fontsize=7, loc="lower left")
     axes[0, 1].set_title("settings of the best copies, averaged")
     axes[0, 2].set_title("settings and weight of the best merge")
     return figure

@@ -21,16 +21,11 @@ To write a new study, ``examples/reproduce/NAME.py``:
 For every study: ``runs`` (settings, pieces, files), ``methods`` (grids, tuning, a training
 step), ``statistics`` (means and errors, pairs, rank correlations), ``cells`` (methods over
 networks and label noise), ``data`` and ``figures``. Networks and their training:
-<<<<<<< HEAD
-``square_loss`` (alignment, escape), ``side_by_side``, ``networks`` and ``bound``
-(generalisation), ``one_loss`` and ``measures`` (sharpness_study), ``residual`` (cifar10),
-``text`` (transformer, rounding_text), ``after`` and ``links`` (rounding, forgetting,
-merging), ``again`` (forgetting), ``merge`` (merging).
-=======
 ``square_loss`` (alignment, escape), ``fitted``, ``optimizers`` and ``settling`` (edge),
-``side_by_side``, ``networks`` and ``bound`` (generalisation), ``one_loss`` and
-``measures`` (sharpness_study), ``residual`` (cifar10), ``text`` (transformer).
->>>>>>> edge
+``side_by_side``, ``networks`` and ``bound`` (generalisation), ``one_loss`` and ``measures``
+(sharpness_study), ``residual`` (cifar10), ``text`` (transformer, rounding_text, edge),
+``after`` and ``links`` (rounding, forgetting, merging), ``again`` (forgetting), ``merge``
+(merging).
 """
 
 from .data import split_digits

@@ -11,7 +11,7 @@ from . import again
 from .again import turned
 from .methods import TUNING_SEED
 
-WEIGHTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+WEIGHTS = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 COUNTS = (2, 4)
 LINE = np.linspace(0, 1, 11)
 
