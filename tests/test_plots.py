@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
 
 from flatopt import curvature, kernels, plots, stability
@@ -113,6 +114,33 @@ def test_the_plane_shows_the_norm_over_its_bound_and_losses_their_mean():
 def _lin():
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
     return stability.linearize(lambda w, x: x @ w, jnp.ones(3), rows, jnp.zeros(6))
+
+
+def test_stability_is_drawn_for_the_optimizer_that_is_asked_about():
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    lin = stability.linearize(lambda w, x: x @ w, jnp.zeros(3), rows, jnp.zeros(8))
+
+    def momentum(rate):
+        return optax.sgd(rate, momentum=0.9)
+
+    limits = [
+        stability.thresholds(lin, size, optimizer=momentum).mean_square
+        for size in (1, 4)
+    ]
+    ax = plots.stability_thresholds(lin, batch_sizes=[1, 4], optimizer=momentum)
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
+    assert set(drawn) == {"gradient descent", "mean square (exact)"}
+    np.testing.assert_allclose(drawn["mean square (exact)"], limits, rtol=1e-5)
+    ax = plots.stability_plane(lin, batch_sizes=[1, 4], optimizer=momentum)
+    top = np.linalg.eigvalsh(np.asarray(rows.T @ rows) / 8)[-1]
+    labels = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_allclose(labels["all data in one batch"][0], 3.8 / top, rtol=1e-4)
+    ax = plots.stability_losses(lin, limits[0], 1, num_steps=5, optimizer=momentum)
+    expected = stability.expected_losses(lin, limits[0], 1, 5, optimizer=momentum)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), expected)
+    axes = plots.stability_report(lin, limits[0], 1, optimizer=momentum)
+    assert "log10 of learning rate" in axes[1].figure.axes[-1].get_ylabel()
 
 
 def test_wrong_settings_are_one_sentence():
