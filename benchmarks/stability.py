@@ -22,7 +22,7 @@ from flatopt import stability
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 50
-WARM_UP = 4  # rounds in which everything is compiled
+WARM_UP = 8  # rounds in which everything is compiled, the monitor's later product too
 BATCH = {"mlp": 256, "cnn": 64, "transformer": 16}
 
 

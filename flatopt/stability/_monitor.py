@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, linear, signatures, vectors
+from flatopt._core import checks, linear, loops, signatures, vectors
 from flatopt.curvature import _kinds
 from flatopt.stability import _coefficients, _motion, _slots
 from flatopt.stability._critical import critical_learning_rate
@@ -194,10 +194,9 @@ def _curvature(
         found = jax.tree.map(lambda r, h: r * h.astype(r.dtype), roots, product(moved))
         return vectors.dot(vector, found), found
 
-    value, direction = jax.lax.fori_loop(
-        0, num_steps, step, (jnp.float32(0), direction)
-    )
-    return value, direction
+    start = jnp.float32(0), direction
+    # Without a loop where there is one step: convolutions in loops are slow on CPU.
+    return step(0, start) if num_steps == 1 else loops.repeat(step, start, num_steps)
 
 
 def _roots(tx, active, params, opt_state):
