@@ -145,18 +145,12 @@ def mean_threshold(found: Motion):
     def grows(rate, values):
         return _radius(_means(found.chain.at(rate), values)) > 1 + 1e-10
 
-    low = FINEST / values[0]
-    if grows(low, few):
-        return 0.0
-    while not grows(low * GRID, few):
-        low *= GRID
-        if low * values[0] > COARSEST:
-            return math.inf
-    high = low * GRID
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if grows(middle, values) else (middle, high)
-    return low
+    return _crossing(
+        lambda rate: grows(rate, few),
+        lambda rate: grows(rate, values),
+        1 / values[0],
+        1e-12,
+    )
 
 
 def largest_stable_eigenvalue(coefficients: Coefficients):
@@ -165,17 +159,22 @@ def largest_stable_eigenvalue(coefficients: Coefficients):
     def grows(value):
         return _radius(_means(coefficients, np.array([value]))) > 1 + 1e-10
 
-    low = FINEST
+    return _crossing(grows, grows, 1.0, 1e-9)
+
+
+def _crossing(grows, grows_exactly, unit, width):
+    """The first number beyond which something grows: found on a grid, then bisected."""
+    low = FINEST * unit
     if grows(low):
         return 0.0
     while not grows(low * GRID):
         low *= GRID
-        if low > COARSEST:
+        if low > COARSEST * unit:
             return math.inf
     high = low * GRID
-    while high - low > 1e-9 * high:
+    while high - low > width * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if grows(middle) else (middle, high)
+        low, high = (low, middle) if grows_exactly(middle) else (middle, high)
     return low
 
 
