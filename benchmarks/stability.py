@@ -22,7 +22,8 @@ from flatopt import stability
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERY = 50
-WARM_UP = 8  # rounds in which everything is compiled, the monitor's later product too
+STEPS = 10  # beside each two measurements of the monitor
+WARM_UP = 2  # rounds in which everything is compiled
 BATCH = {"mlp": 256, "cnn": 64, "transformer": 16}
 
 
@@ -31,11 +32,12 @@ class Config:
     """Settings of a run."""
 
     rounds: int = 24
-    """Rounds of 50 steps of each network, with and without watching; a multiple of 4."""
+    """Rounds of 50 steps of each network, with and without watching."""
     sizes: tuple[int, ...] = (500, 1000, 2000)
     """Numbers of examples and parameters of the thresholds."""
-    parts: tuple[Literal["tracker", "thresholds", "momentum"], ...] = (
+    parts: tuple[Literal["tracker", "monitor", "thresholds", "momentum"], ...] = (
         "tracker",
+        "monitor",
         "thresholds",
         "momentum",
     )
@@ -48,7 +50,7 @@ def tracker(name, rounds):
     """Seconds of watching over seconds without, a ratio a round.
 
     "chain": the tracker in the chain. "apart": in a jitted function of its own, called every
-    so often. "monitor": ``flatopt.monitor``, at half as many steps.
+    so often.
     """
     problem = problems.make_problem(name, BATCH[name])
     value_fn, batch = problem.value_fn, problem.batch
@@ -56,22 +58,14 @@ def tracker(name, rounds):
     watch = flatopt.track_stability(0.01, BATCH[name], every=EVERY)
     watch_now = flatopt.track_stability(0.01, BATCH[name], every=1)
 
-    def make_run(tx, apart=False, monitored=False):
-        tx = optax.with_extra_args_support(tx)
+    @jax.jit
+    def measure(params, seen):
+        return watch_now.update(params, seen, params, value_fn=value_fn, **batch)[1]
 
-        @jax.jit
-        def step(params, state):
-            grads = jax.grad(value_fn)(params, **batch)
-            updates, state = tx.update(grads, state, params, value_fn=value_fn, **batch)
-            return optax.apply_updates(params, updates), state
-
-        @jax.jit
-        def measure(params, seen):
-            return watch_now.update(params, seen, params, value_fn=value_fn, **batch)[1]
-
+    def make_run(tx, apart=False):
+        step = make_step(tx, problem)
         carry = problem.params, tx.init(problem.params)
         seen = watch_now.init(problem.params)
-        monitor = flatopt.monitor(value_fn, tx, every=2 * EVERY) if monitored else None
 
         def run():
             nonlocal carry, seen
@@ -80,8 +74,6 @@ def tracker(name, rounds):
                 seen = measure(carry[0], seen)
             for _ in range(EVERY):
                 carry = step(*carry)
-                if monitor is not None:
-                    monitor(*carry, **batch)
             jax.block_until_ready((carry, seen))
             return time.perf_counter() - start
 
@@ -91,24 +83,56 @@ def tracker(name, rounds):
         "plain": make_run(plain),
         "chain": make_run(optax.chain(watch, plain)),
         "apart": make_run(plain, apart=True),
-        "monitor": make_run(plain, monitored=True),
     }
     times = {contender: [] for contender in runs}
     for index in tqdm.trange(WARM_UP + rounds, desc=name):
         order = [*runs, *runs][index % len(runs) :][: len(runs)]
         for contender in order:
             times[contender].append(runs[contender]())
-    # A round in two has a measurement of the monitor, in turns of two kinds: four rounds
-    # make one value.
-    parts = {
-        contender: np.reshape(seconds[WARM_UP:], (-1, 4)).sum(axis=1)
-        for contender, seconds in times.items()
-    }
     return {
-        contender: (seconds / parts["plain"]).tolist()
-        for contender, seconds in parts.items()
+        contender: np.divide(seconds, times["plain"])[WARM_UP:].tolist()
+        for contender, seconds in times.items()
         if contender != "plain"
     }
+
+
+def make_step(tx, problem):
+    tx = optax.with_extra_args_support(tx)
+    value_fn, batch = problem.value_fn, problem.batch
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(value_fn)(params, **batch)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn, **batch)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def monitor(name, rounds):
+    """Seconds of a measurement of `flatopt.monitor` over those of a step, a value a round.
+
+    It adds nothing to the step, so that both are timed apart, one after the other. A
+    measurement is the mean of its two kinds.
+    """
+    problem = problems.make_problem(name, BATCH[name])
+    tx = optax.sgd(0.01, momentum=0.9)
+    step = make_step(tx, problem)
+    carry = problem.params, tx.init(problem.params)
+    watch = flatopt.monitor(problem.value_fn, tx, every=1)
+    found = []
+    for _ in tqdm.trange(WARM_UP + rounds, desc=f"{name}, monitor"):
+        times = [time.perf_counter()]
+        for _ in range(STEPS):
+            carry = step(*carry)
+        jax.block_until_ready(carry)
+        times.append(time.perf_counter())
+        for _ in range(2):
+            watch(*carry, **problem.batch)
+        times.append(time.perf_counter())
+        steps, measurements = np.diff(times)
+        found.append(float(measurements / 2 / (steps / STEPS)))
+    return found[WARM_UP:]
 
 
 def thresholds(size):
@@ -161,6 +185,8 @@ def main(config: Config) -> None:
     report = json.loads(config.results.read_text()) if config.results.exists() else {}
     if "tracker" in config.parts:
         report["tracker"] = {name: tracker(name, config.rounds) for name in BATCH}
+    if "monitor" in config.parts:
+        report["monitor"] = {name: monitor(name, config.rounds) for name in BATCH}
     if "thresholds" in config.parts:
         report["thresholds"] = {size: thresholds(size) for size in config.sizes}
     if "momentum" in config.parts:
