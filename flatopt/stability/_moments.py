@@ -238,6 +238,12 @@ def growth(lin, learning_rate, batch_size, sampling, shown=None):
     return max(found, 1 - 2 * learning_rate * float(lin.eigenvalues[-1]))
 
 
+@jax.jit
+def _mirrored(matrix):
+    """The symmetric part."""
+    return (matrix + matrix.T) / 2
+
+
 def _largest_eigenvalue(apply, room, shown, description):
     """Of a linear map of symmetric matrices, symmetric itself; starts from the identity.
 
@@ -248,11 +254,11 @@ def _largest_eigenvalue(apply, room, shown, description):
     with progress.bar(shown, EXPECTED_PRODUCTS, description) as steps:
 
         def product(vector):
-            matrix = np.asarray(vector, "f8").reshape(rank, rank)
-            padded = jnp.asarray(room.pad((matrix + matrix.T) / 2), dtype)
-            found = room.cut(apply(padded)).astype("f8")
+            # Rounded before it is padded, and mirrored on the device: the host is slow.
+            matrix = np.asarray(vector, dtype).reshape(rank, rank)
+            found = _mirrored(apply(_mirrored(room.pad(matrix))))
             steps.update()
-            return (found + found.T).ravel() / 2
+            return room.cut(found).astype("f8").ravel()
 
         if rank <= 3:
             columns = np.stack([product(row) for row in np.eye(rank**2)])
