@@ -3,57 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from flatopt import kernels, schedules
-from flatopt.optimizers import (
-    IVONState,
-    asam_sgd,
-    ivon,
-    lpf_adamw,
-    lpf_sgd,
-    nso_adamw,
-    nso_sgd,
-    posterior_kernel,
-    sam_sgd,
-    sample_posterior,
-)
-from flatopt.smoothing import smooth, smooth_value_and_grad
-from flatopt.transforms import (
-    AdversarialState,
-    AntiPGDState,
-    EntropySGDState,
-    GradientCounter,
-    IREState,
-    SkipNonfiniteState,
-    SmoothGradientsState,
-    TrackStabilityState,
-    accumulate,
-    anti_pgd,
-    arwp_gradients,
-    asam_gradients,
-    chain,
-    entropy_sgd_gradients,
-    filterwise_asam_gradients,
-    fisher_sam_gradients,
-    friendly_sam_gradients,
-    functional_sam_gradients,
-    gsam_gradients,
-    ire,
-    look_sam_gradients,
-    loss,
-    lpf_gradients,
-    metrics,
-    momentum_sam_gradients,
-    noisy_sam_gradients,
-    nso_gradients,
-    random_sam_gradients,
-    sam_gradients,
-    skip_nonfinite,
-    smooth_gradients,
-    smooth_gradients_zeroth_order,
-    track_stability,
-    usam_gradients,
-)
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -111,26 +60,91 @@ __all__ = [
     "usam_gradients",
 ]
 
-# Imported when they are asked for: analysis that a training script does not need, and two
-# modules that need an extra.
-_LAZY = ("curvature", "flax", "plots", "sharpness", "stability")
+# All is imported when it is asked for: a script pays for what it uses.
+_MODULES = (
+    "curvature",
+    "flax",
+    "kernels",
+    "plots",
+    "schedules",
+    "sharpness",
+    "stability",
+)
+_HOMES = ("transforms", "optimizers", "smoothing", "stability")
 
 if TYPE_CHECKING:
     from flatopt import curvature as curvature
     from flatopt import flax as flax
+    from flatopt import kernels as kernels
     from flatopt import plots as plots
+    from flatopt import schedules as schedules
     from flatopt import sharpness as sharpness
     from flatopt import stability as stability
-    from flatopt.stability import monitor as monitor
+    from flatopt.optimizers import (
+        IVONState,
+        asam_sgd,
+        ivon,
+        lpf_adamw,
+        lpf_sgd,
+        nso_adamw,
+        nso_sgd,
+        posterior_kernel,
+        sam_sgd,
+        sample_posterior,
+    )
+    from flatopt.smoothing import (
+        smooth,
+        smooth_value_and_grad,
+    )
+    from flatopt.stability import monitor
+    from flatopt.transforms import (
+        AdversarialState,
+        AntiPGDState,
+        EntropySGDState,
+        GradientCounter,
+        IREState,
+        SkipNonfiniteState,
+        SmoothGradientsState,
+        TrackStabilityState,
+        accumulate,
+        anti_pgd,
+        arwp_gradients,
+        asam_gradients,
+        chain,
+        entropy_sgd_gradients,
+        filterwise_asam_gradients,
+        fisher_sam_gradients,
+        friendly_sam_gradients,
+        functional_sam_gradients,
+        gsam_gradients,
+        ire,
+        look_sam_gradients,
+        loss,
+        lpf_gradients,
+        metrics,
+        momentum_sam_gradients,
+        noisy_sam_gradients,
+        nso_gradients,
+        random_sam_gradients,
+        sam_gradients,
+        skip_nonfinite,
+        smooth_gradients,
+        smooth_gradients_zeroth_order,
+        track_stability,
+        usam_gradients,
+    )
 else:
 
     def __getattr__(name):
-        if name == "monitor":
-            return importlib.import_module("flatopt.stability").monitor
-        if name in _LAZY:
+        if name in _MODULES:
             return importlib.import_module(f"flatopt.{name}")
+        if name in __all__:
+            for home in _HOMES:
+                module = importlib.import_module(f"flatopt.{home}")
+                if hasattr(module, name):
+                    return globals().setdefault(name, getattr(module, name))
         raise AttributeError(f"module 'flatopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY, "__version__"})
+    return sorted({*__all__, *_MODULES, "__version__"})
