@@ -93,7 +93,7 @@ class Config:
     """A tiny version that only shows that everything runs."""
 
 
-SMOKE = {"epochs": 4, "batch_size": 64, "num_train": 256, "num_test": 128}
+SMOKE = {"epochs": 4, "batch_size": 16, "num_train": 64, "num_test": 32}
 SMOKE |= {"width": 8, "blocks": (1, 1), "num_samples": 2}
 
 

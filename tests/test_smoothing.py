@@ -179,9 +179,16 @@ def test_strategies_agree_on_the_same_key(kernel, antithetic):
     assert np.abs(difference).max() > 1e-3  # the noise acts
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", 3])
-@pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("kernel", KERNELS)
+# Each kernel in each layout, and each layout with and without pairs: the noise is drawn
+# before it is laid out.
+@pytest.mark.parametrize(
+    ("kernel", "antithetic", "strategy"),
+    [
+        (kernel, bool((k + s // 2) % 2), strategy)
+        for k, kernel in enumerate(KERNELS)
+        for s, strategy in enumerate(["vmap", "scan", "unroll", 3])
+    ],
+)
 def test_gradient_of_smooth_is_smooth_value_and_grad(kernel, antithetic, strategy):
     params, batch = regression()  # its bias is zero
     options = {"num_samples": 4, "antithetic": antithetic, "strategy": strategy}
