@@ -330,6 +330,7 @@ class Run:
                     test_loss=loss,
                     test_accuracy=accuracy,
                     seconds=seconds,
+                    **link_metrics(self.optimizer),
                 )
                 self.save()
         metrics.close()
@@ -354,6 +355,12 @@ class Run:
             "test accuracy %": f"{100 * accuracy:.1f}",
             "seconds": f"{seconds:.0f}",
         }
+
+
+def link_metrics(optimizer):
+    """What the link of flatopt measured in the last step: its loss, its noise or radius."""
+    found = flatopt.metrics(optimizer)
+    return {f"flatopt/{name}": float(value) for name, value in found.items()}
 
 
 class Metrics:

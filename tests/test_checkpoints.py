@@ -284,7 +284,7 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
     result, expected = (
         dict(np.load(tmp_path / f"{name}.npz")) for name in ("killed", "unbroken")
     )
-    assert len(expected) == 17
+    assert len(expected) == 18
     assert sorted(result) == sorted(expected)
     for name in expected:
         np.testing.assert_array_equal(result[name], expected[name], err_msg=name)

@@ -650,3 +650,79 @@ def test_random_key(key, got):
     for f in (smooth, smooth_value_and_grad):
         with _raises(TypeError, f"key must be one JAX random key, {got}; write"):
             f(total, 0.1)(key, jnp.ones(2))
+
+
+# What people do in their first hour, whatever the message: each is one sentence that names
+# what came. The messages themselves are tested above.
+
+WEIGHTS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+EXAMPLES = {"x": jnp.ones((16, 4)), "y": jnp.zeros(16, int)}
+
+
+def _classes(params, batch):
+    logits = batch["x"] @ params["w"] + params["b"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+def _step(tx=None, value_fn=_classes, params=WEIGHTS, **batch):
+    tx = flatopt.lpf_sgd(0.1) if tx is None else tx
+    zeros = optax.tree.zeros_like(params)
+    return tx.update(zeros, tx.init(params), params, value_fn=value_fn, **batch)
+
+
+def _averaged(*args, **kwargs):
+    return smooth_value_and_grad(
+        _classes, 0.01, num_samples=8, batch_argnames=("batch",)
+    )(*args, **kwargs)
+
+
+MISTAKES = {
+    "the loss under another name": lambda: _step(None, None, batch=EXAMPLES),
+    "the batch under another name": lambda: _step(batches=EXAMPLES),
+    "the same for NSO": lambda: _step(flatopt.nso_sgd(0.1), batches=EXAMPLES),
+    "the batch as a positional argument": lambda: _averaged(KEY, WEIGHTS, EXAMPLES),
+    "a closure over the batch": lambda: _step(
+        value_fn=lambda p: _classes(p, EXAMPLES), batch=EXAMPLES
+    ),
+    "arguments of the loss swapped": lambda: _step(
+        value_fn=lambda batch, params: _classes(params, batch), batch=EXAMPLES
+    ),
+    "a batch that does not divide": lambda: _step(
+        flatopt.lpf_sgd(0.1, num_samples=7), batch=EXAMPLES
+    ),
+    "leaves of a batch that disagree": lambda: _step(
+        batch={**EXAMPLES, "index": jnp.arange(15)}
+    ),
+    "a mask of another tree": lambda: _step(
+        flatopt.lpf_sgd(0.1, mask={"v": True}), batch=EXAMPLES
+    ),
+    "losses of examples": lambda: _step(
+        value_fn=lambda params, batch: batch["x"] @ params["w"][:, 0], batch=EXAMPLES
+    ),
+    "aux without has_aux": lambda: _step(
+        value_fn=lambda params, batch: (_classes(params, batch), 1), batch=EXAMPLES
+    ),
+    "parameters of integers": lambda: _step(
+        params={"w": jnp.ones((4, 3), int), "b": jnp.zeros(3)}, batch=EXAMPLES
+    ),
+    "key and params swapped": lambda: _averaged(WEIGHTS, KEY, batch=EXAMPLES),
+    "a kernel that was not made": lambda: smooth_gradients(0.1, kernels.filterwise),
+    "a link after an optimizer": lambda: flatopt.chain(
+        optax.sgd(0.1), smooth_gradients(0.01)
+    ),
+    "MultiSteps around a link": lambda: _step(
+        optax.MultiSteps(flatopt.lpf_sgd(0.1), 4), batch=EXAMPLES
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_first_hour_is_one_sentence(mistake):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        MISTAKES[mistake]()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert ". " not in text
+    assert 40 < len(text) < 400
+    assert ";" in text or "write" in text  # what to do

@@ -177,6 +177,9 @@ def test_cifar10_trains_every_method_at_equal_budgets(whole):
         assert np.isfinite([float(value) for value in rows[-1].values()]).all()
         assert list((folder / method / "tensorboard").glob("events*"))
     assert gradients == {"16"}
+    noise = [float(row["flatopt/scale"]) for row in read_metrics(folder / "lpf_sgd")]
+    turns = np.pi * np.array([3, 7, 11, 15]) / 16  # at the last step of an epoch
+    np.testing.assert_allclose(noise, 5e-4 * (1 + 7 * (1 - np.cos(turns))), rtol=1e-5)
 
 
 def result_of(folder):

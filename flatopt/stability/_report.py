@@ -1,5 +1,6 @@
 """Stability at one point, with a table."""
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,26 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import checks
+from flatopt._core import checks, tables
 from flatopt._core.types import LossFn, ModelFn, Optimizer, Sampling
-from flatopt.stability import _checks, _coefficients, _convex, _losses
+from flatopt.stability import _checks, _coefficients, _convex, _losses, _tables
 from flatopt.stability._alignment import Alignment, alignment
 from flatopt.stability._dynamics import growth_rate
 from flatopt.stability._linearization import linearize, linearize_gauss_newton, root_of
 from flatopt.stability._thresholds import Thresholds, smallest_batch_size, thresholds
-
-MEANINGS = {
-    "gradient_descent": "all data in one batch, 2 / eigenvalue",
-    "mean_square": "exact: the second moment stays bounded below it alone",
-    "trace_ratio": "necessary, from traces",
-    "rank_one": "necessary, from one direction",
-    "top_direction": "necessary, from the top eigenvector",
-    "trace": "necessary, from the trace alone",
-    "frobenius": "necessary, from the norm and the least alignment",
-    "frobenius_estimate": "rule of thumb, alignment as measured here",
-    "coherence": "necessary, from how alike examples are",
-    "sufficient": "below it SGD stays for sure",
-}
 
 
 class Report(NamedTuple):
@@ -54,6 +42,7 @@ class Report(NamedTuple):
       optimizer: its name.
       is_preconditioned: whether curvature is that in the coordinates of the optimizer's
         preconditioner: of :math:`P^{1/2} H P^{1/2}`.
+      seconds: what it took, with compilation; None: not known.
 
     Example:
       >>> from flatopt import stability
@@ -78,6 +67,7 @@ class Report(NamedTuple):
     loss_scale: float | None = 1.0
     optimizer: str = "SGD"
     is_preconditioned: bool = False
+    seconds: float | None = None
 
     @property
     def is_minimum(self) -> bool:
@@ -154,96 +144,35 @@ class Report(NamedTuple):
         return found | words | {"caveat": self.caveat}
 
     def __str__(self):
-        lines = [
+        lines = [line for text in self._heads() for line in tables.wrapped(text)]
+        lines += ["", tables.table(_tables.MEASURED, _tables.measured_rows(self))]
+        lines += ["", tables.table(_tables.RATES, _tables.rate_rows(self))]
+        return "\n".join([*lines, "", *tables.wrapped(self._note())])
+
+    def _repr_html_(self):
+        parts = [tables.paragraph(text) for text in self._heads()]
+        parts.append(tables.html_table(_tables.MEASURED, _tables.measured_rows(self)))
+        parts.append(tables.html_table(_tables.RATES, _tables.rate_rows(self)))
+        return "\n".join([*parts, tables.paragraph(self._note())])
+
+    def _heads(self):
+        """What comes before the tables."""
+        found = [
             f"{self.optimizer}, learning rate {self.learning_rate:.4g}, batch size "
-            f"{self.batch_size}: {self.verdict}",
+            f"{self.batch_size}: {self.verdict}"
         ]
         if self.caveat is not None:
-            lines.append(f"mind: {self.caveat}")
-        lines += ["", *_columns(self._measured()), ""]
-        return "\n".join([*lines, *_columns(self._rates())])
+            found.append(f"mind: {self.caveat}")
+        return found
 
-    def _measured(self):
-        """Rows of what was measured: name, value, meaning."""
-        ratio = self.thresholds.mean_square / self.learning_rate
-        convention = "your loss_fn"
-        if self.loss_scale is not None:
-            convention = f"loss_scale {self.loss_scale:.4g}"
-        smallest = self.smallest_batch_size
-        rows = [
-            ("measured", "value", "meaning"),
-            ("loss", self.loss, f"in the convention of {convention}"),
-            ("constant loss", self.constant_loss, "of the best constant output"),
-            (
-                "reducible loss",
-                self.reducible_loss,
-                "the linearized model could lose it",
-            ),
-            ("gradient norm", self.gradient_norm, "0 at a minimum"),
-            ("top eigenvalue of H", self.max_eigenvalue, self._matrix),
-            (
-                "of the Hessian",
-                self.hessian_eigenvalue,
-                "near the other: H is what SGD sees",
-            ),
-            ("trace of H", self.trace, f"could be {ratio:.3g} times as sharp here"),
-            ("Frobenius norm of H", self.frobenius_norm, "the same"),
-            (
-                "growth rate",
-                self.growth_rate,
-                "of the second moment a step; below 1 it falls",
-            ),
-            (
-                "smallest batch",
-                "none" if smallest is None else smallest,
-                "that would stay",
-            ),
-        ]
-        found = self.alignment
-        if found is not None:
-            rows += [
-                ("alignment mu", found.mu, "of SGD's noise with H; alpha times beta"),
-                ("alpha", found.alpha, "its cosine"),
-                ("beta", found.beta, "its magnitude"),
-                (
-                    "isotropic mu",
-                    found.isotropic_mu,
-                    "of isotropic noise of equal trace",
-                ),
-            ]
-        return rows
-
-    def _rates(self):
-        """Rows of the thresholds: theory, rate, margin, meaning."""
-        rows = [("largest stable rate by", "rate", "this rate", "margin", "meaning")]
-        meanings = MEANINGS
-        if "trace_ratio" not in self.thresholds.rates:  # not plain SGD
-            meanings = MEANINGS | {"gradient_descent": "all data in one batch"}
-        for name, rate in self.thresholds.rates.items():
-            holds = "holds" if self.learning_rate <= rate else "violated"
-            rows.append((name, rate, holds, rate / self.learning_rate, meanings[name]))
-        return rows
-
-    @property
-    def _matrix(self):
-        if self.is_preconditioned:
-            return "H: the Gauss-Newton matrix, preconditioned"
-        return "H: the Gauss-Newton matrix"
-
-
-def _columns(rows):
-    """Rows as aligned text: numbers to the right, words to the left."""
-    texts = [[x if isinstance(x, str) else f"{x:.4g}" for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    is_number = [not isinstance(x, str) for x in rows[1]]
-    lines = []
-    for row in texts:
-        cells = [
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, is_number, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    def _note(self):
+        found = (
+            "p: unit of a parameter. margin: by how much the learning rate could be "
+            "multiplied; below 1 the condition is violated."
+        )
+        if self.seconds is None:
+            return found
+        return f"{found} It took {tables.duration(self.seconds)} with compilation."
 
 
 def report(
@@ -281,7 +210,7 @@ def report(
       progress: see :func:`linearize`.
 
     Returns:
-      A :class:`Report`.
+      A :class:`Report`: ``print`` it, show it in a notebook, or log its ``to_dict()``.
 
     Raises:
       ValueError: without both ``loss_fn`` and ``loss_scale``, where they disagree; else as
@@ -296,6 +225,7 @@ def report(
       >>> found.verdict
       'SGD stays: the learning rate could be 2 times as large'
     """
+    start = time.monotonic()
     _checks.check_rate(learning_rate)
     _checks.check_batch(batch_size, None, sampling)
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
@@ -342,6 +272,7 @@ def report(
         loss_scale=scale,
         optimizer=_coefficients.describe(optimizer),
         is_preconditioned=factors is not None,
+        seconds=time.monotonic() - start,
     )
 
 

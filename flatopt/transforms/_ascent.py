@@ -51,10 +51,7 @@ def adversarial(
             "to split, such as batch_argnames=('batch',)."
         )
 
-    def rho_near_minimum(count):
-        return jnp.where(
-            count < options.start_step, 0.0, _link.at_step(rho, count, "rho")
-        )
+    rho_at = _link.from_step(rho, options.start_step, "rho")
 
     def estimate(step):
         radius = _link.at_step(rho, step.count, "rho")
@@ -105,7 +102,8 @@ def adversarial(
         init_memory=init_memory,
         is_memory_of_free=is_memory_of_free,
         own_value_fn=own_value_fn,
-        rho_near_minimum=rho_near_minimum if is_linear and parts == 1 else None,
+        rho_near_minimum=rho_at if is_linear and parts == 1 else None,
+        size_at=rho_at,
     )
 
 

@@ -68,6 +68,6 @@ def _check_states(states, transformations):
     """The same order by states: the mark of a link is lost where a wrapper is around it."""
     before = 0
     for state, transformation in zip(states, transformations, strict=True):
-        if "loss" in dict(_read.measured(state)):
+        if _read.losses(state):
             _check_first("the link that measures a loss", "link", before)
         before += not getattr(transformation.update, "keeps_updates", False)

@@ -129,4 +129,5 @@ def entropy_sgd_gradients(
         batch_argnames=batch_argnames,
         count_name="num_steps",
         axis_name=axis_name,
+        size_at=_link.from_step(gamma, 0, "gamma"),
     )

@@ -68,6 +68,7 @@ def link(
     own_value_fn=None,
     finish=None,
     rho_near_minimum=None,
+    size_at=None,
 ):
     """The transformation whose gradient is ``estimate(step)``.
 
@@ -81,8 +82,12 @@ def link(
 
     ``rho_near_minimum``: r, a number or a schedule, where the gradient of a quadratic loss
     is that of the loss times 1 + r H, such as 0 for an average over noise; else None.
+
+    ``size_at(count)``: the scale or radius of a step, to be read from the state, whose
+    field for it is the one that begins with ``last_``.
     """
     check_key(key)
+    size_name = next((f for f in state_type._fields if f.startswith("last_")), None)
     names = checks.check_names(batch_argnames)
 
     def init_fn(params):
@@ -91,6 +96,9 @@ def link(
             jnp.zeros((), jnp.int32), key_data(key), unknown(params, np.inf)
         )
         state = state._replace(is_finite=_states.initial_flag())
+        if size_at is not None:
+            zero = jnp.zeros((), value_dtype(params))
+            state = state._replace(**{size_name: zero})
         if init_memory is None:
             return state
         if is_memory_of_free and jax.tree.leaves(params):
@@ -147,6 +155,10 @@ def link(
             is_finite=_states.flag(state, value, grads),
             **{loss_name: value.astype(getattr(state, loss_name).dtype)},
         )
+        if size_at is not None:
+            # A copy: the state may be donated, and the user's array is not.
+            size = jnp.array(size_at(state.count), value_dtype(params), copy=True)
+            new_state = new_state._replace(**{size_name: size})
         if init_memory is not None:
             if not is_memory_of_free:
                 memory = merge(memory, state.memory)
@@ -237,6 +249,15 @@ def unknown(params, value):
     if np.isinf(value) and jax.config.jax_debug_infs:
         value = jnp.finfo(dtype).max
     return jnp.full((), value, dtype)
+
+
+def from_step(number, start_step, name):
+    """A function of the count: a number or a schedule, and 0 before ``start_step``."""
+
+    def size_at(count):
+        return jnp.where(count < start_step, 0.0, at_step(number, count, name))
+
+    return size_at
 
 
 def _is_typed(key):

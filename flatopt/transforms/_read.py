@@ -11,7 +11,8 @@ from flatopt.transforms import _skip, _states, _track
 _SCALES = ("scale", "sigma", "gamma", "rho")
 _STATES = (
     _states.SmoothGradientsState,
-    _states.AdversarialState,  # of the fields of an EntropySGDState
+    _states.AdversarialState,
+    _states.EntropySGDState,
     _track.TrackStabilityState,
     _skip.SkipNonfiniteState,
 )
@@ -60,19 +61,23 @@ def loss(opt_state: Any) -> jax.Array:
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Return what the links of flatopt in a state measured last, by name.
 
-    ``loss`` (see :func:`loss`); of :func:`track_stability` ``max_eigenvalue``, ``trace``,
-    ``frobenius_norm``, ``eigenvalue_margin`` and ``frobenius_margin``; of
-    :func:`skip_nonfinite` ``num_skipped``; and ``scale``, ``sigma``, ``gamma`` or ``rho``
-    where ``optax.inject_hyperparams`` keeps it in the state.
+    - ``loss``, see :func:`loss`, of every link that makes a gradient;
+    - ``scale`` of the noise, radius ``rho`` or pull ``gamma`` of the last update, schedule
+      and all; 0 before the first one and before ``start_step``;
+    - ``max_eigenvalue``, ``trace``, ``frobenius_norm``, ``eigenvalue_margin`` and
+      ``frobenius_margin`` of :func:`track_stability`;
+    - ``num_skipped`` of :func:`skip_nonfinite`.
+
+    A name that two links measure is told apart by where they stand in the state:
+    ``0/trace`` and ``1/trace`` in a chain, ``first/trace`` in ``optax.named_chain``.
+    Nothing is computed and no device is waited for: call it inside of jit, or outside.
 
     Args:
-      opt_state: as for :func:`loss`.
+      opt_state: as for :func:`loss`; with any number of links.
 
     Returns:
-      A dict of scalars, to be logged; names that no link measures are absent.
-
-    Raises:
-      ValueError: if two links measure the same.
+      A dict of scalars by name, sorted, to be logged; names that no link measures are
+      absent.
 
     Example:
       >>> import jax.numpy as jnp, flatopt
@@ -80,18 +85,34 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       >>> params = jnp.array([3.0, 4.0])
       >>> _, state = tx.update(
       ...     None, tx.init(params), params, value_fn=lambda p: jnp.sum(p ** 2))
-      >>> flatopt.metrics(state)
-      {'loss': Array(25., dtype=float32), 'num_skipped': Array(0, dtype=int32)}
+      >>> {name: float(value) for name, value in flatopt.metrics(state).items()}
+      {'loss': 25.0, 'num_skipped': 0.0, 'scale': 0.0}
     """
-    pairs = measured(opt_state)
-    for name in {name for name, _ in pairs}:
-        _check_one(name, [value for other, value in pairs if other == name])
-    return dict(sorted(pairs, key=lambda pair: pair[0]))
+    found = _measured(opt_state)
+    named = {}
+    for name in {name for _, name, _ in found}:
+        same = [(path, value) for path, other, value in found if other == name]
+        for label, (_, value) in zip(_labels([p for p, _ in same]), same, strict=True):
+            named[label + name] = value
+    return dict(sorted(named.items()))
 
 
 def losses(opt_state):
     """What every link in a state measured of the loss, from the outermost inward."""
-    return [value for name, value in measured(opt_state) if name == "loss"]
+    return [value for _, name, value in _measured(opt_state) if name == "loss"]
+
+
+def _labels(paths):
+    """What tells paths apart, ``"a/"`` each: no more of them than is needed."""
+    if len(paths) == 1:
+        return [""]
+    shared = 0
+    while len({path[shared : shared + 1] for path in paths}) == 1:
+        shared += 1
+    end = shared + 1
+    while len({path[shared:end] for path in paths}) < len(paths):
+        end += 1
+    return ["".join(f"{part}/" for part in path[shared:end]) for path in paths]
 
 
 def _check_one(name, found):
@@ -110,7 +131,7 @@ def one_state(opt_state, kind, name):
         if isinstance(node, kind):
             found.append(node)
         else:
-            for child in _children(node):
+            for _, child in _children(node):
                 visit(child)
 
     visit(getattr(opt_state, "opt_state", opt_state))
@@ -122,36 +143,46 @@ def one_state(opt_state, kind, name):
     return found[0]
 
 
-def measured(state):
-    """All pairs of a name and a value, from the outermost state inward."""
+def _measured(state):
+    """Path, name and value of all that was measured, from the outermost state inward."""
     state = getattr(state, "opt_state", state)  # an optimizer, a train state
-    pairs = []
+    found = []
 
-    def visit(node):
+    def visit(node, path):
         node = _as_state(node)
+        start = len(found)
         if hasattr(node, "metrics"):
-            pairs.extend((name, array(x)) for name, x in node.metrics().items())
+            found.extend((path, name, array(x)) for name, x in node.metrics().items())
+        for part, child in _children(node):
+            visit(child, (*path, part))
         hyperparams = _part(node, "hyperparams")
         if isinstance(hyperparams, Mapping):
-            names = [name for name in _SCALES if name in hyperparams]
-            pairs.extend((name, array(hyperparams[name])) for name in names)
-        for child in _children(node):
-            visit(child)
+            # Links say their own; what is left are those that measure nothing.
+            told = {name for _, name, _ in found[start:]}
+            if not told & {*_SCALES}:
+                names = [name for name in _SCALES if name in hyperparams]
+                found.extend((path, name, array(hyperparams[name])) for name in names)
 
-    visit(state)
-    return pairs
+    visit(state, ())
+    return found
 
 
 def _as_state(node):
     """A state of ours from a dict of its fields, as nnx.state and checkpoints hold it."""
     if not isinstance(node, Mapping):
         return node
+    states = []
     for kind in _STATES:
         needed = [name for name in kind._fields if name not in kind._field_defaults]
         if all(name in node for name in needed):
             given = [name for name in kind._fields if name in node]
-            return kind(**{name: node[name] for name in given})
-    return node
+            states.append(kind(**{name: node[name] for name in given}))
+    # Two kinds may need the same fields: the one that takes more of them is meant.
+    return max(states, key=lambda state: _num_of(state, node), default=node)
+
+
+def _num_of(state, node):
+    return sum(name in node for name in state._fields)
 
 
 def _part(node, name):
@@ -161,11 +192,16 @@ def _part(node, name):
 
 
 def _children(node):
+    """Pairs of a name and a child: index, key or field."""
     if isinstance(node, Mapping):
-        return list(node.values())
+        return list(node.items())
     # One level: what is not the node itself is a leaf.
-    leaves = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
-    return [leaf for leaf in leaves if leaf is not node]
+    leaves = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in leaves
+        if leaf is not node
+    ]
 
 
 def array(value):

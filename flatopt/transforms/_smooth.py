@@ -221,6 +221,7 @@ def smoothed(
         init_memory=init_memory,
         is_memory_of_free=True,
         rho_near_minimum=rho_near_minimum,
+        size_at=_link.from_step(scale, start_step, scale_name),
     )
 
 

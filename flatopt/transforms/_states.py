@@ -60,6 +60,11 @@ def advanced(new):
     return new._replace(is_finite=jnp.ones_like(new.is_finite))
 
 
+def known(name, value):
+    """A measurement under its name, where a state keeps it."""
+    return {} if isinstance(value, tuple) else {name: value}
+
+
 class SmoothGradientsState(NamedTuple):
     """State of :func:`smooth_gradients`: plain numeric arrays.
 
@@ -75,6 +80,8 @@ class SmoothGradientsState(NamedTuple):
       memory: what :func:`arwp_gradients` keeps between steps; elsewhere ``()``.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
+      last_scale: the scale of the noise of the last update, shape (), float32 or wider;
+        0 before the first one and before ``start_step``.
 
     Example:
       >>> import jax.numpy as jnp, flatopt
@@ -87,14 +94,15 @@ class SmoothGradientsState(NamedTuple):
     smoothed_value: jax.Array
     memory: Any = ()
     is_finite: Any = ()
+    last_scale: Any = ()
 
     def after_skip(self, new):
         """The state after a skipped step: all but the memory advances."""
         return advanced(new)._replace(memory=self.memory)
 
     def metrics(self):
-        """The loss measured last."""
-        return {"loss": self.smoothed_value}
+        """The loss measured last, and the scale of its noise."""
+        return {"loss": self.smoothed_value, **known("scale", self.last_scale)}
 
 
 class AdversarialState(NamedTuple):
@@ -113,6 +121,8 @@ class AdversarialState(NamedTuple):
         state of a ``direction``; ``()`` for most.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
+      last_rho: the radius of the last update, shape (), float32 or wider; 0 before the
+        first one and before ``start_step``.
 
     Example:
       >>> import jax.numpy as jnp, flatopt
@@ -125,14 +135,15 @@ class AdversarialState(NamedTuple):
     clean_value: jax.Array
     memory: Any = ()
     is_finite: Any = ()
+    last_rho: Any = ()
 
     def after_skip(self, new):
         """The state after a skipped step: all but the memory advances."""
         return advanced(new)._replace(memory=self.memory)
 
     def metrics(self):
-        """The loss measured last."""
-        return {"loss": self.clean_value}
+        """The loss measured last, and the radius."""
+        return {"loss": self.clean_value, **known("rho", self.last_rho)}
 
 
 class EntropySGDState(NamedTuple):
@@ -147,6 +158,8 @@ class EntropySGDState(NamedTuple):
         shape (), float32 or wider. Infinite before the first update.
       is_finite: inside of :func:`skip_nonfinite` whether loss and gradient of the step
         are finite, shape (), bool; elsewhere ``()``.
+      last_gamma: the pull of the last update, shape (), float32 or wider; 0 before the
+        first one.
 
     Example:
       >>> import jax.numpy as jnp, flatopt
@@ -158,11 +171,12 @@ class EntropySGDState(NamedTuple):
     noise_key: jax.Array
     clean_value: jax.Array
     is_finite: Any = ()
+    last_gamma: Any = ()
 
     def after_skip(self, new):
         """The state after a skipped step: all of it advances."""
         return advanced(new)
 
     def metrics(self):
-        """The loss measured last."""
-        return {"loss": self.clean_value}
+        """The loss measured last, and the pull."""
+        return {"loss": self.clean_value, **known("gamma", self.last_gamma)}

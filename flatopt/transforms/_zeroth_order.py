@@ -115,6 +115,7 @@ def smooth_gradients_zeroth_order(
         estimate,
         mask=mask,
         key=key,
+        size_at=_link.from_step(scale, 0, "scale"),
     )
 
 

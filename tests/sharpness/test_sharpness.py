@@ -382,6 +382,12 @@ def test_report_computes_every_measure_and_prints_a_table():
         assert name in table
         assert np.isfinite(getattr(value, "value", value))
     _holds(found.values["trace"], np.trace(MATRIX))
+    assert {*found.seconds} == {*found.values} - {
+        "frobenius_norm",
+        "max_eigenvalue_bound",
+    }
+    assert min(found.seconds.values()) > 0
+    assert found.to_dict()["seconds"] == sum(found.seconds.values())
 
 
 @pytest.mark.parametrize(
@@ -601,12 +607,13 @@ def test_what_is_no_key_is_one_sentence(key):
 
 
 def test_the_table_is_aligned_and_an_empty_one_prints():
-    assert str(sharpness.Report({})) == "measure  value  standard error  meaning"
+    assert str(sharpness.Report({})).startswith("measure  value  error  unit")
+    assert "<table>" in sharpness.Report({})._repr_html_()
     found = sharpness.Report(
         {"trace": curvature.Estimate(2.0, 0.25, 8), "worst_case": 1e-6}
     )
-    header, first, second = str(found).splitlines()
-    start = header.index("meaning")
+    header, first, _, second, *_ = str(found).splitlines()
+    start = header.index("unit")
     assert first[start - 1] == second[start - 1] == " "
     assert " " not in (first[start], second[start])
     assert found.to_dict() == {

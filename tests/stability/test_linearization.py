@@ -569,12 +569,28 @@ def test_the_tables_of_a_report_are_aligned():
     found = stability.report(_linear, params, inputs, targets, 0.1, 2, loss_scale=2.0)
     head, *tables = str(found).split("\n\n")
     assert head.startswith("SGD, learning rate 0.1, batch size 2: ")
-    assert [len(table.splitlines()) for table in tables] == [15, 10]
-    for table in tables:
-        lines = table.splitlines()
-        starts = {line.index(line.split("  ")[-1].strip()) for line in lines}
-        assert len(starts) == 1, lines  # the column of meanings
+    *tables, note = tables
+    assert "It took " in note
+    assert 0 < found.seconds < 600
+    shown = [found.max_eigenvalue, found.thresholds.mean_square]
+    for table, num_rows, column, number in zip(
+        tables, (14, 9), ("unit", "this rate"), shown, strict=True
+    ):
+        header, *lines = table.splitlines()
+        rows = [line for line in lines if not line.startswith("    ")]
+        assert len(rows) == num_rows
+        assert len(lines) >= 2 * num_rows
+        start = header.index(column)
+        assert all(row[start - 2 : start] == "  " != row[start] for row in rows)
+        assert any(f"{number:.4g}" in row.split() for row in rows)
+    assert max(map(len, str(found).splitlines())) <= 78
     assert "in the convention of loss_scale 2" in tables[0]
+    # What is usual at this rate: the limit of gradient descent, 2 / 0.1.
+    assert " < 20" in next(x for x in tables[0].splitlines() if x.startswith("top"))
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 2 + 14 + 9
+    assert found.verdict in shown
+    assert found.to_dict()["seconds"] == found.seconds
 
 
 def _decaying(seed):

@@ -78,7 +78,7 @@ def test_the_loss_of_an_nnx_optimizer():
     plain = nnx.to_pure_dict(whole)
     for state in (optimizer, optimizer.opt_state, whole, whole["opt_state"], plain):
         np.testing.assert_allclose(flatopt.loss(state), expected, rtol=1e-6)
-        assert list(flatopt.metrics(state)) == ["loss"]
+        assert list(flatopt.metrics(state)) == ["loss", "rho"]
 
 
 @pytest.mark.parametrize("name", MEASURE)
@@ -107,11 +107,8 @@ def test_no_loss_and_two():
         with pytest.raises(ValueError, match="must hold a link that makes a gradient"):
             flatopt.loss(tx.init(START))
     link = flatopt.sam_gradients(0.1)
-    for read in (flatopt.loss, flatopt.metrics):
-        with pytest.raises(
-            ValueError, match="must hold one loss, got 2; give the part"
-        ):
-            read(optax.chain(link, link).init(START))
+    with pytest.raises(ValueError, match="must hold one loss, got 2; give the part"):
+        flatopt.loss(optax.chain(link, link).init(START))
 
 
 @pytest.mark.heart
@@ -133,6 +130,98 @@ def test_metrics_are_what_each_link_measured():
         "rho": 0.25,
     }
     assert flatopt.metrics(optax.adam(0.1).init(START)) == {}
+
+
+def _halving(count):
+    return 0.25 / 2**count
+
+
+# Where a schedule is, after two steps: made with it, or told it by optax.
+SCHEDULED = {
+    "scale": lambda s: flatopt.smooth_gradients(s),
+    "scale, two draws": lambda s: flatopt.lpf_gradients(s, 2),
+    "scale, of values": lambda s: flatopt.smooth_gradients_zeroth_order(s),
+    "rho": lambda s: optax.masked(flatopt.gsam_gradients(s, 0.1), True),
+    "rho, with memory": lambda s: flatopt.look_sam_gradients(s),
+    "gamma": lambda s: flatopt.entropy_sgd_gradients(s, num_steps=2),
+    "scale, accumulated": lambda s: flatopt.accumulate(
+        flatopt.nso_gradients(s), optax.sgd(0.1), 2
+    ),
+    "scale, injected": lambda s: optax.inject_hyperparams(flatopt.nso_sgd)(
+        0.1, sigma=s
+    ),
+    "rho, injected": lambda s: optax.inject_hyperparams(flatopt.sam_sgd)(0.1, rho=s),
+    "scale, injected in anti_pgd": lambda s: optax.inject_hyperparams(flatopt.anti_pgd)(
+        scale=s
+    ),
+}
+
+
+@pytest.mark.parametrize("where", SCHEDULED)
+def test_the_scale_of_the_last_step_is_read_off_a_schedule(where, standard_promotion):
+    name, tx = where.split(",")[0], SCHEDULED[where](_halving)
+    read = jax.jit(lambda state: flatopt.metrics(state)[name])
+    if "injected" not in where:  # there it stands from the start
+        assert read(_state(tx, 0)) == 0
+    assert read(_state(tx, 2)) == 0.125
+    state = nnx.state(
+        nnx.Optimizer(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    )
+    assert name in flatopt.metrics(state)
+
+
+@pytest.mark.parametrize("make", [flatopt.nso_gradients, flatopt.sam_gradients])
+def test_the_scale_is_zero_before_the_start(make):
+    tx = make(0.5, start_step=1)
+    one, two = (flatopt.metrics(_state(tx, steps)) for steps in (1, 2))
+    name = "rho" if make is flatopt.sam_gradients else "scale"
+    assert (one[name], two[name]) == (0, 0.5)
+
+
+def test_a_scale_given_as_an_array_survives_donation():
+    scale = jnp.float32(0.5)
+    tx = flatopt.nso_gradients(scale)
+    step = jax.jit(
+        lambda p, s: tx.update(None, s, p, value_fn=_loss)[1], donate_argnums=1
+    )
+    state = step(START, _state(tx))
+    assert flatopt.metrics(step(START, state))["scale"] == scale == 0.5
+
+
+def test_links_that_measure_the_same_are_told_apart():
+    watch, link = flatopt.track_stability(0.1, 8, every=1), flatopt.sam_gradients(0.1)
+    names = lambda tx: {*flatopt.metrics(tx.init(START))}  # noqa: E731
+    curvature = {*watch.init(START).metrics()}
+    assert names(optax.chain(watch, link)) == curvature | {"loss", "rho"}
+    both = names(optax.chain(watch, watch, link))
+    assert both == {f"{i}/{n}" for i in (0, 1) for n in curvature} | {"loss", "rho"}
+    named = optax.named_chain(("one", watch), ("two", optax.chain(watch, link)))
+    assert {"one/trace", "two/trace", "loss"} <= names(named)
+    nested = optax.chain(optax.chain(watch, watch), optax.masked(watch, True))
+    assert {"0/0/trace", "0/1/trace", "1/inner_state/trace"} <= names(nested)
+    assert {"0/loss", "1/loss", "0/scale", "1/scale"} == names(
+        optax.chain(flatopt.nso_gradients(0.1), flatopt.nso_gradients(0.2))
+    )
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    twice = nnx.Optimizer(model, optax.chain(watch, watch), wrt=nnx.Param)
+    assert flatopt.metrics(nnx.state(twice)).keys() == flatopt.metrics(twice).keys()
+
+
+def test_each_value_stands_under_its_own_label():
+    loss_fn = lambda p: jnp.sum(p["a"] ** 2) + 3 * jnp.sum(p["b"] ** 2)  # noqa: E731
+    tx = optax.named_chain(
+        *[
+            (name, flatopt.track_stability(0.1, 8, every=1, mask=mask))
+            for name, mask in (
+                ("a", {"a": True, "b": False}),
+                ("b", {"a": False, "b": True}),
+            )
+        ]
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    _, state = tx.update(params, tx.init(params), params, value_fn=loss_fn)
+    found = flatopt.metrics(state)
+    np.testing.assert_allclose((found["a/trace"], found["b/trace"]), (2, 6), rtol=1e-6)
 
 
 # Chains in order
