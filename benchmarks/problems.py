@@ -24,15 +24,15 @@ class Problem(NamedTuple):
 class MLP(nnx.Module):
     """Four dense layers of 1,024 units: 3.9 million parameters."""
 
-    def __init__(self, rngs):
-        widths = (24 * 24 * 3, 1024, 1024, 1024)
+    def __init__(self, rngs, width=1024):
+        widths = (24 * 24 * 3, width, width, width)
         self.layers = nnx.List(
             [
                 nnx.Linear(a, b, rngs=rngs)
                 for a, b in zip(widths, widths[1:], strict=False)
             ]
         )
-        self.head = nnx.Linear(1024, 10, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, images):
         x = images.reshape(len(images), -1)
@@ -94,17 +94,18 @@ class ResidualBlock(nnx.Module):
 class ResNet18(nnx.Module):
     """ResNet-18 for CIFAR shapes: 11 million parameters."""
 
-    def __init__(self, rngs):
-        self.stem = nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.GroupNorm(64, num_groups=8, rngs=rngs)
-        widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+    WIDTHS = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+
+    def __init__(self, rngs, widths=WIDTHS):
+        self.stem = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.GroupNorm(widths[0], num_groups=8, rngs=rngs)
         self.blocks = nnx.List(
             [
                 ResidualBlock(a, b, 1 + (a != b), rngs)
                 for a, b in zip(widths, widths[1:], strict=False)
             ]
         )
-        self.head = nnx.Linear(512, 10, rngs=rngs)
+        self.head = nnx.Linear(widths[-1], 10, rngs=rngs)
 
     def __call__(self, images):
         x = nnx.relu(self.norm(self.stem(images)))

@@ -1,0 +1,180 @@
+"""The benchmark for a GPU, as it runs on a machine without one: it must run at once there."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from helpers import environment
+from test_examples import write_binary, write_cifar10
+
+from benchmarks import contenders, gpu, render_accelerators
+from benchmarks.large import NAMES, make_large
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _arguments(tmp_path, *more):
+    results = ["--results", str(tmp_path / "gpu.json"), "--smoke"]
+    return gpu.parse([*results, "--part-results", str(tmp_path / "part.json"), *more])
+
+
+def test_the_command_measures_and_trains_and_writes_what_the_page_shows(tmp_path):
+    folder = write_cifar10(tmp_path / "cifar-10", write_binary)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--repeats", "2"]
+    command += ["--parts", "transformer", "cifar10", "--data-dir", str(folder)]
+    command += ["--contenders", "plain", "LPF signs, auto", "--methods", "NSO"]
+    command += ["--epochs", "1", "--results", str(tmp_path / "gpu.json")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(1), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["machine"]["versions"]["jax"] == jax.__version__
+    rows = report["parts"]["transformer"]["rows"]
+    assert set(rows) == {"plain", "LPF signs, auto"}
+    for row in rows.values():
+        assert row["timings"] == 2
+        assert np.all(np.diff([0.0, *row["seconds"]]) >= 0)
+        assert row["temporary_bytes"] > 0
+    trained = report["parts"]["cifar10"]
+    assert (trained["num_train"], trained["num_test"]) == (128, 32)
+    figures = trained["methods"]["NSO"]
+    assert 0 <= figures["accuracies"][0] <= 1
+    assert 1 < figures["losses"][0] < 5  # of ten classes at the start: log 10 = 2.3
+    render_accelerators.write(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert f"| NSO | 2 | {100 * figures['accuracies'][0]:.2f} |" in page
+    ratio = rows["LPF signs, auto"]["seconds"][1] / rows["plain"]["seconds"][1]
+    assert f" | {ratio:.2f} | " in page
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_of_the_benchmark_can_be_traced(name):
+    problem = make_large(name, smoke=True, abstract=True)
+    for make in gpu.contenders().values():
+        tx, step = make(problem)
+        state = jax.eval_shape(tx.init, problem.params)
+        key = jax.random.key(0)
+        shapes = jax.eval_shape(step, key, problem.params, state, problem.batch)
+        assert jax.tree.map(np.shape, shapes) == jax.tree.map(
+            np.shape, (problem.params, state)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("mlp", 3.9), ("transformer", 162.6), ("resnet18", 11.2)]
+)
+def test_the_networks_have_the_size_that_the_page_tells(name, millions):
+    assert make_large(name, abstract=True).num_parameters / 1e6 == pytest.approx(
+        millions, abs=0.05
+    )
+
+
+@pytest.mark.heart
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_row_that_fails_is_written_down_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def broken(problem):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand a long trace")
+
+    steps = {"broken": broken, "plain": contenders.plain}
+    monkeypatch.setattr(gpu, "contenders", lambda: steps)
+    more = ["--part", "mlp", "--until", "1e12", "--repeats", "1"]
+    gpu.run_part(_arguments(tmp_path, *more))
+    rows = json.loads((tmp_path / "part.json").read_text())["figures"]["rows"]
+    assert rows["broken"] == {
+        "error": "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    }
+    assert rows["plain"]["timings"] == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_rows_past_the_limit_are_skipped_and_said(tmp_path):
+    gpu.run_part(_arguments(tmp_path, "--part", "mlp", "--until", "0"))
+    part = json.loads((tmp_path / "part.json").read_text())["figures"]
+    assert all(row == {"skipped": "no time was left"} for row in part["rows"].values())
+    page = render_accelerators.gpu_table("mlp", part)
+    assert page.count("no time was left") == len(gpu.contenders())
+
+
+def test_a_part_that_hangs_or_dies_leaves_its_figures_and_the_others_time(
+    tmp_path, monkeypatch
+):
+    limits = {}
+
+    def start(command, timeout, cwd):
+        name = command[command.index("--part") + 1]
+        limits[name] = timeout
+        path = pathlib.Path(command[command.index("--part-results") + 1])
+        figures = {"num_parameters": 1, "batch_size": 1}
+        figures["rows"] = {"plain": {"skipped": name}}
+        if name != "resnet18":
+            path.write_text(json.dumps({"machine": {}, "figures": figures}))
+        if name == "mlp":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return types.SimpleNamespace(returncode=0 if name == "transformer" else -11)
+
+    monkeypatch.setattr(gpu.subprocess, "run", start)
+    arguments = ["--smoke", "--results", str(tmp_path / "gpu.json"), "--minutes", "5"]
+    assert "mlp, resnet18" in gpu.main(arguments)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert set(parts) == {"mlp", "transformer", "resnet18"}  # no data, no training
+    assert parts["mlp"]["error"].startswith("stopped at its limit of")
+    assert parts["mlp"]["rows"] == {"plain": {"skipped": "mlp"}}
+    assert "error" not in parts["transformer"]
+    assert parts["resnet18"] == {"error": "the process ended with code -11"}
+    # Each gets a part of the time, the last all that is left; together at most all.
+    assert limits["mlp"] < limits["resnet18"] <= 5 * 60
+    render_accelerators.write(tmp_path, tmp_path / "page.md")
+
+
+def test_parts_stay_in_the_file_for_the_same_machine_alone(tmp_path):
+    arguments = _arguments(tmp_path)
+    gpu.write({"machine": {"device": "A"}, "parts": {"mlp": {}}}, arguments)
+    gpu.write({"machine": {"device": "A"}, "parts": {"resnet18": {}}}, arguments)
+    assert set(json.loads(arguments.results.read_text())["parts"]) == {
+        "mlp",
+        "resnet18",
+    }
+    gpu.write({"machine": {"device": "B"}, "parts": {"cifar10": {}}}, arguments)
+    assert set(json.loads(arguments.results.read_text())["parts"]) == {"cifar10"}
+
+
+def test_without_a_gpu_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(SystemExit, match="got 'cpu'; install jax"):
+        gpu.main(["--results", str(tmp_path / "gpu.json")])
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_augmented_images_are_mirrored_crops_of_the_padded_ones():
+    from benchmarks import gpu_training
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, (16, 32, 32, 3), np.uint8)
+    found = np.asarray(gpu_training.augment(jax.random.key(0), images))
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    places = []
+    for image, whole in zip(found, padded, strict=True):
+        crops = {
+            whole[i : i + 32, j : j + 32][:, ::step].tobytes(): (i, j, step)
+            for i in range(9)
+            for j in range(9)
+            for step in (1, -1)
+        }
+        places.append(crops[image.tobytes()])
+    rows, columns, steps = (set(values) for values in zip(*places, strict=True))
+    assert len(rows) > 4
+    assert len(columns) > 4
+    assert steps == {1, -1}
+
+
+def test_the_page_is_rendered_from_what_was_measured(tmp_path):
+    render_accelerators.write(page=tmp_path / "page.md")
+    page = (ROOT / "docs" / "accelerators.md").read_text()
+    assert (tmp_path / "page.md").read_text() == page
