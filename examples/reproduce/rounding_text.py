@@ -14,16 +14,11 @@ import pathlib
 
 import common
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-import transformer
-from common import after, figures, statistics
+from common import after, figures, language, statistics
 from common.after import LEVELS
-from common.text import read, split
-from flax import nnx
-from transformer import Method
+from common.language import Method
 
 import flatopt
 
@@ -87,72 +82,15 @@ SMOKE = {
 }
 
 
-# Methods: AdamW behind another first link; arguments as in transformer.py
+# Methods, as in common.language
 
 
-def adamw(setting, num_steps, trained, *links):
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_steps // 20 + 1, num_steps)
-
-    def learning_rate(count):
-        falling = shape(jnp.minimum(count, num_steps // 20 + 1))
-        constant = setting.get("constant", 0.0) > 0
-        return setting["learning_rate"] * jnp.where(constant, falling, shape(count))
-
-    last = optax.adamw(
-        learning_rate, weight_decay=setting["weight_decay"], mask=trained
-    )
-    return optax.chain(*links, last)
-
-
-def only(trained):
-    frozen = jax.tree.map(lambda wanted: not wanted, trained)
-    return optax.masked(optax.set_to_zero(), frozen)
-
-
-def plain(setting, num_steps, trained, filter_axes, key):
-    del filter_axes, key
-    return adamw(setting, num_steps, trained, only(trained))
-
-
-def averaged(setting, num_steps, trained, filter_axes, key):
-    return optax.chain(
-        plain(setting, num_steps, trained, filter_axes, key),
-        after.average(setting["average"]),
-    )
-
-
-def sam(setting, num_steps, trained, filter_axes, key):
-    del filter_axes
-    link = flatopt.sam_gradients(setting["rho"], mask=trained, key=key)
-    return adamw(setting, num_steps, trained, link)
-
-
-def sam_at_the_end(setting, num_steps, trained, filter_axes, key):
-    del filter_axes
+def sam_at_the_end(setting, num_steps, trained, network, key):
+    del network
     link = flatopt.sam_gradients(
         setting["rho"], start_step=int(0.9 * num_steps), mask=trained, key=key
     )
-    return adamw(setting, num_steps, trained, link)
-
-
-def nso(setting, num_steps, trained, filter_axes, key):
-    del filter_axes
-    link = flatopt.smooth_gradients(
-        setting["sigma"], antithetic=True, mask=trained, key=key
-    )
-    return adamw(setting, num_steps, trained, link)
-
-
-def lpf(setting, num_steps, trained, filter_axes, key):
-    link = flatopt.smooth_gradients(
-        setting["gamma"],
-        flatopt.kernels.filterwise(filter_axes=filter_axes),
-        num_samples=4,
-        batch_argnames=("batch",),
-        mask=trained,
-        key=key,
-    )
-    return adamw(setting, num_steps, trained, link)
+    return language.adamw(setting, num_steps, trained, link)
 
 
 def flat_grid(**radii):
@@ -162,11 +100,11 @@ def flat_grid(**radii):
 # Four settings each.
 METHODS = {
     ADAMW: Method(
-        plain,
+        language.plain,
         common.grid(learning_rate=(8e-3, 1.6e-2), weight_decay=(0.01, 0.1)),
     ),
     AVERAGE: Method(
-        averaged,
+        language.averaged,
         common.grid(
             learning_rate=(8e-3, 1.6e-2),
             weight_decay=(0.01,),
@@ -174,73 +112,19 @@ METHODS = {
             constant=(0.0, 1.0),
         ),
     ),
-    "SAM": Method(sam, flat_grid(rho=(0.05, 0.1))),
+    "SAM": Method(language.sam, flat_grid(rho=(0.05, 0.1))),
     "SAM, last 10 %": Method(sam_at_the_end, flat_grid(rho=(0.1, 0.2))),
-    "NSO-AdamW": Method(nso, flat_grid(sigma=(5e-3, 2e-2))),
-    "LPF-AdamW": Method(lpf, flat_grid(gamma=(5e-3, 2e-2))),
+    "NSO-AdamW": Method(language.nso, flat_grid(sigma=(5e-3, 2e-2))),
+    "LPF-AdamW": Method(language.lpf, flat_grid(gamma=(5e-3, 2e-2))),
 }
 
 
-class Training(transformer.Training):
-    """The text and the network, and how to train the one on the other."""
-
-    def __init__(self, config):
-        self.config = config
-        folder = config.data_dir
-        path = folder / "tinyshakespeare.txt" if folder else transformer.LIBRARY
-        self.codes = read(path)
-        self.split = split(self.codes, config.train_characters)
-        model = self.make(0)
-        self.graphdef, params = nnx.split(model)
-        self.filter_axes = flatopt.flax.filter_axes(model)
-        self.is_lora = jax.tree_util.tree_map_with_path(
-            lambda path, _: "lora" in jax.tree_util.keystr(path), params
-        )
-        self.start = functools.cache(lambda seed: nnx.split(self.make(seed))[1])
-
-    def cost(self, method, num_steps=20):
-        """Gradients of a batch a step, the mean of a short training."""
-        tx, params = (
-            self.optimizer(method, method.settings[0], num_steps, 0),
-            self.start(0),
-        )
-        batch = jnp.zeros((self.config.batch_size, self.config.length + 1), jnp.int32)
-
-        def step(value_fn, carry, batch):
-            return common.step(tx, value_fn, carry, takes_loss(method), batch=batch)
-
-        carry = params, tx.init(params)
-        return common.methods.gradients_a_step(
-            step, self.loss_fn, carry, batch, num_steps=num_steps
-        )
-
-    def train(self, method, num_steps, setting, seed):
-        """The network after training once."""
-        key, batch_key = jax.random.split(jax.random.key(seed))
-        setting = {name: jnp.float32(value) for name, value in setting.items()}
-        arguments = self.start(seed), setting, key, batch_key
-        params, state = self.run(method, num_steps, *arguments)
-        return optax.tree.get(state, "average") if method.make is averaged else params
-
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def run(self, method, num_steps, params, setting, key, batch_key):
-        config, codes = self.config, self.split["train"]
-        tx = self.optimizer(method, setting, num_steps, key)
-
-        def body(carry, key):
-            starts = jax.random.randint(
-                key, (config.batch_size,), 0, len(codes) - config.length
-            )
-            batch = codes[starts[:, None] + jnp.arange(config.length + 1)]
-            takes = takes_loss(method)
-            return common.step(tx, self.loss_fn, carry, takes, batch=batch), None
-
-        keys = jax.random.split(batch_key, num_steps)
-        return jax.lax.scan(body, (params, tx.init(params)), keys)[0]
+class Training(language.Training):
+    """The text and the network, and what is kept of it when the weights change."""
 
     def lost(self, method, num_steps, setting, seed, name):
         """The loss on a text, as trained and after every change."""
-        params = self.train(method, num_steps, setting, seed)
+        params, _ = self.train(method, num_steps, setting, seed)
         return self.kept(params, self.windows(self.split[name]))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -248,15 +132,13 @@ class Training(transformer.Training):
         return after.kept(self.loss_fn, params, batch, self.config.draws)
 
 
-def takes_loss(method):
-    return method.make not in (plain, averaged)
-
-
 # What is computed
 
 
 def compute(config, piece):
-    training, found = Training(config), {}
+    folder = config.data_dir
+    path = folder / "tinyshakespeare.txt" if folder else language.LIBRARY
+    training, found = Training(config, path), {}
     with common.shown(piece) as piece:
         for name in config.methods:
             adamw = found.get(ADAMW, {}).get("validation")

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import operator
-import os
 import pathlib
 import platform
 import time
@@ -22,13 +21,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import figures, methods, statistics
-from common.text import Transformer, read, split, windows
+from common.language import LIBRARY, Method, Network
+from common.text import read, split
 from flax import nnx
 
 import flatopt
-import flatopt.flax
-
-LIBRARY = pathlib.Path(os.__file__).parent
 
 # Of the papers, for other networks and data: nothing here is of this size. LPF-Adam in
 # machine translation, section 5 of arXiv 2201.08025: chunks, gamma and its growth; NSO,
@@ -97,21 +94,21 @@ def adamw(setting, num_steps, trained):
     )
 
 
-def plain(setting, num_steps, trained, filter_axes, key):
-    del filter_axes, key
+def plain(setting, num_steps, trained, network, key):
+    del network, key
     frozen = jax.tree.map(lambda wanted: not wanted, trained)
     return optax.chain(
         optax.masked(optax.set_to_zero(), frozen), adamw(setting, num_steps, trained)
     )
 
 
-def lpf(setting, num_steps, trained, filter_axes, key):
+def lpf(setting, num_steps, trained, network, key):
     gamma = flatopt.schedules.cosine_growth(
         setting["gamma"], PAPER["growth"], num_steps
     )
     link = flatopt.smooth_gradients(
         gamma,
-        flatopt.kernels.filterwise(filter_axes=filter_axes),
+        flatopt.kernels.filterwise(filter_axes=network.filter_axes),
         num_samples=PAPER["chunks"],
         batch_argnames=("batch",),
         mask=trained,
@@ -120,19 +117,12 @@ def lpf(setting, num_steps, trained, filter_axes, key):
     return optax.chain(link, adamw(setting, num_steps, trained))
 
 
-def nso(setting, num_steps, trained, filter_axes, key):
-    del filter_axes
+def nso(setting, num_steps, trained, network, key):
+    del network
     link = flatopt.smooth_gradients(
         setting["sigma"], antithetic=True, mask=trained, key=key
     )
     return optax.chain(link, adamw(setting, num_steps, trained))
-
-
-@dataclasses.dataclass(frozen=True)
-class Method(common.Method):
-    """A method that trains all weights but LoRA matrices, or those alone."""
-
-    lora: bool = False
 
 
 FEW, MANY = (4e-3, 8e-3, 1.6e-2), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -151,13 +141,14 @@ FINETUNING = {
     "AdamW, LoRA": Method(plain, PLAIN_LORA, lora=True),
     "NSO, LoRA": Method(nso, NSO_LORA, lora=True),
 }
+QUICK = ("AdamW", "LPF-AdamW", "NSO")  # those of the tiny version
 
 
-class Training:
+class Training(Network):
     """Texts and network, and how to train the one on the other."""
 
     def __init__(self, config):
-        self.config = config
+        super().__init__(config)
         self.codes = {
             "text": read(config.text or LIBRARY),
             "shifted": read(config.shifted or LIBRARY / "pydoc_data" / "topics.py"),
@@ -166,31 +157,7 @@ class Training:
             "text": split(self.codes["text"], config.train_characters),
             "shifted": split(self.codes["shifted"], config.shifted_characters),
         }
-        model = self.make(0)
-        self.graphdef, params = nnx.split(model)
-        self.filter_axes = flatopt.flax.filter_axes(model)
-        self.is_lora = jax.tree_util.tree_map_with_path(
-            lambda path, _: "lora" in jax.tree_util.keystr(path), params
-        )
-        self.start = functools.cache(lambda seed: nnx.split(self.make(seed))[1])
         self.programs, self.kept = {}, {}
-
-    def make(self, seed):
-        config = self.config
-        rngs = nnx.Rngs(seed)
-        return Transformer(config.width, config.blocks, config.length, rngs)
-
-    def windows(self, codes):
-        return windows(codes, self.config.length, self.config.windows)
-
-    def loss_fn(self, params, batch):
-        logits = nnx.merge(self.graphdef, params)(batch[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-        return losses.mean()
-
-    def optimizer(self, method, setting, num_steps, key):
-        trained = jax.tree.map(lambda lora: lora == method.lora, self.is_lora)
-        return method.make(setting, num_steps, trained, self.filter_axes, key)
 
     def gradients_a_step(self, method, setting):
         tx, params = self.optimizer(method, setting, 100, 0), self.start(0)
@@ -249,10 +216,6 @@ class Training:
             curve.append(self.evaluate(carry[0], validation))
         return carry[0], {"validation": curve, "seconds": seconds}
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def evaluate(self, params, batch):
-        return self.loss_fn(params, batch)
-
     def measure(self, method, params, which):
         """Losses, and the trace of the training loss's Hessian over trained weights."""
         splits = self.splits[which]
@@ -266,14 +229,6 @@ class Training:
             "trace": trace.value,
             "trace_error": trace.standard_error,
         }
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def trace(self, part, frozen, batch):
-        def loss_fn(part, batch):
-            return self.loss_fn(nnx.merge_state(part, frozen), batch)
-
-        operator = flatopt.curvature.hessian(loss_fn, part, batch)
-        return flatopt.curvature.trace(operator, jax.random.key(0), 24, num_deflated=0)
 
     def pretrain(self, method, setting, seed, cost):
         found = self.train(method, setting, seed, cost, self.start(seed), "text")
@@ -292,12 +247,15 @@ class Training:
 
 def compute(config, piece):
     training = Training(config)
-    tuned = {n: m for n, m in FINETUNING.items() if m.budget == 1 or not config.smoke}
-    total = config.pretraining * methods.num_runs(PRETRAINING, config.seeds)
+    pretrained, tuned = (
+        {n: m for n, m in found.items() if n in QUICK or not config.smoke}
+        for found in (PRETRAINING, FINETUNING)
+    )
+    total = config.pretraining * methods.num_runs(pretrained, config.seeds)
     total += config.finetuning * methods.num_runs(tuned, config.seeds)
     with common.shown(piece, total, "gradient") as piece:
         stage = functools.partial(run_stage, config, training, piece)
-        first = stage("pre-training", PRETRAINING, training.pretrain, "text")
+        first = stage("pre-training", pretrained, training.pretrain, "text")
         finetune = functools.partial(training.finetune, first["methods"]["AdamW"])
         second = stage("fine-tuning", tuned, finetune, "shifted")
     texts = {

@@ -102,9 +102,11 @@ def ivon(
         m &\leftarrow m - \alpha (h_0 + \delta)\, \operatorname{clip}
             \frac{v / (1 - \beta_1^t) + \delta m}{h + \delta}
 
-    This is a whole optimizer, not a link. Evaluate at the parameters, the mean; for
-    uncertainty average predictions over :func:`sample_posterior`. The first steps want a
-    warm-up of the learning rate, and a schedule that decays to zero suits it.
+    This is a whole optimizer, not a link. The noise is what the curvature is learned from:
+    so there is no ``noise_mask``, ``clean_weight`` or ``start_step``. Evaluate at the
+    parameters, the mean; for uncertainty average predictions over
+    :func:`sample_posterior`. The first steps want a warm-up of the learning rate, and a
+    schedule that decays to zero suits it.
 
     Cost of a step: ``num_samples`` gradients of the batch, or 1 with ``batch_argnames``.
     State: two parameter sizes, in float32 or wider.

@@ -1,5 +1,7 @@
 """Random weight perturbation with a deviation that adapts to the gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,6 +30,7 @@ def arwp_gradients(
     batch_argnames: tuple[str, ...] = (),
     weight_fn: WeightFn | None = None,
     mask: Mask = None,
+    noise_mask: Any = None,
     clean_weight: ScalarOrSchedule | None = 0.5,
     start_step: int = 0,
     strategy: Strategy = "auto",
@@ -45,7 +48,8 @@ def arwp_gradients(
     ``smooth_gradients(sigma, kernels.filterwise(), clean_weight=0.5)``. The authors let
     ``sigma`` grow along a half cosine, such as
     ``flatopt.schedules.cosine_growth(1e-5, 1000, num_steps)``. The defaults of ``eta`` and
-    ``decay`` are ours. F gathers from the first step on, also before ``start_step``.
+    ``decay`` are ours. F gathers from the first step on, also before ``start_step``; leaves
+    that get noise but are not differentiated have no F, and RWP's noise.
 
     Cost of a step: two gradients, or one with ``batch_argnames``. State: one number a
     filter. Put this link first in a chain.
@@ -57,8 +61,8 @@ def arwp_gradients(
       filter_axes: see :func:`flatopt.kernels.filterwise`.
       clean_weight: weight c of the clean gradient, between 0 and 1: a number or a
         schedule; None: no clean pass.
-      num_samples, batch_argnames, weight_fn, mask, start_step, strategy, axis_name, key:
-        see :func:`smooth_gradients`.
+      num_samples, batch_argnames, weight_fn, mask, noise_mask, start_step, strategy,
+        axis_name, key: see :func:`smooth_gradients`.
 
     Returns:
       A transformation with state :class:`SmoothGradientsState`, F its ``memory``.
@@ -112,6 +116,7 @@ def arwp_gradients(
         batch_argnames=batch_argnames,
         weight_fn=weight_fn,
         mask=mask,
+        noise_mask=noise_mask,
         clean_weight=clean_weight,
         start_step=start_step,
         strategy=strategy,
@@ -123,15 +128,18 @@ def arwp_gradients(
 
 
 def _adaptive(kernel, eta, memory):
-    """The kernel over sqrt(1 + eta F), with F the memory."""
-    shrinkage = jax.tree.map(
-        lambda m: jax.lax.rsqrt(1 + jnp.asarray(eta).astype(m.dtype) * m), memory
-    )
+    """The kernel over sqrt(1 + eta F), with F the memory; as it is where there is no F."""
+    shrinkage = {
+        trees.path_name(path): jax.lax.rsqrt(1 + jnp.asarray(eta).astype(m.dtype) * m)
+        for path, m in jax.tree_util.tree_leaves_with_path(memory)
+    }
+
+    def shrink(path, noise):
+        factor = shrinkage.get(trees.path_name(path))
+        return noise if factor is None else noise.astype(factor.dtype) * factor
 
     def bind(key, params):
         draw = binding.bind(kernel, key, params)
-        return lambda key: jax.tree.map(
-            lambda u, s: u.astype(s.dtype) * s, draw(key), shrinkage
-        )
+        return lambda key: jax.tree_util.tree_map_with_path(shrink, draw(key))
 
     return kernels.Kernel(bind)

@@ -34,7 +34,8 @@ def entropy_sgd_gradients(
 
     and the gradient returned is :math:`\theta - \mu`, as in the authors' code: that of
     the negative local entropy is :math:`\gamma` times it, and a learning rate of 1 moves
-    to :math:`\mu`.
+    to :math:`\mu`. It is a distance, not a gradient, and the noise is that of the walk: so
+    there is no ``clean_weight``, ``start_step`` or ``noise_mask``.
 
     Cost of a step: ``num_steps`` gradients of the batch, or 1 with ``batch_argnames``. Put
     this link first in a chain: the incoming gradients are not read, and after an optimizer

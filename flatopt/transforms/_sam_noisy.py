@@ -105,6 +105,10 @@ def noisy_sam_gradients(
     with two of these: isotropic noise before ``optax.adam``, which they call Bayesian SAM
     (it is not bSAM, which learns its noise), and :func:`random_sam_gradients`.
 
+    The noise turns the ascent step and is not in the gradient returned: so there is no
+    ``noise_mask`` (pass ``kernels.masked(kernel, mask)`` for noise on fewer leaves) and no
+    ``clean_weight``.
+
     Cost of a step: two gradients. Put this link first in a
     chain: the incoming gradients are not read, and after an optimizer it would ascend;
     :func:`chain` refuses that.

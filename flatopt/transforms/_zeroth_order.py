@@ -34,6 +34,9 @@ def smooth_gradients_zeroth_order(
     ``strategy="vmap"`` it is two parameter sizes a draw. The noise follows from ``key``
     alone; the incoming gradients are not read.
 
+    What gets noise is what the noise differentiates, and there is no plain gradient: so
+    there is no ``noise_mask``, ``clean_weight`` or ``start_step``.
+
     Args:
       scale: standard deviation :math:`\sigma` of the noise, > 0: a number, a scalar
         array or a schedule of the step count.

@@ -1,11 +1,14 @@
 """A share of the clean gradient, a late start, and ARWP, against NumPy."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers import (
+    arguments_of,
     assert_close,
     loss_fn,
     regression,
@@ -353,3 +356,57 @@ def test_arwp_without_eta_is_rwp_and_remembers_free_filters_alone():
         "bias": (1,),
         "kernel": (1, 2),
     }
+
+
+def test_arwp_shrinks_the_noise_of_what_it_differentiates_alone():
+    params = {"frozen": jnp.array([3.0, 4.0]), "free": jnp.array([0.6, 0.8])}
+    tx = flatopt.arwp_gradients(
+        SCALE, 2.0, mask={"frozen": False, "free": True},
+        noise_mask=True, clean_weight=None, key=5,
+    )  # fmt: skip
+
+    def product(params):
+        return jnp.sum(params["frozen"] * params["free"])
+
+    state, memory = tx.init(params), 0.0
+    for step in range(3):
+        updates, state = tx.update(None, state, params, value_fn=product)
+        key = jax.random.fold_in(jax.random.fold_in(KEY, step), 0)
+        units = kernels.isotropic()(key, params)
+        moved = np.asarray(params["frozen"]) + SCALE * 5 * np.asarray(units["frozen"])
+        shrunk = SCALE / np.sqrt(1 + 2 * memory) * np.asarray(units["free"])
+        np.testing.assert_allclose(updates["free"], moved, rtol=1e-5)
+        np.testing.assert_array_equal(updates["frozen"], 0)
+        value = (moved * (np.asarray(params["free"]) + shrunk)).sum()
+        np.testing.assert_allclose(state.smoothed_value, value, rtol=1e-5)
+        memory = 0.99 * memory + (moved**2).sum()
+        np.testing.assert_allclose(state.memory["free"], [memory], rtol=1e-5)
+    assert state.memory["frozen"] is None
+
+
+# What the links of noise take
+
+
+ALL = {"noise_mask", "clean_weight", "start_step"}
+TAKEN = {
+    "smooth_gradients": ALL,
+    "lpf_gradients": ALL,
+    "nso_gradients": ALL,
+    "arwp_gradients": ALL,
+    "noisy_sam_gradients": {"start_step"},
+    "smooth_gradients_zeroth_order": set(),
+    "entropy_sgd_gradients": set(),
+    "ivon": set(),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_link_of_noise_takes_these_or_says_why_not(name):
+    make = getattr(flatopt, name)
+    taken = ALL & set(inspect.signature(make).parameters)
+    assert taken == TAKEN[name]
+    said = make.__doc__.partition("Args:")[0]
+    for argument in ALL - taken:
+        assert f"``{argument}``" in said
+        with pytest.raises(TypeError, match=argument):
+            make(**arguments_of(name), **{argument: None})

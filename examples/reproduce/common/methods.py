@@ -30,7 +30,7 @@ class Method:
     """The settings to choose from; none where ``tuned_as`` says whose choice to take."""
     tuned_as: str = dataclasses.field(default="", compare=False)
     """Name of the method whose chosen setting to take."""
-    budget: int = dataclasses.field(default=1, compare=False)
+    budget: float = dataclasses.field(default=1, compare=False)
     """How often the gradients of the others."""
 
 
