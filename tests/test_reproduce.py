@@ -20,6 +20,11 @@ RESULTS = ROOT / "docs" / "results"
 STEMS = [path.stem for path in COMMANDS]
 
 
+def plain(tree):
+    """As a JSON file gives it back."""
+    return json.loads(json.dumps(tree, default=lambda x: np.asarray(x).tolist()))
+
+
 def _run(*arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -293,6 +298,9 @@ def test_a_network_in_a_wider_program_has_the_curvature_of_its_own(monkeypatch):
 def test_settings_are_chosen_as_trained_at_matched_accuracy_and_at_any(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
     import rounding
+    from common import goals
+
+    targets = rounding.TARGETS
 
     rates = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.2, 0.8)]
     kept = np.zeros((4, 6))
@@ -303,27 +311,27 @@ def test_settings_are_chosen_as_trained_at_matched_accuracy_and_at_any(monkeypat
         "noise": kept[:, :5].tolist(),
         "pruned": kept[:, :5].tolist(),
     }
-    sgd = rounding.chosen_of("SGD", rates, tuned, 0.955)
+    sgd = goals.chosen_of("SGD", rates, tuned, 0.955, targets)
     assert sgd["float, 3 bits"] == 0
     assert sgd["matched, 3 bits"] == 1  # a setting that fell to NaN is not trained
     assert sgd["best, 3 bits"] == 3
     assert sgd["SGD, largest rate, 3 bits"] == 1
     weak = tuned | {"float": [0.90, 0.91, 0.80, 0.85]}
-    other = rounding.chosen_of("SAM", rates, weak, 0.955)
+    other = goals.chosen_of("SAM", rates, weak, 0.955, targets)
     assert other["matched, 3 bits"] == 1  # its best as trained, where none is as good
     assert "SGD, largest rate, 3 bits" not in other
 
 
 def test_gains_are_paired_by_seed_and_averaged_over_networks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
-    import rounding
+    from common import goals
 
     def runs(trained, kept):
         return {"float": trained, "bits": np.tile(np.array(kept)[:, None], 6)}
 
     own = [runs([0.9, 0.8], [0.7, 0.6]), runs([0.5, 0.6], [0.5, 0.8])]
     base = [runs([0.8, 0.8], [0.6, 0.6]), runs([0.5, 0.6], [0.5, 0.6])]
-    found = rounding.against(own, base, "3 bits")
+    found = goals.against(own, base, ("bits", 3))
     np.testing.assert_allclose(found["float_gain"]["mean"], 0.025)
     gain = found["gain"]  # of 0.05 and 0.1; the 97.5 % quantile of t for one degree
     np.testing.assert_allclose(gain["mean"], 0.075)
@@ -377,16 +385,130 @@ def test_the_average_forgets_the_start_and_changes_no_update(monkeypatch):
 
 def test_the_frontier_is_the_most_kept_where_so_much_is_learned(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
-    from common import again
+    from common import again, frontiers
 
     old, new = [[0.9, 0.5], [0.7, 0.6]], [[0.2, 0.8], [0.6, 0.9]]
-    found = again.frontier(old, new, [0.1, 0.5, 0.7, 0.85, 0.95])
+    found = frontiers.frontier(old, new, [0.1, 0.5, 0.7, 0.85, 0.95])
     np.testing.assert_array_equal(found, [0.9, 0.7, 0.6, 0.6, 0])
     # From a half to all: 0.7 to a level of 0.6, 0.6 to 0.9, none beyond.
-    np.testing.assert_allclose(again.area(old, new), 0.14 + 0.36, atol=0.02)
+    np.testing.assert_allclose(
+        frontiers.area(old, new, again.LEVELS.curve), 0.14 + 0.36, atol=0.02
+    )
     digit = jnp.arange(64.0)[None]
     assert again.turned(digit).reshape(8, 8)[0, 0] == 7  # the upper right corner
     np.testing.assert_array_equal(again.turned(again.turned(digit), 3), digit)
+
+
+def test_a_task_is_tuned_at_one_seed_and_compared_with_the_first_method(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import types
+
+    from common import frontiers
+
+    levels = frontiers.Levels(np.array([0.5, 0.7, 0.9]), 0.7, tolerance=0.02)
+    kept = {  # what is kept where 0.8 are learned, and accuracy before, by setting
+        "base": ((0.6, 0.90), (0.7, 0.89), (0.8, 0.5)),
+        "other": ((0.4, 0.80), (0.9, 0.70), (0.1, 0.6)),
+    }
+    seeds = []
+
+    class Training(frontiers.OneByOne):
+        config, num_steps = types.SimpleNamespace(seeds=2), 10
+
+        def settings(self, method):
+            return kept[method]
+
+        def cost(self, method):
+            return {"base": 1.0, "other": 2.0}[method]
+
+        def again(self, method, setting, seed, num_steps, split):
+            assert num_steps == {"base": 10, "other": 5}[method]
+            seeds.append((split, seed))
+            old = setting[0] + (0.01 * seed if split == "test" else 0)
+            found = {"before": setting[1], "sharpness": old, "old": [[old, 0.2]]}
+            return {k: np.array(x) for k, x in (found | {"new": [[0.8, 0.4]]}).items()}
+
+    training = Training()
+    training.levels = levels
+    found = frontiers.study(
+        lambda name, function: plain(function()),
+        "network",
+        training,
+        {name: name for name in kept},
+        levels,
+    )
+    assert set(seeds) == {("validation", 100), ("test", 1), ("test", 2)}
+    assert found["methods"]["base"]["chosen"] == {"float": 0, "matched": 1, "best": 2}
+    # Its best before the second task, where none is within the tolerance of the base.
+    assert found["methods"]["other"]["chosen"] == {"float": 0, "matched": 0, "best": 1}
+    row = found["summary"]["matched"]["other"]
+    np.testing.assert_allclose(row["kept"]["mean"], 0.415)
+    np.testing.assert_allclose(row["kept_gain"]["mean"], 0.4 - 0.7)
+    # Two of three levels are reached.
+    np.testing.assert_allclose(row["area_gain"]["mean"], (0.4 - 0.7) * 2 / 3)
+    assert found["predictor"]["kendall"] > 0.999  # that curvature is what is kept
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_photographs_are_halved_and_statistics_follow_the_weights(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import types
+
+    from common import photographs
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 1, 1, 3)) * rng.random((12, 32, 32, 1))
+    images = images.astype(np.uint8)
+    small, labels = photographs.halved(images, np.arange(12) % 10)
+    means = images.astype(float).reshape(12, 16, 2, 16, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(small, means, rtol=1e-6)
+    config = types.SimpleNamespace(
+        width=2, blocks=(), dtype="float32", epochs=1, batch_size=4
+    )
+    split = small, labels
+    training = photographs.Training(config, {"train": split})
+    params = training.network.start(0)
+    order = [
+        np.concatenate(
+            [b.argmax(axis=1) for _, b in training.batches(split, 3, seed, 4)]
+        )
+        for seed in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(order[0], order[1])
+    np.testing.assert_array_equal(np.sort(order[0]), np.sort(labels))
+    assert (order[0] != order[2]).any()
+
+    def predicted(params, statistics_of):
+        x = (small / 255 - np.array([0.491, 0.482, 0.447])) / np.array(
+            [0.247, 0.243, 0.262]
+        )
+
+        def stem(params):
+            padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            kernel = np.asarray(params["stem"]["kernel"].get_value(), float)
+            return sum(
+                padded[:, i : i + 16, j : j + 16] @ kernel[i, j]
+                for i in range(3)
+                for j in range(3)
+            )
+
+        y, own = stem(params), stem(statistics_of)
+        y = (y - own.mean(axis=(0, 1, 2))) / np.sqrt(own.var(axis=(0, 1, 2)) + 1e-5)
+        head = np.asarray(params["head"]["kernel"].get_value(), float)
+        return (np.maximum(y, 0).mean(axis=(1, 2)) @ head).argmax(axis=1)
+
+    # A channel a hundred times as large hides the other, unless statistics follow it.
+    moved = jax.tree.map(lambda x: x, params)
+    kernel = moved["stem"]["kernel"].get_value()
+    moved["stem"]["kernel"].set_value(kernel * jnp.array([100.0, 1.0]))
+    statistics = training.network.mean_statistics(params, small)
+    split = small, predicted(moved, params)
+    assert training.accuracy((moved, statistics), split) == 1
+    expected = (predicted(moved, moved) == split[1]).mean()
+    found = training.updated_accuracy(moved, split)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert expected < 0.9
 
 
 @jax.numpy_rank_promotion("allow")

@@ -10,13 +10,11 @@ trained; and the accuracy after a change, whatever it costs.
 """
 
 import dataclasses
-import functools
 
 import common
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from common import after, figures, statistics
+from common import after, figures, goals
 from common.after import LEVELS, NOISE
 from common.links import METHODS, SGD
 
@@ -25,8 +23,6 @@ from common.links import METHODS, SGD
 PAPER = {"forgetting": 0.31, "rounding": 0.40, "bits": 4}
 TARGETS = {"3 bits": ("bits", 3), "noise 0.1": ("noise", 0.1), "80 %": ("pruned", 0.8)}
 TOLERANCE = 0.005  # of accuracy, below the best of SGD on validation images
-RATE = "SGD, largest rate"
-GOALS = ("float", "matched", "best")
 SHOWN = (
     "average of weights",
     "SAM",
@@ -82,135 +78,18 @@ def compute(config, piece):
     with common.shown(piece) as piece:
         for name in config.networks:
             training = after.Training(config, name)
-            networks[name] = study(piece, name, training, methods)
+            networks[name] = goals.study(
+                piece, name, training, methods, TARGETS, TOLERANCE
+            )
     return {
         "paper": PAPER,
         "levels": LEVELS,
         "tolerance": TOLERANCE,
         "num_settings": config.settings,
         "networks": networks,
-        "over_networks": summarize([n["methods"] for n in networks.values()]),
-    }
-
-
-def study(piece, network, training, methods):
-    """Tune every method on validation images, then train what was chosen."""
-    found, enough = {}, None
-    for name, method in methods.items():
-        cost = piece(f"{network}, {name}, cost", lambda m=method: training.cost(m))
-        steps = int(training.num_steps / cost)
-        run = functools.partial(training.tune_kept, method, steps)
-        tuned = piece(f"{network}, {name}, tuning", run)
-        settings = training.settings(method)
-        if name == SGD:
-            enough, follows = max(tuned["float"]) - TOLERANCE, rates(tuned)
-        found[name] = {
-            "gradients_a_step": cost,
-            "num_steps": steps,
-            "validation": shortened(tuned),
-            "chosen": chosen_of(name, settings, tuned, enough),
-        }
-        places = sorted({*found[name]["chosen"].values()})
-        run = functools.partial(training.finish_kept, method, steps, places)
-        found[name]["runs"] = piece(f"{network}, {name}, final", run)
-        found[name]["settings"] = {place: settings[place] for place in places}
-    return {"methods": found, "summary": summarize([found]), "rates": follows}
-
-
-def column_of(found, target):
-    change, level = TARGETS[target]
-    return np.asarray(found[change])[:, LEVELS[change].index(level)]
-
-
-def shortened(tuned):
-    """Validation accuracies of every setting as trained and at the targets."""
-    targets = {target: column_of(tuned, target) for target in TARGETS}
-    return {"float": tuned["float"]} | targets
-
-
-def chosen_of(name, settings, tuned, enough):
-    """The place of the setting that each goal chooses on validation images."""
-    trained = np.nan_to_num(tuned["float"])
-    enough = min(enough, trained.max())  # the best one, where none is good enough
-    chosen = {}
-    for target in TARGETS:
-        kept = np.nan_to_num(column_of(tuned, target))
-        within = np.where(trained >= enough, kept, -1)
-        chosen[f"float, {target}"] = np.argmax(trained)
-        chosen[f"matched, {target}"] = np.argmax(within)
-        chosen[f"best, {target}"] = np.argmax(kept)
-        if name == SGD:
-            speed = np.array([setting["learning_rate"] for setting in settings])
-            fastest = speed == speed[trained >= enough].max()
-            chosen[f"{RATE}, {target}"] = np.argmax(np.where(fastest, within, -2))
-    return {goal: int(place) for goal, place in chosen.items()}
-
-
-def rows_of(found):
-    """Each method, and the name of its goals: SGD at its largest rate is one more."""
-    yield from ((name, name, None) for name in found)
-    yield RATE, SGD, RATE
-
-
-def runs_for(method, goal, target):
-    return method["runs"][str(method["chosen"][f"{goal}, {target}"])]
-
-
-def summarize(networks):
-    """Accuracy as trained and after a change, and against SGD seed by seed."""
-    return {
-        goal: {
-            target: {
-                row: against(
-                    [runs_for(found[name], own or goal, target) for found in networks],
-                    [runs_for(found[SGD], goal, target) for found in networks],
-                    target,
-                    whole_curve=goal == "matched",
-                )
-                for row, name, own in rows_of(networks[0])
-            }
-            for target in TARGETS
-        }
-        for goal in GOALS
-    }
-
-
-def against(own, base, target, whole_curve=True):
-    """Of runs of the same seeds, a list of networks each: means over the networks."""
-    change, level = TARGETS[target]
-
-    def mean(runs, name):
-        return np.mean([found[name] for found in runs], axis=0)
-
-    trained, base_trained = (mean(runs, "float") for runs in (own, base))
-    kept, base_kept = (mean(runs, change).T for runs in (own, base))
-    levels = {
-        str(at): {
-            "kept": common.mean_and_error(kept[column]),
-            "gain": statistics.with_interval(kept[column] - base_kept[column]),
-        }
-        for column, at in enumerate(LEVELS[change])
-    }
-    return (
-        {
-            "float": common.mean_and_error(trained),
-            "float_gain": statistics.with_interval(trained - base_trained),
-        }
-        | levels[str(level)]
-        | ({"levels": levels} if whole_curve else {})
-    )
-
-
-def rates(tuned):
-    """Whether what 3 bits take away from SGD follows learning rate and decay."""
-    trained = np.asarray(tuned["float"])
-    lost = trained - column_of(tuned, "3 bits")
-    table = pd.DataFrame(tuned["settings"]).assign(lost=lost)
-    table = table[trained >= trained.max() - 0.02]
-    names = ["learning_rate", "weight_decay"]
-    return {"settings": len(table)} | {
-        name: statistics.correlation_within(table[[other]], table[name], table["lost"])
-        for name, other in zip(names, names[::-1], strict=True)
+        "over_networks": goals.summarize(
+            [found["methods"] for found in networks.values()], TARGETS
+        ),
     }
 
 
@@ -228,10 +107,11 @@ def draw(report):
         width_ratios=(1, 1, 1, 1.3),
     )
     for row, (name, network) in zip(axes, networks.items(), strict=True):
-        for axis, target in zip(row, TARGETS, strict=False):
-            draw_curves(axis, network["methods"], target)
+        for axis, target in zip(row, TARGETS.items(), strict=False):
+            goals.draw_curves(axis, network["methods"], *target)
+            axis.set_ylim(30, 100)
         row[0].set_ylabel(f"{name}: test accuracy (%)")
-        draw_gains(row[3], network["summary"]["matched"])
+        goals.draw_gains(row[3], network["summary"]["matched"])
     axes[0, 0].legend(fontsize=7, loc="lower left")
     axes[0, 3].legend(fontsize=7)
     return {"": figure, "_at_a_glance": draw_at_a_glance(report["results"])}
@@ -274,56 +154,9 @@ def draw_at_a_glance(results):
     return figure
 
 
-LABELS = {
-    "bits": "bits of the weights, by channel",
-    "noise": "noise on the weights, in max|W|",
-    "pruned": "share of weights set to zero",
-}
-
-
-def draw_curves(axis, methods, target):
-    """Accuracy by the strength of a change, at the setting chosen at matched accuracy."""
-    change, level = TARGETS[target]
-    levels = LEVELS[change]
-    places = range(len(levels)) if change == "bits" else levels
-    for row, name, own in rows_of(methods):
-        runs = runs_for(methods[name], own or "matched", target)
-        found = common.mean_and_error(100 * np.asarray(runs[change]))
-        axis.errorbar(places, found["mean"], found["error"], capsize=2, label=row)
-    if change == "bits":
-        axis.set_xticks(places, levels)
-    axis.axvline(places[levels.index(level)], color="black", linestyle=":")
-    axis.set(xlabel=LABELS[change], ylim=(30, 100))
-
-
-def draw_gains(axis, summary):
-    """What each method keeps more than SGD, with 95 % intervals."""
-    for index, (target, rows) in enumerate(summary.items()):
-        gains = {name: row["gain"] for name, row in rows.items() if name != SGD}
-        means = np.array([100 * gain["mean"] for gain in gains.values()])
-        ends = [100 * (gain["high"] - gain["mean"]) for gain in gains.values()]
-        places = np.arange(len(gains)) + 0.2 * (index - 1)
-        label = f"{target} pruned" if target.endswith("%") else target
-        axis.errorbar(means, places, xerr=ends, fmt="o", markersize=4, label=label)
-    figures.set_rows(axis, list(gains), fontsize=8)
-    axis.axvline(0, color="black", linestyle=":")
-    axis.set(xlabel="percentage points above SGD, 95 % intervals")
-
-
 def lines(report):
     for network, found in report["results"]["networks"].items():
-        for goal, targets in found["summary"].items():
-            for target, rows in targets.items():
-                for name, row in rows.items():
-                    gain = row["gain"]
-                    yield (
-                        f"{network}, {goal}, {target:9} {name:22} "
-                        f"trained {100 * row['float']['mean']:.2f} "
-                        f"kept {100 * row['kept']['mean']:.2f} "
-                        f"± {100 * row['kept']['error']:.2f}, "
-                        f"gain {100 * gain['mean']:+.2f} "
-                        f"[{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]"
-                    )
+        yield from goals.lines(network, found["summary"])
 
 
 if __name__ == "__main__":

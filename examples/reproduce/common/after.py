@@ -86,27 +86,32 @@ def average(decay):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def optimizer(method, run, num_steps):
+    """SGD with momentum behind a method's link, at the setting and seed of a run."""
+    setting = run["setting"]
+
+    def learning_rate(count):
+        shape = (1 + jnp.cos(jnp.pi * count / num_steps)) / 2
+        shape = jnp.where(setting.get("constant", 0.0) > 0, 1.0, shape)
+        return setting["learning_rate"] * shape
+
+    links = [
+        optax.add_decayed_weights(setting["weight_decay"]),
+        optax.sgd(learning_rate, momentum=0.9),
+    ]
+    if method.make is not None:
+        key = side_by_side.noise_key(run)
+        links.insert(0, method.make(setting["radius"], key, num_steps))
+    if method.averaged:
+        links.append(average(setting["radius"]))
+    return optax.chain(*links)
+
+
 class Training(side_by_side.Training):
     """Networks side by side, of all settings or seeds, and what they keep."""
 
     def optimizer(self, method, run, num_steps):
-        setting = run["setting"]
-
-        def learning_rate(count):
-            shape = (1 + jnp.cos(jnp.pi * count / num_steps)) / 2
-            shape = jnp.where(setting.get("constant", 0.0) > 0, 1.0, shape)
-            return setting["learning_rate"] * shape
-
-        links = [
-            optax.add_decayed_weights(setting["weight_decay"]),
-            optax.sgd(learning_rate, momentum=0.9),
-        ]
-        if method.make is not None:
-            key = side_by_side.noise_key(run)
-            links.insert(0, method.make(setting["radius"], key, num_steps))
-        if method.averaged:
-            links.append(average(setting["radius"]))
-        return optax.chain(*links)
+        return optimizer(method, run, num_steps)
 
     def runs_of(self, chosen):
         return self.runs([(setting, seed, 0.0) for setting, seed in chosen])

@@ -11,20 +11,10 @@ from flatopt import curvature
 
 from . import after, side_by_side
 from .data import split_digits
+from .frontiers import Levels, area
 from .methods import TUNING_SEED
 
-LEVELS = np.linspace(0.5, 1, 101)
-
-
-def frontier(old, new, levels):
-    """The most that is kept of the old task where so much is learned of the new, or 0."""
-    old, new = np.ravel(old), np.ravel(new)
-    return np.array([old[new >= level].max(initial=0) for level in levels])
-
-
-def area(old, new):
-    """The mean of the frontier over levels of the new task from a half to all."""
-    return frontier(old, new, LEVELS).mean()
+LEVELS = Levels(np.linspace(0.5, 1, 101), learned=0.85, tolerance=0.005)
 
 
 def turned(images, quarters=1):
@@ -98,7 +88,8 @@ class Training(after.Training):
         params = self.networks(method, chosen, num_steps)
         before = self.correct(params, self.validation)
         curves = self.again(params, self.runs_of(chosen), self.validation)
-        areas = [area(*points) for points in zip(*map(np.asarray, curves), strict=True)]
+        points = zip(*map(np.asarray, curves), strict=True)
+        areas = [area(*curve, LEVELS.curve) for curve in points]
         return {
             name: np.reshape(column, (len(settings), -1)).mean(axis=1)
             for name, column in (("before", before), ("area", areas))
