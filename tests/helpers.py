@@ -2,8 +2,11 @@
 
 import contextlib
 import inspect
+import json
 import os
 import re
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +62,50 @@ def environment(num_devices, **variables):
     count = f"device_count={num_devices}"
     flags = re.sub(r"device_count=\d+", count, os.environ["XLA_FLAGS"])
     return os.environ | {"XLA_FLAGS": flags, "MPLBACKEND": "agg"} | variables
+
+
+SERVER = """
+import contextlib, io, json, os, runpy, sys, traceback
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    path, *rest = json.loads(line)
+    sys.argv, sys.path[0] = [path, *rest], os.path.dirname(path)
+    printed, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except BaseException:
+            error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]), file=out, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def commands(env):
+    """``run(path, *arguments)`` of Python files: their output.
+
+    All in one process, since importing takes longer than most of them.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(*arguments):
+        process.stdin.write(json.dumps([str(x) for x in arguments]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the process ended with {process.wait()}"
+        printed, error = json.loads(answer)
+        assert not error, error
+        return printed
+
+    with process:
+        yield run
+        process.stdin.close()
 
 
 def types(tree):

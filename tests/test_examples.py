@@ -15,7 +15,7 @@ import types
 
 import numpy as np
 import pytest
-from helpers import environment
+from helpers import commands, environment
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.py"))
@@ -80,19 +80,9 @@ def variables(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(variables):
-    """Run Python to its end; return what it printed."""
-
-    def run(*arguments, **more):
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env=variables | more,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
-
-    return run
+    """Run a file of Python to its end; return what it printed."""
+    with commands(variables) as run:
+        yield run
 
 
 def read_metrics(folder):
@@ -274,10 +264,16 @@ def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_its_first_cell_to_its_last(tmp_path, run, path):
+def test_notebook_runs_from_its_first_cell_to_its_last(tmp_path, variables, path):
     data = write_cifar10(tmp_path / "data", write_parquet)
     execute = "from nbclient.cli import main; main()"
-    run("-c", execute, path.with_suffix(".ipynb"), FLATOPT_CIFAR10=str(data))
+    done = subprocess.run(
+        [sys.executable, "-c", execute, str(path.with_suffix(".ipynb"))],
+        env=variables | {"FLATOPT_CIFAR10": str(data)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

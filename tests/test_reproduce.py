@@ -5,14 +5,12 @@ import math
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = sorted((ROOT / "examples" / "reproduce").glob("*.py"))
@@ -25,20 +23,16 @@ def plain(tree):
     return json.loads(json.dumps(tree, default=lambda x: np.asarray(x).tolist()))
 
 
-def _run(*arguments):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=environment(1),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.fixture(scope="module")
+def run():
+    with helpers.commands(helpers.environment(1)) as run:
+        yield run
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
-def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path):
+def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path, run):
     places = ["--output", tmp_path, "--images", tmp_path]
-    _run(path, "--smoke", *places)
+    run(path, "--smoke", *places)
     report = json.loads((tmp_path / f"{path.stem}.json").read_text())
     assert set(report["versions"]) >= {"flatopt", "jax", "optax"}
     assert report["results"]
@@ -46,26 +40,11 @@ def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path):
     assert not (tmp_path / f"{path.stem}.partial").exists()
 
 
-@pytest.fixture(scope="module")
-def redrawn(tmp_path_factory):
-    """Folder of all figures, drawn by one process from copies of the committed results."""
-    folder = tmp_path_factory.mktemp("redrawn")
-    for stem in STEMS:
-        shutil.copy(RESULTS / f"{stem}.json", folder)
-    redraw = (
-        "import runpy, sys; folder, *paths = sys.argv[1:]\n"
-        "sys.path.insert(0, paths[0].rpartition('/')[0])\n"
-        "for path in paths:\n"
-        "    sys.argv = [path, '--redraw', '--output', folder, '--images', folder]\n"
-        "    runpy.run_path(path, run_name='__main__')"
-    )
-    _run("-c", redraw, folder, *COMMANDS)
-    return folder
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_the_figure_is_drawn_from_the_committed_results_alone(redrawn, stem):
-    assert (redrawn / f"{stem}.png").stat().st_size > 1000
+@pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
+def test_the_figure_is_drawn_from_the_committed_results_alone(path, tmp_path, run):
+    shutil.copy(RESULTS / f"{path.stem}.json", tmp_path)
+    run(path, "--redraw", "--output", tmp_path, "--images", tmp_path)
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 1000
 
 
 @pytest.mark.heart
