@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -17,6 +18,13 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",
 ]
+# One file of this package, not its extension: that one cannot read pages side by side.
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[
+    0
+]
+html_static_path = ["_static", f"{mathjax}/static/mathjax/tex-svg-full.js"]
+html_css_files = ["flatopt.css"]
+mathjax_path = "tex-svg-full.js"
 html_theme = "sphinx_book_theme"
 html_title = "flatopt"
 exclude_patterns = ["_build", "jupyter_execute"]
