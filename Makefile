@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast test-fuzz test-floor test-newest lint format hooks doctest docs dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu reproduce clean
+.PHONY: help demo test test-fast test-fuzz test-floor test-newest lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make hooks    have git check the style of every commit"
 	@echo "make doctest  run every example in the docstrings"
 	@echo "make docs     build the documentation into docs/_build/html"
+	@echo "make docs-check  check its links, and how it looks in a Chromium if there is one"
 	@echo "make dist     build the archives of a release into dist, and test from the sdist"
 	@echo "make bench    measure speed and memory against peers"
 	@echo "make bench-curvature  measure curvature products against peers"
@@ -92,6 +93,10 @@ doctest: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -j 2 -W --keep-going -b html docs docs/_build/html
+
+# Of what `make docs` has built.
+docs-check:
+	$(PYTHON) docs/check.py docs/_build/html
 
 # With TAG=vX.Y.Z the archives must be of that version. Tests that read files run once more,
 # from the unpacked sdist and with its package.

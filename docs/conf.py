@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -17,6 +18,13 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",
 ]
+# One file of this package, not its extension: that one cannot read pages side by side.
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[
+    0
+]
+html_static_path = ["_static", f"{mathjax}/static/mathjax/tex-svg-full.js"]
+html_css_files = ["flatopt.css"]
+mathjax_path = "tex-svg-full.js"
 html_theme = "sphinx_book_theme"
 html_title = "flatopt"
 exclude_patterns = ["_build", "jupyter_execute"]
@@ -25,6 +33,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, where a page is built slowly
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import process_worker
 import pytest
@@ -485,3 +486,25 @@ def test_smooth_gradients_under_shard_map_is_the_mean_over_the_devices(check_vma
     value, grads = _mean(parts)
     assert_close(updates, grads, rtol=2e-5, atol=2e-6)
     assert_close(state.smoothed_value, value, rtol=2e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P()])
+def test_the_norm_of_sam_is_that_of_all_devices(axis_type, spec):
+    params = jnp.arange(1.0, 17.0)
+    tx = flatopt.sam_gradients(0.5)
+
+    def half_square(params):
+        return jnp.sum(params**2) / 2
+
+    mesh = _mesh(axis_type)
+    with jax.set_mesh(mesh):
+        placed = _place(params, mesh, spec)
+        found, _ = jax.jit(
+            lambda p: tx.update(None, tx.init(p), p, value_fn=half_square)
+        )(placed)
+    # The gradient is the parameters; the step is along all of them, of length 0.5.
+    expected = np.arange(1.0, 17.0) * (1 + 0.5 / np.linalg.norm(np.arange(1.0, 17.0)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    of_a_part = np.linalg.norm(np.arange(1.0, 3.0))  # what one device holds
+    assert abs(np.asarray(found)[0] - (1 + 0.5 / of_a_part)) > 0.1

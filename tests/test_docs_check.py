@@ -1,0 +1,74 @@
+"""The checker of the built documentation finds what is wrong, and nothing else."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+PATH = pathlib.Path(__file__).parent.parent / "docs" / "check.py"
+SPEC = importlib.util.spec_from_file_location("docs_check", PATH)
+check = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(check)
+
+GOOD = """<!doctype html><meta name="viewport" content="width=device-width">
+<article><a href="other.html#there">a</a> <a href="https://example.org/x">b</a>
+<img src="dot.svg" alt="a dot"> <pre style="overflow-x:auto">short</pre></article>"""
+OTHER = '<!doctype html><p id="there">here</p><a href="index.html">back</a>'
+DOT = """<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    (tmp_path / "index.html").write_text(GOOD)
+    (tmp_path / "other.html").write_text(OTHER)
+    (tmp_path / "dot.svg").write_text(DOT)
+    return tmp_path
+
+
+@pytest.mark.heart
+def test_links_anchors_and_texts(site):
+    assert check.check_files(site) == []
+    (site / "other.html").write_text(
+        '<a href="gone.html">x</a><a href="index.html#gone">y</a><img src="dot.svg">'
+    )
+    assert check.check_files(site) == [
+        "index.html: no anchor for other.html#there",
+        "other.html: image dot.svg has no alt text",
+        "other.html: no file for gone.html",
+        "other.html: no anchor for index.html#gone",
+    ]
+
+
+def test_without_a_browser_it_says_so_in_one_line(site, monkeypatch, capsys):
+    monkeypatch.setenv("CHROMIUM", "no-such-browser")
+    check.main(site)
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "no Chromium is found: links and texts of images alone were checked",
+        "no problems",
+    ]
+    with pytest.raises(SystemExit, match="holds no built documentation; run make docs"):
+        check.main(site / "nowhere")
+
+
+@pytest.mark.skipif(check.find_chromium() is None, reason="no Chromium is found")
+def test_in_a_browser(site):
+    browser = check.find_chromium()
+    assert check.check_browser(site, browser) == []
+    wide = "word" * 60
+    (site / "other.html").write_text(
+        f'<!doctype html><article><div style="width:700px">{wide}</div>'
+        f'<pre style="overflow-x:auto;width:300px">{wide}</pre>'
+        '<span class="math">x</span><img src="gone.svg" alt="gone"></article>'
+    )
+    found = check.check_browser(site, browser)
+    assert all(problem.startswith("other.html") for problem in found)
+    for width, what in (
+        (400, "the page is"),
+        (400, "div sticks out"),
+        (1280, "pixels too wide: word"),
+        (1280, "formula does not show: x"),
+        (1280, "image does not show: gone.svg"),
+    ):
+        assert any(f"at {width}" in p and what in p for p in found), (width, what)
+    assert not any("at 400: code" in problem for problem in found)
