@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast test-fuzz test-floor test-newest lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu reproduce clean
+.PHONY: help demo test test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu bench-accelerators reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-fuzz    try 500 random uses of the links against NumPy"
 	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
 	@echo "make test-newest  the same on the newest Python that is found and the newest JAX"
+	@echo "make test-tpu    what a TPU's compiler makes of three programs; no TPU is needed"
 	@echo "make lint     check style, formatting and types"
 	@echo "make format   sort imports and format"
 	@echo "make hooks    have git check the style of every commit"
@@ -24,6 +25,7 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
+	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed"
 	@echo "make bench-gpu    measure on a GPU, in at most 8 minutes; DATA=FOLDER trains on CIFAR-10 too"
 	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (three hours);"
 	@echo "                  with CIFAR10=FOLDER, SHAKESPEARE=FOLDER those of CIFAR-10 and of text too"
@@ -128,6 +130,25 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
+TPU := $(VENV)-tpu
+ROWS ?=
+
+# jax[tpu] compiles without a TPU; it needs Python 3.12. Nothing is run where there is none.
+define with_tpu_compiler
+	@python=$$(.ci/newest-python) || { \
+		echo "make $@: no CPython from 3.12 to 3.14 is found: nothing is run"; exit 0; }; \
+	set -ex; \
+	test "$$($(TPU)/bin/python -V 2>&1)" = "$$($$python -V)" || $$python -m venv --clear $(TPU); \
+	$(TPU)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'; \
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu
+endef
+
+test-tpu: pyproject.toml
+	$(with_tpu_compiler) $(TPU)/bin/python -m pytest -q --noconftest -W default tests/tpu_programs.py
+
+bench-accelerators: pyproject.toml
+	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.accelerators $(ROWS)
+
 GPU := $(VENV)-gpu
 DATA ?=
 GPU_ARGS ?=
@@ -154,6 +175,6 @@ ifdef SHAKESPEARE
 endif
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(NEWEST) $(GPU) docs/_build docs/jupyter_execute jupyter_execute build dist
+	rm -rf $(VENV) $(FLOOR) $(NEWEST) $(GPU) $(TPU) docs/_build docs/jupyter_execute jupyter_execute build dist
 	rm -rf *.egg-info .hypothesis .jax_cache .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks docs examples flatopt tests -name __pycache__ -prune -exec rm -rf {} +

@@ -32,6 +32,9 @@ only where it is higher than that of every row above.
 def write(results=RESULTS, page=PAGE):
     """Render the page from what results there are."""
     lines = [HEADER, *gpu_section(load(results, "gpu.json"))]
+    compiled = load(results, "accelerators.json") or {}
+    for target, report in compiled.items():
+        lines += compiled_section(target, report)
     pathlib.Path(page).write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -143,6 +146,79 @@ def training_table(part):
         "epochs for every method: the table shows that all of it trains and what it takes, "
         "not which method is best.\n\n" + table(head, cells)
     )
+
+
+# Compiled, not run
+
+CHIPS = {"tpu": "TPU v5e", "h100": "H100"}
+SHARDED_TITLE = "The same Transformer on four chips, parameters sharded (FSDP)"
+CLOCK = 1.503e9  # of a v5e, Hz
+COMPILED = """## Compiled for a {chip}, not run
+
+`make bench-accelerators` compiles the steps with the chip's own compiler, which runs on a CPU,
+and reads the programs. The figures are the same on every run of the same versions
+({versions}).
+
+- **Cycles over plain**: the sum of the compiler's estimates for all kernels, loops times their
+  length. It knows nothing of overlap, and overstates kernels that wait for memory.
+- **Bytes over plain**: what kernels read from and write to the main memory, counted in the
+  program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
+  does not count.
+- **Temporaries** are the compiler's own figure, beside parameters and state, which are written
+  in place. It does not refuse a program that is too large: a v5e has 16 GB.
+- **Kernels**: how many operations a step starts.
+
+They say which of two programs is the better one for the chip, not how long a step takes.
+"""
+
+
+def compiled_section(target, report):
+    versions = versions_of(report["versions"])
+    lines = [COMPILED.format(chip=CHIPS[target], versions=versions)]
+    for name, problem in report["problems"].items():
+        if not problem["rows"]:
+            continue
+        size, batch = problem["num_parameters"] / 1e6, problem["batch_size"]
+        title = TITLES.get(name, SHARDED_TITLE)
+        lines += [
+            f"### {title}: {size:.1f} M parameters, batch {batch} ({CHIPS[target]})"
+        ]
+        lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
+        lines += [compiled_table(problem["rows"])]
+    return lines
+
+
+def plain_line(plain):
+    if "cycles" not in plain:
+        return "The plain step was not compiled."
+    text = f"Plain: {plain['temporary_bytes'] / 1e6:.0f} MB of temporaries"
+    if plain["cycles"]:
+        milliseconds = 1e3 * plain["cycles"] / CLOCK
+        text += f", {plain['cycles'] / 1e6:.2f} M cycles ({milliseconds:.2f} ms)"
+    return text + f", {plain['bytes_moved'] / 1e9:.2f} GB moved."
+
+
+def compiled_table(rows):
+    plain = rows.get("plain", {})
+    kinds = sorted({k for row in rows.values() for k in row.get("collectives", {})})
+    head = [
+        "step",
+        "cycles over plain",
+        "bytes over plain",
+        "temporaries, MB",
+        "kernels",
+    ]
+    head += [f"{kind}, GB" for kind in kinds]
+    cells = []
+    for name, row in rows.items():
+        if "error" in row:
+            cells += [[name, reason(row), *["–"] * (len(head) - 2)]]
+            continue
+        ratios = [ratio(row[k], plain.get(k)) for k in ("cycles", "bytes_moved")]
+        sizes = [megabytes(row["temporary_bytes"]), f"{row['kernels']:,}"]
+        moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
+        cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
+    return table(head, cells)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ into that layout here, before XLA sees them; the kernels and the numbers are the
 cannot be rewritten runs as JAX traced it. A test fails on the day XLA does it alone.
 """
 
+import functools
 import warnings
 
 import jax
 import jax.numpy as jnp
+
+from flatopt._core import platforms
 
 CONVOLUTION = "conv_general_dilated"
 
@@ -27,7 +30,7 @@ def trace(function, *args):
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     treedef = jax.tree.structure(shapes)
     flat = plain = _extend().jaxpr_as_fun(closed)
-    if jax.default_backend() == "cpu" and has_convolution(closed.jaxpr):
+    if has_convolution(closed.jaxpr):
 
         def flat(*leaves):
             try:
@@ -46,11 +49,14 @@ def trace(function, *args):
     return traced, closed.jaxpr
 
 
-def has_primitive(jaxpr, name):
-    """Whether a primitive is anywhere in a jaxpr."""
+def has_primitive(jaxpr, name, platform=platforms.CPU):
+    """Whether a primitive is anywhere in a jaxpr, as it is on one platform."""
     return any(
         equation.primitive.name == name
-        or any(has_primitive(inner, name) for inner in _inner_jaxprs(equation))
+        or any(
+            has_primitive(inner, name, platform)
+            for inner in _inner_jaxprs(equation, platform)
+        )
         for equation in jaxpr.eqns
     )
 
@@ -67,6 +73,8 @@ def are_fast_in_loops(jaxpr):
         if equation.primitive.name == CONVOLUTION:
             if equation.params["batch_group_count"] > 1:
                 return False
+        elif platforms.branches_on(equation, platforms.CPU) is not None:
+            continue  # it was rewritten by an inner trace
         elif equation.primitive.name == "jit":
             if not all(map(are_fast_in_loops, inner)):
                 return False
@@ -75,8 +83,10 @@ def are_fast_in_loops(jaxpr):
     return True
 
 
-def _inner_jaxprs(equation):
-    inner = _extend().jaxprs_in_params(equation.params)
+def _inner_jaxprs(equation, platform=platforms.CPU):
+    inner = platforms.branches_on(equation, platform)
+    if inner is None:
+        inner = _extend().jaxprs_in_params(equation.params)
     return [getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in inner]
 
 
@@ -95,7 +105,7 @@ def _evaluate(jaxpr, consts, args):
         name = equation.primitive.name
         with equation.ctx.manager:
             if name == CONVOLUTION:
-                outputs = [_convolution(*inputs, **equation.params)]
+                outputs = [_convolution(inputs, equation)]
             elif name == "jit" and any(map(has_convolution, _inner_jaxprs(equation))):
                 inner = equation.params["jaxpr"]
                 outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
@@ -108,21 +118,26 @@ def _evaluate(jaxpr, consts, args):
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _convolution(inputs, kernel, *, dimension_numbers, **params):
+def _convolution(inputs, equation):
+    as_traced = functools.partial(equation.primitive.bind, **equation.params)
+    if equation.params["batch_group_count"] > 1:
+        return as_traced(*inputs)
+    rewritten = functools.partial(_fast_convolution, **equation.params)
+    return platforms.choose(rewritten, as_traced, *inputs)
+
+
+def _fast_convolution(inputs, kernel, *, dimension_numbers, **params):
     """The same convolution of batch, space, features by space, features, features."""
-    if params["batch_group_count"] == 1:
-        of_inputs, of_kernel, of_result = dimension_numbers
-        inputs = jnp.transpose(inputs, (of_inputs[0], *of_inputs[2:], of_inputs[1]))
-        kernel = jnp.transpose(kernel, (*of_kernel[2:], of_kernel[1], of_kernel[0]))
-        last = inputs.ndim - 1
-        outer, space = (0, last, *range(1, last)), range(last - 1)
-        dimension_numbers = jax.lax.ConvDimensionNumbers(
-            outer, (last, last - 1, *space), outer
-        )
+    of_inputs, of_kernel, of_result = dimension_numbers
+    inputs = jnp.transpose(inputs, (of_inputs[0], *of_inputs[2:], of_inputs[1]))
+    kernel = jnp.transpose(kernel, (*of_kernel[2:], of_kernel[1], of_kernel[0]))
+    last = inputs.ndim - 1
+    outer, space = (0, last, *range(1, last)), range(last - 1)
+    dimension_numbers = jax.lax.ConvDimensionNumbers(
+        outer, (last, last - 1, *space), outer
+    )
     result = _extend().primitives.conv_general_dilated_p.bind(
         inputs, kernel, dimension_numbers=dimension_numbers, **params
     )
-    if params["batch_group_count"] == 1:
-        order = (of_result[0], *of_result[2:], of_result[1])
-        result = jnp.transpose(result, [order.index(axis) for axis in range(last + 1)])
-    return result
+    order = (of_result[0], *of_result[2:], of_result[1])
+    return jnp.transpose(result, [order.index(axis) for axis in range(last + 1)])

@@ -6,12 +6,14 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import jaxprs
-from flatopt._core.loops import is_staged, repeat
+from flatopt._core import jaxprs, platforms
+from flatopt._core.loops import repeat
+from flatopt._core.platforms import is_staged
 from flatopt._core.sharding import explicit_sharding, make_varying, varying_axes
 
 MOST_UNROLLED = 16
 MOST_UNROLLED_VALUES = 1_000_000
+MOST_BATCHED_BYTES = 128e6
 LOOPS = ("scan", "while")
 
 
@@ -136,37 +138,51 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
             [next(parts) if s else x for x, s in zip(leaves, is_split, strict=True)]
         )
 
-    def one(index):
-        total, aux = sample(index, chunk_at(chunks, index))
+    def one(index, parts):
+        return sample(index, rebuild(parts))
+
+    def at(one, index):
+        parts = [jax.lax.dynamic_index_in_dim(x, index, 1, False) for x in arrays]
+        total, aux = one(index, parts)
         return total, jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
 
-    def batch(start, size):
+    def batch(one, size, start):
         parts = [jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in arrays]
         indices = start + jnp.arange(size, dtype=jnp.int32)
-        total, aux = jax.vmap(lambda i, p: sample(i, rebuild(p)), in_axes=(0, 1))(
-            indices, parts
-        )
+        total, aux = jax.vmap(one, in_axes=(0, 1))(indices, parts)
         return jax.tree.map(lambda x: x.sum(axis=0), total), aux
 
-    if strategy == "vmap":
-        return batch(jnp.int32(0), num_samples)
-    if num_samples == 1 or (strategy in ("auto", "unroll") and not is_staged()):
-        return _unroll(one, num_samples)
-    if isinstance(strategy, str):
-        traced, jaxpr = jaxprs.trace(one, jnp.int32(0))
-        if strategy == "auto":
-            strategy = choose_strategy(jaxpr, num_samples, rematerialize)
+    def lay_out(strategy, one):
+        if strategy == "vmap":
+            return batch(one, num_samples, jnp.int32(0))
+        at_index = functools.partial(at, one)
         if strategy == "unroll":
-            return _unroll(traced, num_samples)
-        return _scan(traced, jaxpr, num_samples, 1, rematerialize)
-    size = min(strategy, num_samples)
-    loops, left = divmod(num_samples, size)
-    traced, jaxpr = jaxprs.trace(functools.partial(batch, size=size), jnp.int32(0))
-    total, aux = _scan(traced, jaxpr, loops * size, size, rematerialize)
-    if not left:
-        return total, aux
-    part, rest = batch(jnp.int32(loops * size), left)
-    return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
+            return _unroll(at_index, num_samples)
+        size = 1 if strategy == "scan" else min(strategy, num_samples)
+        loops, left = divmod(num_samples, size)
+        body = at_index if strategy == "scan" else functools.partial(batch, one, size)
+        traced, jaxpr = jaxprs.trace(body, jnp.int32(0))
+        total, aux = _scan(traced, jaxpr, loops * size, size, rematerialize)
+        if not left:
+            return total, aux
+        part, rest = batch(one, left, jnp.int32(loops * size))
+        return jax.tree.map(jnp.add, total, part), _concatenate(aux, rest)
+
+    if strategy == "vmap" or not isinstance(strategy, str):
+        return lay_out(strategy, one)
+    if num_samples == 1 or not is_staged():
+        eager = "scan" if strategy == "scan" and num_samples > 1 else "unroll"
+        return lay_out(eager, one)
+    traced, jaxpr = jaxprs.trace(one, jnp.int32(0), [x[:, 0] for x in arrays])
+    if strategy != "auto":
+        return lay_out(strategy, traced)
+    on_cpu = strategy_on_cpu(jaxpr, num_samples, rematerialize)
+    elsewhere = strategy_elsewhere(jaxpr, num_samples, bool(arrays))
+    if on_cpu == elsewhere:
+        return lay_out(on_cpu, traced)
+    return platforms.choose(
+        lambda: lay_out(on_cpu, traced), lambda: lay_out(elsewhere, traced)
+    )
 
 
 def mean_of_pair(one):
@@ -230,23 +246,41 @@ def _zeros(aval):
     return make_varying(zeros, varying_axes(aval))
 
 
-def choose_strategy(jaxpr, num_samples, rematerialize=False):
-    """The layout for ``strategy="auto"`` inside a trace; see ``docs/strategies.md``.
+def strategy_on_cpu(jaxpr, num_samples, rematerialize=False):
+    """The layout for ``strategy="auto"`` in a trace, on CPU; see ``docs/strategies.md``.
 
-    A loop, but for convolutions on CPU in two cases. Few parameters: XLA runs the samples
-    side by side, which is a little faster, at a price in memory and compile time that does
-    not matter yet. Convolutions that XLA would run slowly in a loop: those that cannot be
+    A loop, but for convolutions in two cases. Few parameters: XLA runs the samples side by
+    side, which is a little faster, at a price in memory and compile time that does not
+    matter yet. Convolutions that XLA would run slowly in a loop: those that cannot be
     rewritten, and those of a backward pass that is still to come.
     """
     if (
-        jax.default_backend() == "cpu"
-        and num_samples <= MOST_UNROLLED
+        num_samples <= MOST_UNROLLED
         and jaxprs.has_convolution(jaxpr)
         and (
-            sum(v.aval.size for v in jaxpr.outvars) <= MOST_UNROLLED_VALUES
+            _num_values(jaxpr) <= MOST_UNROLLED_VALUES
             or rematerialize
             or not jaxprs.are_fast_in_loops(jaxpr)
         )
     ):
         return "unroll"
     return "scan"
+
+
+def strategy_elsewhere(jaxpr, num_samples, is_split):
+    """The layout for ``strategy="auto"`` in a trace, on accelerators.
+
+    All chunks of a batch at once where the network is of dense layers alone and a copy of
+    its parameters for each chunk is small: a loop would start many small kernels. A whole
+    batch for each sample would multiply the activations, so it takes the loop.
+    """
+    inner = (jaxprs.CONVOLUTION, *LOOPS)
+    is_dense = not any(
+        jaxprs.has_primitive(jaxpr, name, platforms.ELSEWHERE) for name in inner
+    )
+    size = 4 * num_samples * _num_values(jaxpr)
+    return "vmap" if is_split and is_dense and size <= MOST_BATCHED_BYTES else "scan"
+
+
+def _num_values(jaxpr):
+    return sum(v.aval.size for v in jaxpr.outvars)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from flatopt._core import jaxprs
+from flatopt._core.platforms import is_staged
 
 
 def fold_rows(step, start, rows):
@@ -59,8 +60,3 @@ def cond(condition, yes, no):
         return yes() if condition else no()
     (yes, _), (no, _) = jaxprs.trace(yes), jaxprs.trace(no)
     return jax.lax.cond(condition, yes, no)
-
-
-def is_staged():
-    """Whether in a trace; outside of one a loop would compile anew at each call."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)

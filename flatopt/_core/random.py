@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core import platforms
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -133,7 +135,7 @@ def _unchanged(words):
 
 
 def sample_leaves(keys, shapes, transform):
-    """Values of a sampler for many small leaves, in one go and stored.
+    """Values of a sampler for many small leaves, in one go and stored: good on CPU.
 
     The values are those of each leaf drawn alone, from ``transform`` of its bits.
     """
@@ -153,8 +155,8 @@ def sample_leaves_signs(keys, shapes):
 
 
 def can_sample_leaves(keys):
-    """On CPU, for threefry: elsewhere loops cost more than they save."""
-    return jax.default_backend() == "cpu" and _is_threefry(keys)
+    """For threefry: the values of a leaf are then those of its bits."""
+    return _is_threefry(keys)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "transform"), inline=True)
@@ -196,14 +198,21 @@ def _flags(key, shape, out_sharding):
         sharding = _packed_sharding(out_sharding, _packing(shape)[0], packed)
     if packed == shape:
         words = bits(key, shape, out_sharding)
-    elif can_sample_leaves(key) and sharding is None:
-        keys = jax.random.wrap_key_data(_data(key)[None])
-        words = _joint_bits(keys, (math.prod(packed),), _unchanged)[0]
-        words = words.reshape(packed)
+    elif _is_threefry(key) and out_sharding is None:
+        words = platforms.choose(
+            functools.partial(_stored_bits, shape=packed),
+            functools.partial(jax.random.bits, shape=packed, dtype=jnp.uint32),
+            key,
+        )
     else:
         words = jax.random.bits(key, packed, jnp.uint32, out_sharding=sharding)
     flags = _unpack(words, shape, sharding)
     return flags if sharding is None else jax.sharding.reshard(flags, out_sharding)
+
+
+def _stored_bits(key, shape):
+    keys = jax.random.wrap_key_data(_data(key)[None])
+    return _joint_bits(keys, (math.prod(shape),), _unchanged)[0].reshape(shape)
 
 
 def _packed(shape):

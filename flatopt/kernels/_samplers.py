@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import random, sharding
+from flatopt._core import platforms, random, sharding
 
 Sampler = Callable[..., jax.Array]
 
@@ -109,34 +109,50 @@ def sample_leaves(sampler, keys, leaves):
     the other samplers here): the values are the same, and a deep network compiles one
     generator instead of hundreds.
     """
-    shapes = [leaf.shape for leaf in leaves]
     shardings = [sharding.explicit_sharding(jax.typeof(leaf)) for leaf in leaves]
-    transforms = {
-        normal: random.to_normal,
-        uniform: random.to_uniform,
-        laplace: random.to_laplace,
-    }
-    together = {}
-    if leaves and not any(shardings) and random.can_sample_leaves(keys):
-        if sampler is signs:
-            return random.sample_leaves_signs(keys, shapes)
-        if sampler in transforms:
-            small = [i for i, leaf in enumerate(leaves) if leaf.size <= random.SMALL]
-            values = random.sample_leaves(
-                keys[np.array(small, int)],
-                [shapes[i] for i in small],
-                transforms[sampler],
-            )
-            together = dict(zip(small, values, strict=True))
     accepts_out_sharding = _accepts_out_sharding(sampler)
 
-    def sample(i):
-        if i in together:
-            return together[i]
-        options = {"out_sharding": shardings[i]} if accepts_out_sharding else {}
-        return sampler(keys[i], shapes[i], jnp.float32, **options)
+    def sample(key, leaf, out_sharding):
+        options = {"out_sharding": out_sharding} if accepts_out_sharding else {}
+        return sampler(key, leaf.shape, jnp.float32, **options)
 
-    return [sample(i) for i in range(len(leaves))]
+    together = _drawn_together(sampler, keys, leaves)
+    if not together or any(shardings):
+        return [sample(keys[i], leaf, shardings[i]) for i, leaf in enumerate(leaves)]
+    shapes = [leaves[i].shape for i in together]
+
+    def at_once(keys):
+        if sampler is signs:
+            return random.sample_leaves_signs(keys, shapes)
+        return random.sample_leaves(keys, shapes, TRANSFORMS[sampler])
+
+    def one_by_one(keys):
+        return [sample(keys[n], leaves[i], None) for n, i in enumerate(together)]
+
+    values = platforms.choose(at_once, one_by_one, keys[np.array(together, int)])
+    found = dict(zip(together, values, strict=True))
+    return [
+        found[i] if i in found else sample(keys[i], leaf, None)
+        for i, leaf in enumerate(leaves)
+    ]
+
+
+def _drawn_together(sampler, keys, leaves):
+    """The indices of leaves that are drawn in one go on CPU."""
+    if not leaves or not random.can_sample_leaves(keys):
+        return []
+    if sampler is signs:
+        return list(range(len(leaves)))
+    if sampler not in TRANSFORMS:
+        return []
+    return [i for i, leaf in enumerate(leaves) if leaf.size <= random.SMALL]
+
+
+TRANSFORMS = {
+    normal: random.to_normal,
+    uniform: random.to_uniform,
+    laplace: random.to_laplace,
+}
 
 
 def _accepts_out_sharding(sampler):

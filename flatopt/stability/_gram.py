@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, progress, trees
+from flatopt._core import blocks, platforms, progress, trees
 
 MOST_OUTPUTS = 32_000  # LAPACK counts its work space, twice the matrix, in 32 bits
 COPIES = (
@@ -99,7 +99,8 @@ _narrow_gram = jax.jit(blocks.gram)
 
 def _products(block, other):
     """Inner products in float64: in float32 they hide what is flat beside the sharpest."""
-    if jax.default_backend() == "tpu":  # which has no float64
+    leaves = jax.tree.leaves((block, other))
+    if platforms.platform_of(leaves) == "tpu":  # which has no float64
         return np.asarray(_narrow_gram(block, other), "f8")
     with jax.enable_x64(True):
         return np.asarray(_wide_gram(block, other))

@@ -13,7 +13,7 @@ from flatopt._core import (
     checks,
     layout,
     linear,
-    loops,
+    platforms,
     random,
     sharding,
     signatures,
@@ -242,7 +242,7 @@ def unknown(params, value):
     returns always does: there the largest number stands for an infinity, and zero for NaN.
     """
     dtype = value_dtype(params)
-    if not loops.is_staged():
+    if not platforms.is_staged():
         return jax.device_put(np.full((), value, dtype))
     if np.isnan(value) and jax.config.jax_debug_nans:
         value = 0.0

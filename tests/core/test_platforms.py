@@ -1,0 +1,181 @@
+"""Programs take the ways of the platform that they are for, not of the one that traces."""
+
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, loss_fn, regression
+
+import flatopt
+from flatopt import kernels
+from flatopt._core import platforms, random
+
+ACCELERATORS = ("tpu", "cuda")
+KEY = jax.random.key(5)
+
+
+def _program(traced, platform):
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def _trace(loss, params, batch, **options):
+    options = {"num_samples": 4, "batch_argnames": ("batch",), **options}
+    kernel = options.pop("kernel", kernels.isotropic())
+    f = flatopt.smooth_value_and_grad(loss, 0.1, kernel, **options)
+    return jax.jit(f).trace(KEY, params, batch=batch)
+
+
+def _convolutional(params, batch):
+    outputs = jax.lax.conv_general_dilated(
+        batch, params["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return jnp.mean(jnp.tanh(outputs) ** 2)
+
+
+def _scanned(params, batch):
+    layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+    return jnp.mean(jax.lax.scan(layer, batch, params)[0] ** 2)
+
+
+@pytest.mark.heart
+def test_a_dense_network_takes_a_loop_on_cpu_and_all_chunks_at_once_elsewhere():
+    traced = _trace(loss_fn, *regression())
+    assert _program(traced, "cpu").count("stablehlo.while") >= 1
+    for platform in ACCELERATORS:
+        assert "stablehlo.while" not in _program(traced, platform)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_loops"),
+    [
+        ({"batch_argnames": ()}, 1),  # whole batches: activations would multiply
+        ({"strategy": "scan"}, 1),
+        ({"strategy": "vmap"}, 0),
+        ({"strategy": "unroll"}, 0),
+        ({"strategy": 2}, 1),
+    ],
+)
+def test_whole_batches_and_named_layouts_are_laid_out_as_said(options, num_loops):
+    traced = _trace(loss_fn, *regression(), **options)
+    for platform in ACCELERATORS:
+        assert _program(traced, platform).count("stablehlo.while") == num_loops
+
+
+def test_a_small_convolution_is_unrolled_on_cpu_and_in_a_loop_elsewhere():
+    params = {"w": jnp.ones((3, 4, 5))}
+    traced = _trace(_convolutional, params, jnp.ones((8, 6, 4)))
+    # A forward and a backward convolution for each of the four samples, or for the loop.
+    text = _program(traced, "cpu")
+    assert text.count("stablehlo.convolution(") == 8
+    for platform in ACCELERATORS:
+        text = _program(traced, platform)
+        assert text.count("stablehlo.while") == 1
+        assert text.count("stablehlo.convolution(") == 2
+
+
+def test_convolutions_in_loops_are_rewritten_on_cpu_alone():
+    params = {"w": jnp.ones((3, 4, 5))}
+    traced = _trace(_convolutional, params, jnp.ones((8, 6, 4)), strategy="scan")
+    fast = "[b, 0, f]x[0, i, o]->[b, 0, f]"
+    for platform in ("cpu", *ACCELERATORS):
+        text = _program(traced, platform)
+        layouts = re.findall(r"dim_numbers = (\S+ \S+ \S+?), window", text)
+        layouts = layouts or re.findall(r"dim_numbers = (.*?), window", text)
+        assert len(layouts) == 2
+        assert (set(layouts) == {fast}) == (platform == "cpu"), layouts
+
+
+def test_scanned_layers_keep_the_loop_of_samples_everywhere():
+    params = jnp.ones((3, 4, 4))
+    traced = _trace(_scanned, params, jnp.ones((8, 4)))
+    # The samples, the layers, and the layers backward; on CPU the generator too.
+    assert _program(traced, "cpu").count("stablehlo.while") == 4
+    for platform in ACCELERATORS:
+        assert _program(traced, platform).count("stablehlo.while") == 3
+
+
+def test_a_large_network_keeps_the_loop_of_samples():
+    params = jax.eval_shape(lambda: {"w": jnp.ones((4096, 4096))})
+    batch = jax.eval_shape(lambda: jnp.ones((8, 4096)))
+    loss = lambda params, batch: jnp.mean((batch @ params["w"]) ** 2)  # noqa: E731
+    traced = _trace(loss, params, batch)  # 4 x 16.8 million x 4 bytes
+    assert _program(traced, "tpu").count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize("sampler", ["normal", "uniform", "laplace", "signs"])
+def test_a_sampler_is_the_same_arithmetic_in_every_program(sampler):
+    """Same key, same values: integer words by one formula, then the same operations."""
+    draw = jax.jit(
+        lambda key: getattr(kernels, sampler)(key, (4, 6)),
+    )
+    traced = draw.trace(KEY)
+    texts = [_operations(_program(traced, p)) for p in ("cpu", *ACCELERATORS)]
+    assert texts[0] == texts[1] == texts[2]
+    assert "stablehlo.xor" in texts[0]  # the generator is written out
+    assert not {"stablehlo.custom_call", "stablehlo.rng_bit_generator"} & set(texts[0])
+
+
+def _operations(text):
+    return re.findall(r"stablehlo\.\w+", text)
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("sampler", ["normal", "signs"])
+@pytest.mark.parametrize("shape", [(5,), (64, 96)])
+def test_both_ways_of_drawing_give_the_same_values(sampler, shape, monkeypatch):
+    params = {"a": jnp.ones(shape), "b": jnp.ones((3, 7))}
+    kernel = kernels.isotropic(getattr(kernels, sampler))
+    found = {}
+    for name in ("cpu", "elsewhere"):
+        take = lambda on_cpu, elsewhere, *args, name=name: (  # noqa: E731
+            on_cpu if name == "cpu" else elsewhere
+        )(*args)
+        monkeypatch.setattr(platforms, "choose", take)
+        found[name] = jax.jit(lambda key: kernel(key, params))(KEY)
+    for name, leaf in found["cpu"].items():
+        np.testing.assert_array_equal(leaf, found["elsewhere"][name])
+
+
+def test_small_leaves_are_drawn_by_one_generator_on_cpu_and_apart_elsewhere():
+    params = {str(i): jnp.ones((3, i + 2)) for i in range(6)}
+    draw = jax.jit(lambda key: kernels.isotropic(kernels.signs)(key, params))
+    traced = draw.trace(KEY)
+    # Each generator makes five key injections, each with a rotation by 13 or by 17.
+    assert _program(traced, "cpu").count("stablehlo.while") == 1
+    assert _program(traced, "tpu").count("stablehlo.while") == 0
+
+
+def test_a_program_for_many_platforms_makes_the_step_of_each():
+    params, batch = regression()
+    f = flatopt.smooth_value_and_grad(
+        loss_fn, 0.1, kernels.isotropic(kernels.signs), num_samples=4,
+        batch_argnames=("batch",),
+    )  # fmt: skip
+    run = jax.jit(lambda key, params, batch: f(key, params, batch=batch))
+    exported = jax.export.export(run, platforms=("cpu", *ACCELERATORS))
+    assert_close(
+        exported(KEY, params, batch).call(KEY, params, batch), run(KEY, params, batch)
+    )
+
+
+def test_outside_a_trace_the_platform_is_that_of_the_arrays():
+    assert platforms.platform_of([KEY]) == "cpu"
+    assert platforms.platform_of([np.ones(3)]) == jax.default_backend()
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert platforms.platform_of([]) == "cpu"
+    ways = lambda x: "cpu", lambda x: "elsewhere"  # noqa: E731
+    assert platforms.choose(*ways, jnp.ones(2)) == "cpu"
+
+
+def test_the_default_backend_is_asked_nowhere_else():
+    import pathlib
+
+    folder = pathlib.Path(flatopt.__file__).parent
+    asking = [
+        p.name for p in folder.rglob("*.py") if "default_backend" in p.read_text()
+    ]
+    assert asking == ["platforms.py"]
+    assert random.can_sample_leaves(KEY)

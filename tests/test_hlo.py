@@ -1,0 +1,76 @@
+"""What is read off compiled programs, against programs whose figures are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import hlo
+
+# A loop of three rounds as TPU programs have it: its length stands in the condition.
+TEXT = """
+%fused (param_0: f32[100,8], param_1: s32[]) -> f32[8] {
+  %param_0 = f32[100,8]{1,0:T(8,128)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  ROOT %slice = f32[1,8]{1,0} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,8}
+}
+
+%body (arg: (s32[], f32[8], f32[100,8])) -> (s32[], f32[8], f32[100,8]) {
+  %arg = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}, f32[100,8]{1,0:T(8,128)}) parameter(0)
+  %stack = f32[100,8]{1,0:T(8,128)} get-tuple-element(%arg), index=2
+  %count = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
+  %row = f32[8]{0:T(128)S(1)} fusion(%stack, %count), kind=kLoop, calls=%fused, \
+backend_config={"window_config":{"estimated_cycles":"70"}}
+  ROOT %out = (s32[]{:T(128)}, f32[8]{0}, f32[100,8]{1,0}) tuple(%count, %row, %stack)
+}
+
+%condition (arg: (s32[], f32[8], f32[100,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %arg.1 = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}, f32[100,8]{1,0:T(8,128)}) parameter(0)
+  %count.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%count.1, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[100,8]) -> f32[8] {
+  %x = f32[100,8]{1,0:T(8,128)} parameter(0)
+  %doubled = f32[100,8]{1,0:T(8,128)} add(%x, %x), \
+backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %start = (s32[]{:T(128)}, f32[8]{0}, /*index=2*/f32[100,8]{1,0}) tuple(%doubled)
+  %loop = (s32[]{:T(128)}, f32[8]{0}, f32[100,8]{1,0}) while(%start), \
+condition=%condition, body=%body
+  ROOT %last = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.heart
+def test_loops_count_once_a_round_and_slices_by_their_size():
+    program = hlo.Program(TEXT)
+    assert program.cycles() == 1000 + 3 * 70
+    assert program.kernels() == 1 + 3
+    # Two operands and a result of 3,200 bytes; then a row of 32 bytes a round. The row goes
+    # to the chip's own memory, marked S, and so does not count when written.
+    assert program.bytes_moved() == 3 * 3200 + 3 * 32
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    program = hlo.Program(TEXT.replace("constant(3)", "parameter(1)"))
+    with pytest.raises(ValueError, match="a loop of unknown length: loop"):
+        program.cycles()
+
+
+def test_collectives_in_a_loop_count_once_a_round():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(x):
+        def body(_, x):
+            total = jax.lax.psum(jnp.sin(x), "data")
+            return jax.lax.pcast(total, "data", to="varying")
+
+        return jax.lax.fori_loop(0, 5, body, x)
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    text = jax.jit(mapped).lower(jnp.ones((16, 30))).compile().as_text()
+    found = hlo.Program(text).collectives()
+    assert found == {"all-reduce": {"count": 5, "bytes": 5 * 2 * 30 * 4}}
