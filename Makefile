@@ -122,15 +122,17 @@ bench-precision: $(VENV)/.bench
 bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
-REPRODUCE := $(filter-out %/cifar10 %/rounding_text,$(basename $(wildcard examples/reproduce/*.py)))
+REPRODUCE := $(filter-out %/cifar10 %_cifar %_text,$(basename $(wildcard examples/reproduce/*.py)))
 
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
 ifdef CIFAR10
-	$(BIN)/python examples/reproduce/cifar10.py --data-dir $(CIFAR10)
+	set -e; for name in cifar10 rounding_cifar; do \
+		$(BIN)/python examples/reproduce/$$name.py --data-dir $(CIFAR10); done
 endif
 ifdef SHAKESPEARE
-	$(BIN)/python examples/reproduce/rounding_text.py --data-dir $(SHAKESPEARE)
+	set -e; for name in rounding_text; do \
+		$(BIN)/python examples/reproduce/$$name.py --data-dir $(SHAKESPEARE); done
 endif
 
 clean:
