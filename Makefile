@@ -163,15 +163,17 @@ bench-gpu:
 		$$python -m pip install --quiet --disable-pip-version-check -e '.[gpu]'; }; \
 	set -x; $$python -m benchmarks.gpu $(if $(DATA),--data-dir $(DATA)) $(GPU_ARGS)
 
-REPRODUCE := $(filter-out %/cifar10 %/rounding_text,$(basename $(wildcard examples/reproduce/*.py)))
+REPRODUCE := $(filter-out %/cifar10 %_cifar %_text,$(basename $(wildcard examples/reproduce/*.py)))
 
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
 ifdef CIFAR10
-	$(BIN)/python examples/reproduce/cifar10.py --data-dir $(CIFAR10)
+	set -e; for name in cifar10 rounding_cifar; do \
+		$(BIN)/python examples/reproduce/$$name.py --data-dir $(CIFAR10); done
 endif
 ifdef SHAKESPEARE
-	$(BIN)/python examples/reproduce/rounding_text.py --data-dir $(SHAKESPEARE)
+	set -e; for name in rounding_text; do \
+		$(BIN)/python examples/reproduce/$$name.py --data-dir $(SHAKESPEARE); done
 endif
 
 clean:
