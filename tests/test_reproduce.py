@@ -549,6 +549,49 @@ def test_growth_is_seen_between_ten_and_a_thousand_times_the_start(monkeypatch):
     )
 
 
+# A small Transformer
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_the_calibration_error_is_that_of_numpy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import transformer_methods as study
+
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0, 1, 400).astype(np.float32)
+    confidence[0] = 1.0  # belongs to the last bin
+    right = rng.uniform(0, 1, 400) < confidence**2
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        inside |= (low > 0.93) & (confidence == 1)
+        gap = abs(confidence[inside].mean() - right[inside].mean())
+        expected += inside.mean() * gap
+    found = study.calibration_error(
+        jnp.asarray(confidence).reshape(20, 20), jnp.asarray(right).reshape(20, 20)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_every_method_of_the_transformer_has_as_many_settings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import transformer_methods as study
+
+    assert {len(m.settings) for m in study.METHODS.values()} == {6}
+    config = study.Config()
+
+    class Counted:
+        def cost_of(self, method):
+            return 2.0
+
+    found = study.methods_of(config, Counted(), lambda name, run, size: run())
+    longer = {name: m for name, m in found.items() if name.endswith("equal steps")}
+    assert [m.tuned_as for m in longer.values()] == list(study.LONGER)
+    assert {m.budget for m in longer.values()} == {2.0}
+    assert not any(m.settings for m in longer.values())
+
+
 # Pages
 
 
