@@ -168,7 +168,7 @@ class Report(NamedTuple):
     def _note(self):
         found = (
             "p: unit of a parameter. margin: by how much the learning rate could be "
-            "multiplied; below 1 the condition is violated."
+            "multiplied; below 1 it is too large for this condition."
         )
         if self.seconds is None:
             return found
