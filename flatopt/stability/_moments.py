@@ -14,7 +14,8 @@ import numpy as np
 from flatopt._core import blocks, progress
 from flatopt.stability import _checks
 
-EXPECTED_PRODUCTS = 42  # of an eigenvalue: two rounds of ARPACK, where it is separated
+BASIS = 12  # vectors of ARPACK's: with its own 20 it makes 20 products where 10 suffice
+EXPECTED_PRODUCTS = 24  # of an eigenvalue: two rounds of ARPACK, where it is separated
 FIXED_WIDTH = 512  # up to which padding costs less than compiling
 LARGE_RANK = 256  # from which flat directions are worth leaving out
 FLAT = (
@@ -271,13 +272,14 @@ def _arpack(product, rank, accuracy):
 
     operator = scipy.sparse.linalg.LinearOperator((rank**2,) * 2, product, dtype="f8")
     # Below the threshold many eigenvalues crowd near 1: there it is known less well.
-    for tolerance, restarts in ((accuracy, 10), (1e-4, 10), (1e-2, None)):
+    for tolerance, restarts in ((accuracy, 20), (1e-4, 20), (1e-2, None)):
         try:
             values = scipy.sparse.linalg.eigsh(
                 operator,
                 k=1,
                 which="LA",
                 v0=np.eye(rank).ravel(),
+                ncv=BASIS,
                 tol=tolerance,
                 maxiter=restarts,
                 return_eigenvectors=False,

@@ -61,8 +61,9 @@ def arwp_gradients(
       filter_axes: see :func:`flatopt.kernels.filterwise`.
       clean_weight: weight c of the clean gradient, between 0 and 1: a number or a
         schedule; None: no clean pass.
-      num_samples, batch_argnames, weight_fn, mask, noise_mask, start_step, strategy,
-        axis_name, key: see :func:`smooth_gradients`.
+      num_samples, batch_argnames, weight_fn, mask, noise_mask: see
+        :func:`smooth_gradients`.
+      start_step, strategy, axis_name, key: see :func:`smooth_gradients`.
 
     Returns:
       A transformation with state :class:`SmoothGradientsState`, F its ``memory``.
