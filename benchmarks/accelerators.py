@@ -24,7 +24,6 @@ os.environ.update(
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -54,15 +53,7 @@ SHARDED = "transformer, 4 chips"
 def ivon(problem):
     """IVON: a whole optimizer."""
     tx = flatopt.ivon(0.1, 50_000.0, num_samples=8, batch_argnames=c.BATCH)
-
-    def step(key, params, state, batch):
-        del key
-        updates, state = tx.update(
-            None, state, params, value_fn=problem.value_fn, **batch
-        )
-        return optax.apply_updates(params, updates), state
-
-    return tx, step
+    return c.whole(tx, problem)
 
 
 # Rows: the contender, and the generator of its key. "rbg" draws in the hardware.

@@ -102,7 +102,11 @@ def optax_sam(problem):
 
 def sam(problem):
     """SAM as flatopt has it."""
-    tx = optax.chain(flatopt.sam_gradients(RADIUS), _sgd())
+    return whole(optax.chain(flatopt.sam_gradients(RADIUS), _sgd()), problem)
+
+
+def whole(tx, problem):
+    """An optimizer that takes the loss itself."""
 
     def step(key, params, state, batch):
         del key

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flatopt._core.types import Optimizer, Sampling
-from flatopt.stability import _checks, _coefficients, _moments, _motion
+from flatopt.stability import _bounds, _checks, _coefficients, _moments, _motion
 from flatopt.stability._alignment import alignment
 from flatopt.stability._linearization import Linearization, check_whole
 
@@ -141,7 +141,7 @@ def thresholds(
         rates = dict.fromkeys(_UNKNOWN, math.nan)
         rates["gradient_descent"] = 2 / float(np.asarray(lin.eigenvalues)[0])
         if lin.largest_example is None:
-            rates = _bounds(lin, weights, batch_size, sampling)
+            rates = _necessary(lin, weights, batch_size, sampling)
         rates["sufficient"] = _sufficient(lin, weights)
         limit = _moments.exact_threshold(lin, batch_size, sampling, progress)
     else:
@@ -165,7 +165,7 @@ _UNKNOWN = tuple(  # of an optimizer other than plain SGD
 )
 
 
-def _bounds(lin, weights, batch_size, sampling):
+def _necessary(lin, weights, batch_size, sampling):
     """The rates of all theories but the exact one."""
     coordinates, values, scale = _moments.unit_arrays(lin)
     coordinates, values = coordinates.astype("f8"), values.astype("f8")
@@ -175,13 +175,13 @@ def _bounds(lin, weights, batch_size, sampling):
     mean_square_norm = np.mean(np.sum(grams**2, axis=(1, 2)))
     trace, square = values.sum(), (values**2).sum()
     first = np.eye(len(values))[0]
-    top, _ = _moments.rank_one_ratio(first, values, coordinates, weights)
-    smallest = _moments.smallest_alignment(values, coordinates, sampling)
+    top, _ = _bounds.rank_one_ratio(first, values, coordinates, weights)
+    smallest = _bounds.smallest_alignment(values, coordinates, sampling)
     measured = alignment(lin).mu if np.any(np.asarray(lin.residuals)) else math.nan
     found = dict(
         gradient_descent=2 / values[0],
         trace_ratio=2 * trace / (weights.whole * square + each * mean_square_norm),
-        rank_one=2 / _moments.largest_rank_one(values, coordinates, weights),
+        rank_one=2 / _bounds.largest_rank_one(values, coordinates, weights),
         top_direction=2 / top,
         trace=2 * coordinates.shape[1] / (each * trace) if each else math.inf,
         frobenius=_aligned(square, each, smallest),
@@ -189,7 +189,7 @@ def _bounds(lin, weights, batch_size, sampling):
         coherence=math.nan,
     )
     if sampling == "bernoulli":
-        found["coherence"] = _moments.coherence(values, grams, coordinates, batch_size)
+        found["coherence"] = _bounds.coherence(values, grams, coordinates, batch_size)
     return {name: rate / scale for name, rate in found.items()}
 
 
