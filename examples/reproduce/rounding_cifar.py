@@ -173,7 +173,7 @@ def draw_both(axis, results):
     figures.set_rows(axis, list(gains), fontsize=8)
     axis.axvline(0, color="black", linestyle=":")
     axis.set(xlabel="percentage points above SGD, 95 % intervals")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6, loc="lower left")
 
 
 def lines(report):
