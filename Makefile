@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu bench-accelerators reproduce clean
+.PHONY: help demo test test-programs test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu bench-accelerators reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
-	@echo "make test     run the tests; make test T='tests/test_kernels.py -k signs' runs some"
+	@echo "make test     run the library's tests; make test T='tests/test_kernels.py -k signs' runs some"
+	@echo "make test-programs  run the examples, studies and notebooks at a small size"
 	@echo "make test-fast    run the heart of every module: 2 minutes"
 	@echo "make test-fuzz    try 500 random uses of the links against NumPy"
 	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
@@ -42,13 +43,16 @@ demo: $(VENV)/.examples
 
 T ?=
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(or $(T),-n 2 --dist worksteal)
+	$(BIN)/python -m pytest $(or $(T),-n 2 --dist worksteal -m 'not program')
 
 # What meets JAX's inner parts: files test_NAME.py anywhere below tests.
 INNER := coefficients curvature errors export flax jaxprs kernels optimizers schedules sharding smooth track
 find_tests = $(or $(shell find tests -name test_$(1).py),\
 	$(error there are no tests named $(1)))
 INNER_TESTS = $(foreach name,$(INNER),$(call find_tests,$(name)))
+
+test-programs: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m program
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m heart

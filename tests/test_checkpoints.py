@@ -265,6 +265,7 @@ def _launch(*arguments):
     )
 
 
+@pytest.mark.program
 def test_a_killed_process_resumes_bit_equal(tmp_path):
     folder = tmp_path / "killed"
     with _launch(folder, tmp_path / "killed.npz", 16) as killed:

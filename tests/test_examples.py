@@ -157,6 +157,7 @@ def cifar10_command(data, output, *options):
     return [*map(str, [*command, "--output", output]), *options]
 
 
+@pytest.mark.program
 def test_cifar10_trains_every_method_at_equal_budgets(whole):
     folder, printed = whole
     gradients = set()
@@ -182,6 +183,7 @@ def result_of(folder):
     return metrics, state
 
 
+@pytest.mark.program
 @pytest.mark.filterwarnings("ignore")  # of Orbax: restored without shardings
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     tmp_path, run, variables, whole
@@ -245,6 +247,7 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     cifar10.open_folder(dataclasses.replace(other, resume=False), "sgd")
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     "command", [["digits.py", "--methods", "NSO"], ["stability.py"]], ids=" ".join
 )
@@ -253,6 +256,7 @@ def test_command_runs_at_its_quick_size(tmp_path, run, command):
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".json"}
 
 
+@pytest.mark.program
 def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
     printed = run(EXAMPLES / "flat_lora.py", "--quick", "--output", tmp_path)
     assert "Flat-LoRA: " in printed
@@ -263,6 +267,7 @@ def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
 # Notebooks
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_from_its_first_cell_to_its_last(tmp_path, variables, path):
     data = write_cifar10(tmp_path / "data", write_parquet)

@@ -12,6 +12,8 @@ import process_worker
 import pytest
 from helpers import assert_close, environment
 
+pytestmark = pytest.mark.program
+
 WORKER = pathlib.Path(__file__).parent / "process_worker.py"
 NUM_PROCESSES = 2
 TIMEOUT = 240
