@@ -130,8 +130,9 @@ def smooth_value_and_grad(
         leading axes ``(num_samples,)``, or ``(num_samples, 2)`` when antithetic; under
         ``axis_name`` they stay each device's own.
       mask: which leaves to differentiate: a tree prefix of bools, or a function of
-        ``params`` that returns one, as in ``optax.masked``. The gradient of the others
-        is not computed; zeros stand for it.
+        ``params`` that returns one, as in ``optax.masked``, or a pattern of paths such
+        as ``"encoder/*/kernel"``. The gradient of the others is not computed; zeros
+        stand for it.
       noise_mask: which leaves get noise, in the form of ``mask``; None: those of
         ``mask``. For noise on frozen weights with gradients for their adapters alone.
       clean_weight: weight c of the gradient at the parameters themselves, between 0 and 1;

@@ -203,6 +203,7 @@ WRONG |= {
     "sampler": [3, "a", kernels.isotropic()],
     "mask": ["a", 1, {"x": True}, *OF_NOTHING],
     "noise_mask": ["a", 1, {"x": True}, *OF_NOTHING],
+    "constants": ["a"],
     "weight_fn": [3, "a", *OF_NOTHING],
     "layer_of": [3, "a", *OF_NOTHING],
     "norms_of": [3, "a"],

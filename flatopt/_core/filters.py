@@ -171,7 +171,9 @@ def _is_axes(value):
 def filter_axes_function(filter_axes, params=None):
     if filter_axes is None:
         named = jax.tree_util.tree_leaves_with_path(params)
-        shapes = {trees.path_name(path): jnp.shape(leaf) for path, leaf in named}
+        shapes = {
+            trees.path_name(path): getattr(leaf, "shape", ()) for path, leaf in named
+        }
         return lambda path, leaf: default_filter_axes(path, leaf, shapes)
     if _is_axes(filter_axes):
         return lambda path, leaf: filter_axes

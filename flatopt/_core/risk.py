@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, loops, progress, sharding, streams, trees
+from flatopt._core import (
+    blocks,
+    checks,
+    loops,
+    parts,
+    progress,
+    sharding,
+    streams,
+    trees,
+)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -25,40 +34,56 @@ class Risk:
       params: the parameters.
       batch, stream: the data, one of them None; both where there is none.
       weight_fn: weight of a batch; None: its number of examples.
+      rest: all parameters and constants, where ``params`` are a part; see parts.choose.
     """
 
-    def __init__(self, loss_fn, params, batch, stream, weight_fn):
+    def __init__(self, loss_fn, params, batch, stream, weight_fn, rest=None):
         self.loss_fn, self.params, self.weight_fn = loss_fn, params, weight_fn
-        self.batch, self.stream = batch, stream
+        self.batch, self.stream, self.rest = batch, stream, rest
         self.seen = None  # what the last pass saw, see streams.Pass
         self.bar = None  # counts passes while inside of watched()
 
     @classmethod
-    def of(cls, loss_fn, params, data=None, weight_fn=None):
+    def of(cls, loss_fn, params, data=None, weight_fn=None, mask=None, constants=None):
         """A risk of checked arguments."""
-        with_data = data is not None
-        example = (
-            "loss_fn(params, batch)" if with_data else "loss_fn(params), or give data"
-        )
-        checks.check_function(loss_fn, "loss_fn", example, count=1 + with_data)
+        check_loss(loss_fn, data, constants)
+        part = parts.choose(params, mask, constants)
+        return cls.of_part(part.wrap(loss_fn), part, data, weight_fn)
+
+    @classmethod
+    def of_part(cls, loss_fn, part, data=None, weight_fn=None):
+        """A risk of a part of the parameters, for which ``loss_fn`` is wrapped."""
         checks.check_weight_fn(weight_fn)
         _check_hashable(loss_fn, weight_fn)
-        params = check_params(params)
-        return cls(loss_fn, params, *streams.prepare(data), weight_fn)
+        params = check_params(part.params)
+        return cls(loss_fn, params, *streams.prepare(data), weight_fn, part.rest)
 
     def tree_flatten(self):
         """For JAX: leaves and static parts."""
-        return (self.params, self.batch), (self.loss_fn, self.stream, self.weight_fn)
+        static = self.loss_fn, self.stream, self.weight_fn
+        return (self.params, self.batch, self.rest), static
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
         """For JAX: a risk from leaves and static parts."""
         loss_fn, stream, weight_fn = static
-        return cls(loss_fn, *leaves, stream, weight_fn)
+        params, batch, rest = leaves
+        return cls(loss_fn, params, batch, stream, weight_fn, rest)
 
     def at(self, params):
         """The same risk at other parameters, on data that is known to be finite."""
-        return Risk(self.loss_fn, params, self.batch, self.stream, self.weight_fn)
+        return Risk(
+            self.loss_fn, params, self.batch, self.stream, self.weight_fn, self.rest
+        )
+
+    @property
+    def whole(self):
+        """All parameters, where ``params`` are a part of them; else None."""
+        return None if self.rest is None else self.rest[0]
+
+    def given(self, batch):
+        """What the loss is given for a batch: with constants, where there are any."""
+        return batch if self.rest is None else parts.Beside(batch, *self.rest)
 
     @property
     def value(self):
@@ -89,7 +114,8 @@ class Risk:
         if self.stream is not None:
             return self._sweep(function, rows, check)
         check = check and self.seen is None and not _is_traced((self, rows))
-        found = _on_batch(function, check, self.params, self.batch, *rows)
+        batch = self.given(self.batch)
+        found = _on_batch(function, check, self.params, batch, *rows)
         if self.bar is not None:
             self.bar.update()
         if not check:
@@ -151,8 +177,10 @@ class Risk:
         self.bar.announce(time.monotonic() - start)
 
     def batches(self, description):
-        """Yield ``(batch, weight)`` of a re-iterable, and count them on the bar."""
-        return streams.passes(self.stream, self.weight_fn, description, self.bar)
+        """Yield ``(given batch, weight)`` of a re-iterable, and count them on the bar."""
+        passes = streams.passes(self.stream, self.weight_fn, description, self.bar)
+        for batch, weight in passes:
+            yield self.given(batch), weight
 
     @contextlib.contextmanager
     def watched(self, choice, num_passes, description):
@@ -173,6 +201,16 @@ class Risk:
                 yield
             finally:
                 self.bar = None
+
+
+def check_loss(loss_fn, data, constants=None):
+    """Reject what does not take parameters, a batch where there is data, constants."""
+    names = ["params", *["batch"] * (data is not None)]
+    names += ["constants"] * (constants is not None)
+    example = f"loss_fn({', '.join(names)})"
+    if data is None:
+        example += ", or give data"
+    checks.check_function(loss_fn, "loss_fn", example, count=len(names))
 
 
 def loss_of(loss_fn, params, batch):

@@ -1,5 +1,6 @@
 """Parameter trees: names of leaves, masks, the dtypes to compute in."""
 
+import fnmatch
 import inspect
 
 import jax
@@ -30,7 +31,13 @@ def is_function(x):
 
 
 def mask_flags(mask, params, name="mask"):
-    """One bool for each leaf of ``params`` from a mask as in ``optax.masked``."""
+    """One bool for each leaf of ``params``.
+
+    The mask is one as in ``optax.masked``, a tree prefix of bools or a function that
+    returns one, or a pattern of paths.
+    """
+    if isinstance(mask, str):
+        return _pattern_flags(mask, params, name)
     given = mask
     if is_function(mask):
         _check_takes_params(mask, name)
@@ -51,6 +58,26 @@ def mask_flags(mask, params, name="mask"):
                 "leaf takes part and False where it does not."
             )
     return [bool(flag) for flag in flags]
+
+
+def _pattern_flags(pattern, params, name):
+    """True for leaves whose path, or the path of a subtree around, has the pattern."""
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+    def fits(path):
+        keys = path.split("/")
+        around = ("/".join(keys[:count]) for count in range(1, len(keys) + 1))
+        return any(fnmatch.fnmatchcase(subtree, pattern) for subtree in around)
+
+    flags = [fits(path) for path in paths]
+    if not any(flags):
+        names = ", ".join(map(repr, paths[:6])) + ", ..." * (len(paths) > 6)
+        raise ValueError(
+            f"{name} must name leaves of params, got the pattern {pattern!r} where the "
+            f"paths are {names or 'none'}; write a path or a part of its beginning, with "
+            "* for anything."
+        )
+    return flags
 
 
 def _check_takes_params(mask, name):

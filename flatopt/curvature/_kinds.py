@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, jaxprs, risk, trees, vectors
+from flatopt._core import blocks, checks, jaxprs, parts, risk, trees, vectors
 
 
 class Kind(abc.ABC):
@@ -108,15 +108,17 @@ class GaussNewton(Kind):
         return _ModelLoss(self)
 
     def outputs(self, params, batch):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        pair = parts.batch_of(batch)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(
                 "data must be pairs (inputs, targets), got a batch of type "
-                f"{type(batch).__name__}; gauss_newton gives them to model_fn and loss_fn."
+                f"{type(pair).__name__}; gauss_newton gives them to model_fn and loss_fn."
             )
-        return self.model_fn(params, batch[0])
+        return self.model_fn(params, parts.replaced(batch, pair[0]))
 
     def output_loss(self, outputs, batch):
-        return checks.check_value(self.loss_fn(outputs, batch[1]), "loss_fn")
+        _, targets = parts.batch_of(batch)
+        return checks.check_value(self.loss_fn(outputs, targets), "loss_fn")
 
     def output_product(self, outputs, batch, tangent):
         gradient = jax.grad(lambda o: self.output_loss(o, batch))
@@ -185,6 +187,7 @@ class EmpiricalFisher(Kind):
 
     def losses(self, params, batch):
         """One loss an example, and the examples' weights, which sum to 1."""
+        given, batch = batch, parts.batch_of(batch)
         axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, batch)
 
         def of_one(example):
@@ -194,7 +197,8 @@ class EmpiricalFisher(Kind):
             )
 
         def loss(example):
-            return checks.check_value(self.loss_fn(params, of_one(example)), "loss_fn")
+            one = parts.replaced(given, of_one(example))
+            return checks.check_value(self.loss_fn(params, one), "loss_fn")
 
         def weight(example):
             return jnp.asarray(self.weight_fn(of_one(example))).astype(float)

@@ -24,7 +24,8 @@ class Operator:
     functions are static, so that new parameters reuse compiled code.
 
     Attributes:
-      like: the parameters, of the structure that vectors must have.
+      like: the parameters, of the structure that vectors must have; with a mask those it
+        names, None in place of the others.
 
     Example:
       >>> import jax.numpy as jnp
@@ -231,6 +232,8 @@ def _check_once(operator, rows):
         return
     operator.is_checked = True
     kind, batch = operator.kind, operator.batch
+    if batch is not None:
+        batch = operator.risk.given(batch)
     if operator.stream is not None and kind.looks_at_data:
         batch, _ = next(operator.risk.batches("first batch"), (None, 0.0))
     if batch is None:

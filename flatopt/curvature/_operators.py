@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from flatopt._core import checks, streams
-from flatopt._core.risk import Risk
+from flatopt._core import checks, parts, streams
+from flatopt._core.risk import Risk, check_loss
 from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.curvature import _kinds
 from flatopt.curvature._operator import Operator
@@ -15,6 +15,8 @@ def hessian(
     data: Any = None,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Operator:
     r"""The Hessian of a mean loss.
 
@@ -32,6 +34,13 @@ def hessian(
       data: None, one batch, or a re-iterable of batches.
       weight_fn: what the mean of a batch divides by; default: its number of examples.
         For a mean over tokens, ``lambda batch: batch["mask"].sum()``.
+      mask: the leaves whose block of the matrix is meant; the others are constant. A tree
+        prefix of bools, a function of the parameters that returns one, or a pattern of
+        paths such as ``"encoder/*/kernel"`` or ``"layer_3"``, where ``*`` stands for
+        anything. Vectors then have None in place of the others. None: all leaves.
+      constants: what the loss needs and is not differentiated, such as running statistics:
+        a tree of arrays, given to ``loss_fn`` last, as ``loss_fn(params, batch,
+        constants)``. Networks of one shape that differ in it share compiled code.
 
     Returns:
       An :class:`Operator`.
@@ -51,8 +60,9 @@ def hessian(
       Array([[1.6666667, 1.3333334],
              [1.3333334, 1.6666667]], dtype=float32)
     """
-    checks.check_function(loss_fn)
-    return _operator(_kinds.Hessian(loss_fn), params, data, weight_fn)
+    check_loss(loss_fn, data, constants)
+    part = parts.choose(params, mask, constants)
+    return _operator(_kinds.Hessian(part.wrap(loss_fn)), part, data, weight_fn)
 
 
 def gauss_newton(
@@ -62,6 +72,8 @@ def gauss_newton(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Operator:
     r"""The Gauss-Newton part of the Hessian: positive semidefinite for a convex loss.
 
@@ -72,7 +84,8 @@ def gauss_newton(
       loss_fn: ``loss_fn(outputs, targets)``, the mean loss of the batch.
       params: the parameters, floating.
       data: one batch ``(inputs, targets)``, or a re-iterable of them.
-      weight_fn: as in :func:`hessian`.
+      weight_fn, mask: as in :func:`hessian`.
+      constants: as in :func:`hessian`, given to ``model_fn(params, inputs, constants)``.
 
     Returns:
       An :class:`Operator`.
@@ -97,9 +110,13 @@ def gauss_newton(
             "data must be a pair (inputs, targets) or batches of such pairs, got "
             f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
         )
-    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    names = ["params", "inputs", *["constants"] * (constants is not None)]
+    example = f"model_fn({', '.join(names)})"
+    checks.check_function(model_fn, "model_fn", example, count=len(names))
     checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
-    return _operator(_kinds.GaussNewton(model_fn, loss_fn), params, data, weight_fn)
+    part = parts.choose(params, mask, constants)
+    kind = _kinds.GaussNewton(part.wrap(model_fn), loss_fn)
+    return _operator(kind, part, data, weight_fn)
 
 
 def empirical_fisher(
@@ -108,6 +125,8 @@ def empirical_fisher(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Operator:
     r"""The mean over examples of :math:`g_i g_i^\top`, not centered.
 
@@ -117,6 +136,7 @@ def empirical_fisher(
       params: the parameters, floating.
       data: one batch, or a re-iterable of batches.
       weight_fn: weight of a batch, which must be the sum of its examples' weights.
+      mask, constants: as in :func:`hessian`.
 
     Returns:
       An :class:`Operator`.
@@ -134,10 +154,9 @@ def empirical_fisher(
       Array([[2., 0.],
              [0., 2.]], dtype=float32)
     """
-    checks.check_function(loss_fn, count=2)
-    checks.check_weight_fn(weight_fn)
-    kind = _kinds.EmpiricalFisher(loss_fn, weight_fn)
-    return _operator(kind, params, _needed(data), weight_fn)
+    return _of_examples(
+        _kinds.EmpiricalFisher, loss_fn, params, data, weight_fn, mask, constants
+    )
 
 
 def gradient_covariance(
@@ -146,6 +165,8 @@ def gradient_covariance(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Operator:
     r"""The covariance of the examples' gradients: that of SGD's noise at batch size 1.
 
@@ -159,6 +180,7 @@ def gradient_covariance(
       params: the parameters, floating.
       data: one batch, or a re-iterable of batches.
       weight_fn: weight of a batch, which must be the sum of its examples' weights.
+      mask, constants: as in :func:`hessian`.
 
     Returns:
       An :class:`Operator`.
@@ -176,20 +198,22 @@ def gradient_covariance(
       Array([[ 1., -1.],
              [-1.,  1.]], dtype=float32)
     """
-    checks.check_function(loss_fn, count=2)
-    checks.check_weight_fn(weight_fn)
-    kind = _kinds.GradientCovariance(loss_fn, weight_fn)
-    return _operator(kind, params, _needed(data), weight_fn)
+    return _of_examples(
+        _kinds.GradientCovariance, loss_fn, params, data, weight_fn, mask, constants
+    )
 
 
-def _needed(data):
+def _of_examples(make, loss_fn, params, data, weight_fn, mask, constants):
     if data is None:
         raise ValueError(
             "data must be a batch or batches, got None; the gradients of single examples "
             "need examples."
         )
-    return data
+    check_loss(loss_fn, data, constants)
+    checks.check_weight_fn(weight_fn)
+    part = parts.choose(params, mask, constants)
+    return _operator(make(part.wrap(loss_fn), weight_fn), part, data, weight_fn)
 
 
-def _operator(kind, params, data, weight_fn):
-    return Operator(kind, Risk.of(kind.batch_loss, params, data, weight_fn))
+def _operator(kind, part, data, weight_fn):
+    return Operator(kind, Risk.of_part(kind.batch_loss, part, data, weight_fn))

@@ -120,8 +120,9 @@ def masked(kernel: Kernel, mask: Any) -> Kernel:
 
     Args:
       kernel: the kernel to mask.
-      mask: a tree prefix of ``params`` made of bools, or a function of ``params``
-        that returns one, as in ``optax.masked``.
+      mask: a tree prefix of ``params`` made of bools, a function of ``params`` that
+        returns one, as in ``optax.masked``, or a pattern of paths such as
+        ``"encoder/*/kernel"``.
 
     Returns:
       A kernel whose perturbation is zero for the leaves masked out.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import checks, filters, trees
+from flatopt._core import binding, checks, filters, trees
 from flatopt._core.filters import FilterAxes
 from flatopt.kernels._kernel import Kernel, leafwise
 from flatopt.kernels._samplers import Sampler, normal, uniform
@@ -46,7 +46,10 @@ def relative_to_max(
       Array([[4., 1.],
              [4., 1.]], dtype=float32)
     """
-    return leafwise(sampler, lambda params: filters.filter_max(filter_axes, params))
+    return leafwise(
+        sampler,
+        lambda params: filters.filter_max(filter_axes, binding.whole_params(params)),
+    )
 
 
 def rounding(bits: int, filter_axes: FilterAxes = None) -> Kernel:
@@ -94,7 +97,7 @@ def rounding(bits: int, filter_axes: FilterAxes = None) -> Kernel:
     factor = 2 / (2 ** int(bits) - 2) / math.sqrt(12)
 
     def deviation(params):
-        largest = filters.filter_max(filter_axes, params)
+        largest = filters.filter_max(filter_axes, binding.whole_params(params))
         return lambda path, leaf: factor * largest(path, leaf)
 
     return leafwise(uniform, deviation)
@@ -145,7 +148,7 @@ def polynomial(
     coefficients = _check_coefficients(coefficients)
 
     def deviation(params):
-        largest = filters.filter_max(filter_axes, params)
+        largest = filters.filter_max(filter_axes, binding.whole_params(params))
 
         def of_leaf(path, leaf):
             top = largest(path, leaf)

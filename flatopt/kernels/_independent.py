@@ -91,7 +91,7 @@ def filterwise(
 
     def deviation(params):
         if norms_of is None:
-            return filters.filter_norm(filter_axes, params)
+            return filters.filter_norm(filter_axes, binding.whole_params(params))
         return filters.norm_of_other(
             filter_axes, norms_of(binding.whole_params(params))
         )

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from flatopt import kernels
-from flatopt._core import binding, blocks, checks, random, streams, trees, vectors
+from flatopt._core import (
+    binding,
+    blocks,
+    checks,
+    parts,
+    random,
+    streams,
+    trees,
+    vectors,
+)
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
 from flatopt._core.types import KernelFn, LossFn, WeightFn
@@ -36,8 +45,9 @@ class PACBayes(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def noise_move(kernel):
-    def move(key, params, scale):
-        noise = binding.bind(kernel, key, params)(key)
+    def move(key, params, fixed):
+        scale, whole = fixed
+        noise = binding.bind(kernel, key, params, whole)(key)
         return jax.tree.map(
             lambda p, u: trees.widen(p) + scale.astype(u.dtype) * u, params, noise
         )
@@ -55,7 +65,8 @@ def rises(risk, key, scale, num_samples, kernel, base=None):
     base = risk.value if base is None else base
     checks.check_random_key(key)
     keys = probe_keys(key, 0, num_samples)
-    return risk.losses(noise_move(kernel), keys, jnp.float32(scale)) - base
+    fixed = jnp.float32(scale), risk.whole
+    return risk.losses(noise_move(kernel), keys, fixed) - base
 
 
 def mean_rise(risk, key, scale, num_samples, kernel, name, base=None):
@@ -77,6 +88,8 @@ def low_pass(
     kernel: KernelFn | None = None,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""The mean loss under random perturbation, less the loss.
 
@@ -96,6 +109,10 @@ def low_pass(
         compiled for each kernel, as for each loss.
       data: one batch, or a re-iterable of batches.
       weight_fn: weight of a batch; default: its number of examples.
+      mask: the leaves that are moved; the others are constant. In the forms of
+        :func:`flatopt.curvature.hessian`.
+      constants: arrays that ``loss_fn`` takes last and that are not moved, such as running
+        statistics; networks that differ in them share compiled code.
 
     Returns:
       An :class:`~flatopt.curvature.Estimate`.
@@ -115,7 +132,7 @@ def low_pass(
     """
     check_positive(sigma, "sigma")
     checks.check_count(num_samples)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     kernel = ISOTROPIC if kernel is None else kernel
     return mean_rise(risk, key, sigma, num_samples, kernel, "low_pass")
 
@@ -129,13 +146,16 @@ def average_case_adaptive(
     num_samples: int = 100,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""The mean loss at :math:`\theta + \rho |\theta| \odot U`, less the loss.
 
     Unchanged when layers are rescaled.
 
     Args:
-      loss_fn, params, key, num_samples, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, key, num_samples, data, weight_fn, mask, constants: see
+        :func:`low_pass`.
       rho: scale of the noise in units of each parameter, > 0.
 
     Returns:
@@ -155,7 +175,7 @@ def average_case_adaptive(
     """
     check_positive(rho, "rho")
     checks.check_count(num_samples)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     name = "average_case_adaptive"
     return mean_rise(risk, key, rho, num_samples, ELEMENTWISE, name)
 
@@ -172,6 +192,8 @@ def pac_bayes(
     delta: float = 1e-6,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> PACBayes:
     r"""Distance to the initialization, in units of the noise that the loss tolerates.
 
@@ -183,7 +205,8 @@ def pac_bayes(
     zeros; this does not.
 
     Args:
-      loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, key, data, weight_fn, mask, constants: see :func:`low_pass`. The
+        distance is that of the leaves of the mask.
       initial_params: the parameters at initialization.
       num_examples: n; default: counted from ``data``.
       epsilon: rise of the loss, > 0.
@@ -212,7 +235,7 @@ def pac_bayes(
     check_positive(epsilon, "epsilon")
     check_positive(delta, "delta")
     checks.check_count(num_samples)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     checks.check_random_key(key)
     if num_examples is None:
         num_examples = _count_examples(risk)
@@ -224,11 +247,8 @@ def pac_bayes(
         return float(jnp.mean(rises(risk, key, sigma, num_samples, ISOTROPIC, base)))
 
     sigma = solve(rise, epsilon, 1e-3, 1e6)
-    difference = jax.tree.map(
-        lambda p, q: trees.widen(jnp.asarray(p)) - trees.widen(jnp.asarray(q)),
-        params,
-        initial_params,
-    )
+    start = parts.choose(initial_params, mask, constants).params
+    difference = blocks.subtract(blocks.widen(risk.params), blocks.widen(start))
     distance = float(vectors.dot(difference, difference))
     penalty = distance / (4 * sigma**2) if math.isfinite(sigma) else 0.0
     return PACBayes(penalty + math.log(2 * num_examples / delta), sigma)
@@ -243,6 +263,8 @@ def local_entropy(
     num_samples: int = 100,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""The negative local entropy, relative to a flat loss.
 
@@ -254,7 +276,8 @@ def local_entropy(
     does not.
 
     Args:
-      loss_fn, params, key, num_samples, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, key, num_samples, data, weight_fn, mask, constants: see
+        :func:`low_pass`.
       gamma: inverse variance of the noise, > 0.
 
     Returns:
@@ -277,7 +300,7 @@ def local_entropy(
     """
     check_positive(gamma, "gamma")
     checks.check_count(num_samples)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     return entropy_of(rises(risk, key, gamma**-0.5, num_samples, ISOTROPIC))
 
 
@@ -320,6 +343,8 @@ def local_entropy_gradient(
     noise_scale: float = 1e-4,
     decay: float = 0.75,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""The norm :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop on all data.
 
@@ -340,7 +365,7 @@ def local_entropy_gradient(
       data: one batch, or a re-iterable of batches.
       gamma, num_steps, inner_learning_rate, noise_scale, decay: see
         :func:`flatopt.entropy_sgd_gradients`.
-      weight_fn: weight of a batch; default: its number of examples.
+      weight_fn, mask, constants: see :func:`low_pass`.
 
     Returns:
       The norm.
@@ -371,7 +396,7 @@ def local_entropy_gradient(
     checks.check_decay(decay)
     if data is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     settings = jnp.asarray(
         [gamma, inner_learning_rate, noise_scale, decay], jnp.float32
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import kernels
-from flatopt._core import binding, checks, filters, loops, trees
+from flatopt._core import binding, checks, filters, loops, parts, trees
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, check_params
 from flatopt._core.types import KernelFn, LossFn, WeightFn
@@ -27,6 +27,8 @@ def perturbed_accuracy(
     num_samples: int = 32,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""Measure the mean accuracy under random perturbation, a curve over its scale.
 
@@ -49,6 +51,9 @@ def perturbed_accuracy(
       num_samples: number of perturbations.
       data: one batch, or a re-iterable of batches.
       weight_fn: weight of a batch; default: its number of examples.
+      mask: the leaves that get noise, in the forms of :func:`flatopt.curvature.hessian`.
+      constants: arrays that ``metric_fn`` takes last and that get no noise, such as running
+        statistics; networks that differ in them share compiled code.
 
     Returns:
       An :class:`~flatopt.curvature.Estimate`, its value and error shaped as ``scales``.
@@ -75,7 +80,7 @@ def perturbed_accuracy(
     checks.check_count(num_samples)
     checks.check_random_key(key)
     checks.check_kernel(kernel)
-    risk = Risk.of(_Metric(metric_fn), params, data, weight_fn)
+    risk = Risk.of(_Metric(metric_fn), params, data, weight_fn, mask, constants)
     keys = probe_keys(key, 0, num_samples)
     curve = _Curve(risk.loss_fn, kernel)
     found = risk.mean(curve, keys, scales.reshape(-1), check=False)
@@ -106,7 +111,7 @@ class _Curve:
 
         def of_draw(key):
             # Drawn once for all scales.
-            noise = binding.bind(self.kernel, key, params)(key)
+            noise = binding.bind(self.kernel, key, params, parts.whole_of(batch))(key)
             return loops.map_rows(
                 lambda scale: metric(
                     jax.tree.map(

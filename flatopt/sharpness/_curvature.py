@@ -20,11 +20,13 @@ def fisher_rao_hessian(
     *,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm :math:`\theta^\top H \theta` with the Hessian, as in the paper.
 
     Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, data, weight_fn, mask, constants: see :func:`low_pass`.
 
     Returns:
       The quadratic form; it may be negative.
@@ -40,7 +42,9 @@ def fisher_rao_hessian(
       >>> sharpness.fisher_rao_hessian(lambda p: jnp.sum(p ** 2), jnp.ones(2))
       4.0
     """
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    operator = curvature.hessian(
+        loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
+    )
     return _form(operator)
 
 
@@ -51,11 +55,14 @@ def fisher_rao_gauss_newton(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the Gauss-Newton matrix: the Fisher for cross-entropy.
 
     Args:
-      model_fn, loss_fn, params, data, weight_fn: see :func:`flatopt.curvature.gauss_newton`.
+      model_fn, loss_fn, params, data, weight_fn, mask, constants: see
+        :func:`flatopt.curvature.gauss_newton`.
 
     Returns:
       The quadratic form.
@@ -73,7 +80,13 @@ def fisher_rao_gauss_newton(
       1.0
     """
     operator = curvature.gauss_newton(
-        model_fn, loss_fn, params, data, weight_fn=weight_fn
+        model_fn,
+        loss_fn,
+        params,
+        data,
+        weight_fn=weight_fn,
+        mask=mask,
+        constants=constants,
     )
     return _form(operator)
 
@@ -84,11 +97,14 @@ def fisher_rao_empirical(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the empirical Fisher matrix.
 
     Args:
-      loss_fn, params, data, weight_fn: see :func:`flatopt.curvature.empirical_fisher`.
+      loss_fn, params, data, weight_fn, mask, constants: see
+        :func:`flatopt.curvature.empirical_fisher`.
 
     Returns:
       The quadratic form.
@@ -104,7 +120,9 @@ def fisher_rao_empirical(
       ...     lambda p, batch: jnp.mean(batch @ p), jnp.ones(2), 2 * jnp.eye(2))
       4.0
     """
-    operator = curvature.empirical_fisher(loss_fn, params, data, weight_fn=weight_fn)
+    operator = curvature.empirical_fisher(
+        loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
+    )
     return _form(operator)
 
 
@@ -114,7 +132,9 @@ def _form(operator):
     return float(check_number(found, "fisher_rao", advice))
 
 
-def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
+def shannon_entropy(
+    model_fn: ModelFn, params: Any, inputs: Any, *, constants: Any = None
+) -> float:
     r"""Minus the mean entropy of the predicted classes: larger is more certain.
 
     The paper tabulates the mean entropy itself; the sign is turned here so that larger
@@ -124,6 +144,8 @@ def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
       model_fn: ``model_fn(params, inputs) -> logits``, classes last.
       params: the parameters.
       inputs: one batch of inputs, or a list of batches.
+      constants: arrays that ``model_fn`` takes last, such as running statistics; networks
+        that differ in them share compiled code.
 
     Returns:
       The negative mean entropy in nats, at most 0.
@@ -138,12 +160,16 @@ def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
       >>> round(sharpness.shannon_entropy(lambda p, x: x, None, jnp.zeros((5, 2))), 4)
       -0.6931
     """
-    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    check_model(model_fn, constants)
+    rest = () if constants is None else (constants,)
     total, count = 0.0, 0
     for batch in inputs if streams.is_stream(inputs) else [inputs]:
         batch = jax.tree.map(jnp.asarray, batch)
         size = streams.batch_size(batch)
-        total, count = total + size * _certainty(model_fn, params, batch), count + size
+        total, count = (
+            total + size * _certainty(model_fn, params, batch, *rest),
+            count + size,
+        )
     if not count:
         raise ValueError(
             "inputs must hold examples, got none; give at least one batch."
@@ -152,9 +178,16 @@ def shannon_entropy(model_fn: ModelFn, params: Any, inputs: Any) -> float:
     return float(check_number(total / count, "shannon_entropy", advice))
 
 
+def check_model(model_fn, constants=None):
+    """Reject a ``model_fn`` of other arguments."""
+    names = ["params", "inputs", *["constants"] * (constants is not None)]
+    example = f"model_fn({', '.join(names)})"
+    checks.check_function(model_fn, "model_fn", example, count=len(names))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _certainty(model_fn, params, batch):
-    logits = jnp.asarray(model_fn(params, batch), jnp.float32)
+def _certainty(model_fn, params, *arguments):
+    logits = jnp.asarray(model_fn(params, *arguments), jnp.float32)
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise ValueError(
             f"model_fn must return logits of shape (n, classes), got {logits.shape}; for "
@@ -174,6 +207,8 @@ def effective_dimension(
     num_steps: int = 64,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""The number of directions that the loss determines.
 
@@ -183,7 +218,7 @@ def effective_dimension(
     code those near :math:`-\alpha` make it blow up.
 
     Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, data, weight_fn, mask, constants: see :func:`low_pass`.
       key: a JAX random key.
       alpha: the eigenvalue that counts as one half, > 0.
       num_draws, num_steps: see :func:`flatopt.curvature.spectral_density`.
@@ -204,7 +239,9 @@ def effective_dimension(
       2.0
     """
     check_positive(alpha, "alpha")
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+    operator = curvature.hessian(
+        loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
+    )
     density = curvature.spectral_density(
         operator, key, num_draws=num_draws, num_steps=num_steps
     )

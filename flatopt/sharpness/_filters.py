@@ -15,7 +15,8 @@ class NormalizedFilters(NamedTuple):
 
     Attributes:
       params: the parameters, each filter with its bias divided by its size.
-      restore: ``restore(params)``, the original parameters from normalized ones.
+      restore: ``restore(params)``, the original parameters from normalized ones; a tree
+        of arrays, as ``constants`` of a measure take it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,7 +39,8 @@ def normalize_filters(
     norm of each filter of a kernel, plus the magnitudes of what has one value a filter (a
     ``bias``, the ``scale`` of a normalization). A filter of size zero is left alone. With
     ``normalized, restore = normalize_filters(params)``, measure
-    ``lambda q, batch: loss_fn(restore(q), batch)`` at ``normalized``.
+    ``lambda q, batch, restore: loss_fn(restore(q), batch)`` at ``normalized`` with
+    ``constants=restore``: one such function for many networks of a shape compiles once.
 
     Rescaling layers then no longer matters where every filter that is rescaled takes its
     own bias along: in ReLU networks without biases, or with biases in the first layer
@@ -90,14 +92,15 @@ def normalize_filters(
         flat.append(jnp.where(total == 0, 1.0, total).reshape(size.shape))
     scales = jax.tree.unflatten(treedef, flat)
 
-    def restore(params):
-        return jax.tree.map(
-            lambda p, s: (trees.widen(p) * s).astype(p.dtype), params, scales
-        )
-
     normalized = jax.tree.map(
         lambda p, s: (trees.widen(jnp.asarray(p)) / s).astype(jnp.asarray(p).dtype),
         params,
         scales,
     )
-    return NormalizedFilters(normalized, restore)
+    return NormalizedFilters(normalized, jax.tree_util.Partial(_times, scales))
+
+
+def _times(scales, params):
+    return jax.tree.map(
+        lambda p, s: (trees.widen(p) * s).astype(p.dtype), params, scales
+    )

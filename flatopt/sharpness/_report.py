@@ -22,6 +22,7 @@ from flatopt.sharpness._average import (
     rises,
 )
 from flatopt.sharpness._curvature import (
+    check_model,
     effective_dimension,
     fisher_rao_empirical,
     fisher_rao_hessian,
@@ -184,6 +185,8 @@ def report(
     sigma: float = 0.01,
     rho: float = 0.05,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
     progress: Any = None,
 ) -> Report:
     """All measures at one point, sharing what they can.
@@ -192,7 +195,7 @@ def report(
     products of all data. At a zero gradient the epsilon sharpness is not a number.
 
     Args:
-      loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, key, data, weight_fn, mask, constants: see :func:`low_pass`.
       model_fn: for the Shannon entropy: ``model_fn(params, inputs) -> logits``.
       inputs: for the Shannon entropy.
       initial_params: for the PAC-Bayes measure.
@@ -226,9 +229,9 @@ def report(
     if initial_params is not None:
         check_initial(initial_params, params)
     if model_fn is not None:
-        checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
-    options = {"data": data, "weight_fn": weight_fn}
-    operator = curvature.hessian(loss_fn, params, data, weight_fn=weight_fn)
+        check_model(model_fn, constants)
+    options = {"weight_fn": weight_fn, "mask": mask, "constants": constants}
+    operator = curvature.hessian(loss_fn, params, data, **options)
     risk = operator.risk
     keys = [random.fold_in(key, index) for index in range(9)]
     base = risk.value
@@ -240,23 +243,27 @@ def report(
         "probe": lambda: curvature.probe(operator, keys[0]),
         "max_eigenvalue": lambda: curvature.eigenpairs(operator, keys[1]),
         "effective_dimension": lambda: effective_dimension(
-            loss_fn, params, keys[2], **options
+            loss_fn, params, keys[2], data=data, **options
         ),
-        "fisher_rao_hessian": lambda: fisher_rao_hessian(loss_fn, params, **options),
+        "fisher_rao_hessian": lambda: fisher_rao_hessian(
+            loss_fn, params, data=data, **options
+        ),
         "fisher_rao_empirical": lambda: fisher_rao_empirical(
-            loss_fn, params, data, weight_fn=weight_fn
+            loss_fn, params, data, **options
         ),
         "low_pass": lambda: rise(keys[3], sigma, kernel=ISOTROPIC, name="low_pass"),
         "local_entropy": lambda: entropy_of(
             rises(risk, keys[4], 0.1, 100, ISOTROPIC, base)
         ),
         "local_entropy_gradient": lambda: local_entropy_gradient(
-            loss_fn, params, keys[5], data, weight_fn=weight_fn
+            loss_fn, params, keys[5], data, **options
         ),
         "epsilon_sharpness": lambda: epsilon_sharpness_of(risk, 0.1),
-        "worst_case": lambda: worst_case(loss_fn, params, keys[6], rho=rho, **options),
+        "worst_case": lambda: worst_case(
+            loss_fn, params, keys[6], rho=rho, data=data, **options
+        ),
         "worst_case_adaptive": lambda: worst_case(
-            loss_fn, params, keys[6], rho=rho, adaptive=True, **options
+            loss_fn, params, keys[6], rho=rho, adaptive=True, data=data, **options
         ),
         "average_case_adaptive": lambda: rise(
             keys[7], rho, kernel=ELEMENTWISE, name="average_case_adaptive"
@@ -265,11 +272,18 @@ def report(
     if initial_params is not None:
         measures["pac_bayes"] = lambda: (
             pac_bayes(
-                loss_fn, params, keys[8], initial_params=initial_params, **options
+                loss_fn,
+                params,
+                keys[8],
+                initial_params=initial_params,
+                data=data,
+                **options,
             ).value
         )
     if model_fn is not None:
-        measures["shannon_entropy"] = lambda: shannon_entropy(model_fn, params, inputs)
+        measures["shannon_entropy"] = lambda: shannon_entropy(
+            model_fn, params, inputs, constants=constants
+        )
     return Report(*_measured(measures, progress))
 
 

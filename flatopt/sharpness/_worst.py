@@ -22,11 +22,13 @@ def epsilon_sharpness(
     epsilon: float = 0.1,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""One over the distance along the gradient at which the loss has risen by epsilon.
 
     Args:
-      loss_fn, params, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, data, weight_fn, mask, constants: see :func:`low_pass`.
       epsilon: rise of the loss, > 0.
 
     Returns:
@@ -47,7 +49,7 @@ def epsilon_sharpness(
       2.0
     """
     check_positive(epsilon, "epsilon")
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     found = epsilon_sharpness_of(risk, epsilon)
     if math.isnan(found):
         raise ValueError(
@@ -87,6 +89,8 @@ def worst_case(
     num_steps: int = 20,
     data: Any = None,
     weight_fn: WeightFn | None = None,
+    mask: Any = None,
+    constants: Any = None,
 ) -> float:
     r"""The largest rise of the loss found in a ball.
 
@@ -98,7 +102,7 @@ def worst_case(
     bound of the maximum; for a convex quadratic it converges to it.
 
     Args:
-      loss_fn, params, key, data, weight_fn: see :func:`low_pass`.
+      loss_fn, params, key, data, weight_fn, mask, constants: see :func:`low_pass`.
       rho: radius of the ball, > 0.
       norm: "l2" or "linf".
       adaptive: measure the ball in units of each parameter's magnitude: unchanged when
@@ -131,7 +135,7 @@ def worst_case(
         raise ValueError(
             f"norm must be 'l2' or 'linf', got {norm!r}; 'l2' is that of SAM."
         )
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
     params = risk.params
     units = jax.tree.map(
         lambda p: (
@@ -189,6 +193,8 @@ def m_sharpness(
     norm: BallNorm = "l2",
     adaptive: bool = False,
     num_steps: int = 20,
+    mask: Any = None,
+    constants: Any = None,
 ) -> Estimate:
     r"""The mean over batches of the worst case of each batch: SAM's m-sharpness.
 
@@ -197,7 +203,7 @@ def m_sharpness(
       params: the parameters.
       key: a JAX random key.
       batches: a re-iterable of batches of m examples.
-      rho, norm, adaptive, num_steps: see :func:`worst_case`.
+      rho, norm, adaptive, num_steps, mask, constants: see :func:`worst_case`.
 
     Returns:
       An :class:`~flatopt.curvature.Estimate` over batches.
@@ -229,6 +235,8 @@ def m_sharpness(
             adaptive=adaptive,
             num_steps=num_steps,
             data=[batch] if streams.is_stream(batch) else batch,
+            mask=mask,
+            constants=constants,
         )
         for batch in batches
     ]

@@ -64,8 +64,9 @@ def smooth_gradients(
       batch_argnames: names of the extra arguments whose leading axis is split, one
         chunk a draw.
       weight_fn: weight of a chunk; default: chunks count equally.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out get no noise and are not differentiated; their update is zero.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a pattern
+        of paths such as ``"encoder/*/kernel"``. Leaves masked out get no noise and are not
+        differentiated; their update is zero.
       noise_mask: which leaves get noise, in the form of ``mask``; None: those of
         ``mask``. For noise on frozen weights with gradients for their adapters alone.
       clean_weight: weight c of the clean gradient, between 0 and 1: a number or a schedule;
