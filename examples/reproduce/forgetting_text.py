@@ -19,20 +19,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import rounding_text
-from common import frontiers
+from common import frontiers, language
 from common.frontiers import Levels
+from common.language import Method
 from common.text import split
 from flax import nnx
-from rounding_text import ADAMW, AVERAGE, METHODS
-from transformer import Method
+from rounding_text import ADAMW
 
 from flatopt import curvature
 
 # The share by which a phase of SAM at the end of pre-training lowers forgetting in a
 # language model of 1B parameters (abstract of arXiv 2605.02105).
 PAPER = {"forgetting": 0.31}
-LEVELS = Levels(np.linspace(0.22, 0.32, 51), learned=0.28, tolerance=0.005)
-PLAIN = Method(rounding_text.plain)
+LEVELS = Levels(np.linspace(0.3, 0.36, 61), learned=0.33, tolerance=0.005)
+PLAIN = Method(language.plain)
+LARGER = Method(
+    language.plain,
+    common.grid(learning_rate=(3.2e-2, 6.4e-2), weight_decay=(0.01, 0.1)),
+)
+METHODS = {ADAMW: rounding_text.METHODS[ADAMW], "AdamW, larger rate": LARGER}
+METHODS |= rounding_text.METHODS
 
 
 @dataclasses.dataclass
@@ -41,23 +47,23 @@ class Config(common.Config):
 
     data_dir: pathlib.Path | None = None
     """A folder with tinyshakespeare.txt. Default: Python's standard library as text."""
-    methods: tuple[str, ...] = (ADAMW, AVERAGE, "SAM, last 10 %", "LPF-AdamW")
+    methods: tuple[str, ...] = tuple(METHODS)
     """Methods of the first training; AdamW must come first."""
     settings: int = 4
     """Number of settings that each method chooses from, spread over its grid."""
     seeds: int = 5
     """Number of final runs: start, batches and noise change, the texts stay."""
-    pretraining: int = 300
+    pretraining: int = 600
     """Gradients of a batch."""
     train_characters: int = 200_000
     """Size of the text to train on."""
     new_characters: int = 20_000
     """Size of the second text, the library's help texts (pydoc_data)."""
-    new_rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+    new_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
     """Learning rates of the second training."""
-    new_steps: int = 40
+    new_steps: int = 80
     """Steps of plain AdamW on the second text."""
-    points: int = 2
+    points: int = 4
     """Points along the second training."""
     width: int = 32
     """Width of the Transformer."""
@@ -94,7 +100,9 @@ class Training(frontiers.OneByOne, rounding_text.Training):
     levels = LEVELS
 
     def __init__(self, config):
-        super().__init__(config)
+        folder = config.data_dir
+        path = folder / "tinyshakespeare.txt" if folder else language.LIBRARY
+        super().__init__(config, path)
         self.num_steps = config.pretraining
         helps = "\n".join(topics.topics.values()).encode("ascii", "replace")
         self.new_codes = np.frombuffer(helps, np.uint8)
@@ -105,7 +113,7 @@ class Training(frontiers.OneByOne, rounding_text.Training):
 
     def again(self, method, setting, seed, num_steps, name):
         """Accuracies before the second text and along it, and the curvature before it."""
-        params = self.train(method, num_steps, setting, seed)
+        params, _ = self.train(method, num_steps, setting, seed)
         windows = [self.windows(texts[name]) for texts in (self.split, self.new_split)]
         old, new = self.learn(params, jax.random.key(seed), windows)
         return {
