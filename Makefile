@@ -172,11 +172,11 @@ REPRODUCE := $(filter-out %/cifar10 %_cifar %_text,$(basename $(wildcard example
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
 ifdef CIFAR10
-	set -e; for name in cifar10 rounding_cifar; do \
+	set -e; for name in cifar10 rounding_cifar forgetting_cifar; do \
 		$(BIN)/python examples/reproduce/$$name.py --data-dir $(CIFAR10); done
 endif
 ifdef SHAKESPEARE
-	set -e; for name in rounding_text; do \
+	set -e; for name in rounding_text forgetting_text; do \
 		$(BIN)/python examples/reproduce/$$name.py --data-dir $(SHAKESPEARE); done
 endif
 

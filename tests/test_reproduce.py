@@ -494,6 +494,32 @@ def test_photographs_are_halved_and_statistics_follow_the_weights(monkeypatch):
 
 @jax.numpy_rank_promotion("allow")
 @jax.numpy_dtype_promotion("standard")
+def test_a_task_is_asked_for_its_own_classes_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import types
+
+    import forgetting_cifar as study
+    from flax import nnx
+
+    config = types.SimpleNamespace(width=2, blocks=(), dtype="float32")
+    network = study.Network(config)
+    params = network.start(0)
+    images = np.random.default_rng(0).uniform(0, 255, (6, 16, 16, 3))
+    images = jnp.asarray(images, jnp.float32)
+    model = nnx.merge(network.graphdef, params, network.statistics, copy=True)
+    logits = np.asarray(model(study.normalize(images)), float)
+    for task, labels in (("old", [2, 3, 4, 5, 6, 7]), ("new", [0, 1, 8, 9, 0, 9])):
+        own = np.log(np.exp(logits[:, study.CLASSES[task]]).sum(axis=1))
+        expected = (own - logits[np.arange(6), labels]).mean()
+        found = network.loss_fn(params, (images, study.one_hot(np.array(labels))))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    grads = jax.grad(network.loss_fn)(params, (images, study.one_hot(np.arange(6) + 2)))
+    columns = np.abs(grads["head"]["kernel"].get_value()).sum(axis=0) > 0
+    np.testing.assert_array_equal(columns, np.isin(range(10), study.CLASSES["old"]))
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
 def test_sharpness_and_limits_are_those_of_a_quadratic(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
     from common import fitted, optimizers

@@ -23,11 +23,11 @@ step), ``statistics`` (means and errors, pairs, rank correlations), ``cells`` (m
 networks and label noise), ``data`` and ``figures``. Networks and their training:
 ``square_loss`` (alignment, escape), ``fitted``, ``optimizers`` and ``settling`` (edge),
 ``side_by_side``, ``networks`` and ``bound`` (generalisation), ``one_loss`` and ``measures``
-(sharpness_study), ``residual`` (cifar10), ``photographs`` (rounding_cifar), ``text``
-(edge), ``language`` (transformer, transformer_methods, rounding_text), ``after`` and
-``links`` (rounding, forgetting, merging), ``goals`` (rounding, rounding_cifar),
-``frontiers`` and ``again`` (forgetting), ``merge``
-(merging).
+(sharpness_study), ``residual`` (cifar10), ``photographs`` (rounding_cifar,
+forgetting_cifar), ``text`` (edge), ``language`` (transformer, transformer_methods,
+rounding_text, forgetting_text), ``after`` and ``links`` (rounding, forgetting, merging),
+``goals`` (rounding, rounding_cifar), ``frontiers`` (forgetting, forgetting_cifar,
+forgetting_text), ``again`` (forgetting), ``merge`` (merging).
 """
 
 from .data import split_digits

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 
 from . import figures, statistics
@@ -206,8 +207,13 @@ def draw(row: Any, network: dict, label: str, levels: Any) -> None:
         xlabel="curvature of the first loss along the second's gradient",
         ylabel="area below the curve (%)",
     )
+    row[2].xaxis.set(
+        major_locator=ticker.LogLocator(subs=(1, 2, 5)),
+        major_formatter="{x:g}",
+        minor_formatter=ticker.NullFormatter(),
+    )
     row[0].legend(fontsize=7)
-    row[1].legend(fontsize=7)
+    row[1].legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def draw_gains(axis: Axes, summary: dict) -> None:

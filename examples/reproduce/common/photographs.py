@@ -52,9 +52,9 @@ class Training:
     XLA's convolutions are slow for weights under vmap, and under a loop with gradients.
     """
 
-    def __init__(self, config, splits):
+    def __init__(self, config, splits, network=Network):
         self.config, self.splits = config, splits
-        self.network = Network(config)
+        self.network = network(config)
         size = len(splits["train"][1])
         self.num_steps = config.epochs * size // config.batch_size
 
