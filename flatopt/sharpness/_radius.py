@@ -101,8 +101,10 @@ def radius(
             "data must be (inputs, targets) where model_fn is given, got None; give a batch "
             "of such pairs."
         )
+    # In float32 or wider: bfloat16 would round small moves away.
+    risk = risk.at(blocks.widen(risk.params))
     effects = Effects(risk.loss_fn, model_fn, kernel)
-    dtype = jnp.result_type(*map(jnp.result_type, jax.tree.leaves(blocks.widen(params))))
+    dtype = jnp.result_type(*jax.tree.leaves(risk.params))
     is_noise = method == "noise"
     steps = jnp.asarray(np.concatenate([radii, -radii] if is_noise else [radii]), dtype)
     keys = _keys(key, num_samples) if is_noise else None
@@ -111,7 +113,7 @@ def radius(
         loss, num_classes, samples = measure(risk, effects, keys, steps)
     is_traced = isinstance(loss, jax.core.Tracer)
     seconds = None if is_traced else time.monotonic() - start
-    recipe = RECIPES.get(getattr(kernel, "unit", None)) if is_noise else "sam"
+    recipe = RECIPES.get(getattr(kernel, "unit", None) or "") if is_noise else "sam"
     return _estimates(samples, radii, is_noise)._replace(
         loss=loss if is_traced else float(loss),
         recipe=recipe,
@@ -167,14 +169,15 @@ class Effects:
     kernel: KernelFn | None
 
     def __call__(self, params, batch, keys, steps):
-        params, given = blocks.widen(params), params
         here = self.at(params, batch)
         logits = self.logits(params, batch)
 
         def along_direction(direction):
             def of_step(step):
                 moved = along(step, params, direction)
-                return compare(here, self.at(moved, batch, logits), params, direction, step)
+                return compare(
+                    here, self.at(moved, batch, logits), params, direction, step
+                )
 
             return loops.map_rows(of_step, steps)
 
@@ -183,7 +186,7 @@ class Effects:
             found = jax.tree.map(lambda x: x[None], found)
         else:
             found = loops.map_rows(
-                lambda key: along_direction(self.draw(key, given)), keys
+                lambda key: along_direction(self.draw(key, params)), keys
             )
         return here["loss"], (here["loss"], found)
 
@@ -263,7 +266,6 @@ class _Moved:
     effects: Effects
 
     def __call__(self, params, batch, direction, step):
-        params = blocks.widen(params)
         logits = self.effects.logits(params, batch)
         moved = along(step, params, direction)
         found = self.effects.at(moved, batch, logits)
@@ -274,11 +276,10 @@ def _in_passes(risk, effects, keys, steps):
     """The same on a re-iterable: a pass for each step, with two gradients in memory."""
     loss, gradient = risk.value_and_gradient()
     here = {"loss": loss, "gradient": gradient}
-    params = blocks.widen(risk.params)
-    draw = jax.jit(effects.draw)
+    params, draw = risk.params, jax.jit(effects.draw)
     climb = [vectors.normalize(gradient)[0]] if keys is None else None
     rows = []
-    for direction in climb or (draw(key, risk.params) for key in keys):
+    for direction in climb or (draw(key, params) for key in keys):
         row = [
             _compare(
                 here,

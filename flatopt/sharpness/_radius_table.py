@@ -14,7 +14,17 @@ BRACKETS = {"nso": (1, 3), "sam": (1, 3), "lpf": (0.5, 1, 2)}
 CLIFF = {"sam": 2.0}  # of what a guess loses; half of it for noise
 NAMES = {"nso": "sigma", "sam": "rho", "lpf": "gamma"}
 
-HEADER = ("radius", "rise", "error", "share", "KL", "changed", "cosine", "noise", "says")
+HEADER = (
+    "radius",
+    "rise",
+    "error",
+    "share",
+    "KL",
+    "changed",
+    "cosine",
+    "noise",
+    "says",
+)
 MEANINGS = (
     "rise: of the mean loss, with its standard error; nats, if the loss is a cross-entropy.",
     "share: rise over loss.",
@@ -185,15 +195,23 @@ class Radius(NamedTuple):
     def _advice(self):
         where = "See 'Which radius' in docs/choose.md."
         if self.recipe is None:
-            return f"No rule was measured for this kernel: search by factors of 2. {where}"
+            return (
+                f"No rule was measured for this kernel: search by factors of 2. {where}"
+            )
         name = NAMES[self.recipe]
         if self.recipe == "nso" and self.kl is None:
             return f"Give model_fn: the rule for {name} needs the predictions. {where}"
         if not self.bracket:
-            what = "KL of 0.06" if self.recipe == "nso" else "rise of 0.5"
-            at = self.kl.value if self.recipe == "nso" else self.rise.value
-            other = "larger" if not float(at[-1]) > KL_OF_START else "smaller"
-            return f"No radius has a {what} nats: give {other} radii. {where}"
+            is_nso = self.recipe == "nso"
+            what, values, target = (
+                ("KL", self.kl.value, KL_OF_START)
+                if is_nso
+                else ("rise", self.rise.value, RISE_OF_START)
+            )
+            other = "larger" if float(values[0]) < target else "smaller"
+            return (
+                f"No radius has a {what} of {target} nats: give {other} ones. {where}"
+            )
         radii = ", ".join(f"{radius:.2g}" for radius in self.bracket)
         reason = {
             "nso": "where the KL is 0.06 nats, and 3 times that",
