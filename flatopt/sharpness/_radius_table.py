@@ -117,7 +117,7 @@ class Radius(NamedTuple):
     def bracket(self) -> tuple[float, ...]:
         """The radii to train with, beside none; empty where no rule tells any."""
         start = self.start
-        if start is None:
+        if start is None or self.recipe is None:
             return ()
         return tuple(factor * start for factor in BRACKETS[self.recipe])
 
