@@ -12,6 +12,7 @@ __all__ = [
     "GradientCounter",
     "IREState",
     "IVONState",
+    "Radius",
     "SkipNonfiniteState",
     "SmoothGradientsState",
     "TrackStabilityState",
@@ -44,6 +45,7 @@ __all__ = [
     "nso_gradients",
     "nso_sgd",
     "posterior_kernel",
+    "radius",
     "random_sam_gradients",
     "sam_gradients",
     "sam_sgd",
@@ -70,7 +72,7 @@ _MODULES = (
     "sharpness",
     "stability",
 )
-_HOMES = ("transforms", "optimizers", "smoothing", "stability")
+_HOMES = ("transforms", "optimizers", "smoothing", "stability", "sharpness._radius")
 
 if TYPE_CHECKING:
     from flatopt import curvature as curvature
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
         sam_sgd,
         sample_posterior,
     )
+    from flatopt.sharpness._radius import Radius, radius
     from flatopt.smoothing import (
         smooth,
         smooth_value_and_grad,

@@ -105,6 +105,7 @@ VALID = {
     "momentum": 0.9,
     "decay": 0.9,
     "scales": [0.0, 0.1],
+    "found": flatopt.radius(_loss, PARAMS, KEY, radii=[0.1, 0.2], num_samples=2),
 }
 IVON = flatopt.ivon(0.1, 8.0)
 ADAM_STATE = optax.tree.set(optax.adam(0.1).init(PARAMS), count=jnp.int32(9), nu=PARAMS)
@@ -187,6 +188,9 @@ WRONG |= {
     "batch_sizes": ["a", [0], [-1], [1.5]],
     "start": ["a", -1.0, [1.0]],
     "which": ["middle", 3],
+    "method": ["dropout", None, 3],
+    "radii": ["a", 0.1, [], [-1.0], [0.2, 0.1], [np.nan], [1j], [[0.1]]],
+    "found": [None, 3, OPERATOR],
     "norm": ["l3", 2],
     "noise": ["none", 3],
     "sampling": ["sometimes", None, 3],

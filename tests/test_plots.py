@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import flatopt
 from flatopt import curvature, kernels, plots, stability
 
 mpl.use("agg")
@@ -63,6 +64,20 @@ def test_bars_are_the_traces_of_the_layers():
     ax = plots.layer_traces(curvature.probe(operator, KEY))
     widths = [bar.get_width() for bar in ax.patches]
     np.testing.assert_allclose(widths, [8, 4], rtol=1e-4)
+
+
+def test_radii_are_drawn_with_their_rises_and_what_is_suggested():
+    kernel = kernels.isotropic(kernels.signs)
+    found = flatopt.radius(loss_fn, PARAMS, KEY, kernel=kernel, data=jnp.ones(2))
+    ax = plots.radius(found)
+    radii, rises = ax.lines[0].get_data()
+    np.testing.assert_allclose(radii, found.radii)
+    np.testing.assert_allclose(rises, 6 * radii**2, atol=1e-5)  # half of the trace
+    assert not [line for line in ax.lines if line.get_gid() == "try"]
+    found = flatopt.radius(loss_fn, PARAMS, KEY, method="sam", data=jnp.ones(2))
+    ax = plots.radius(found)
+    tried = [line.get_xdata()[0] for line in ax.lines if line.get_gid() == "try"]
+    np.testing.assert_allclose(tried, found.bracket)
 
 
 def test_the_density_integrates_to_one():

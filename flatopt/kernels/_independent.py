@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flatopt._core import binding, filters
 from flatopt._core.filters import FilterAxes
-from flatopt.kernels._kernel import Kernel, leafwise
+from flatopt.kernels._kernel import FILTER, PARAMETER, Kernel, leafwise
 from flatopt.kernels._samplers import Sampler, normal
 
 
@@ -32,7 +32,7 @@ def isotropic(sampler: Sampler = normal) -> Kernel:
       >>> noise["w"].shape, bool(jnp.all(jnp.abs(noise["w"]) == 1))
       ((2, 3), True)
     """
-    return leafwise(sampler)
+    return leafwise(sampler, unit=PARAMETER)
 
 
 def filterwise(
@@ -96,7 +96,7 @@ def filterwise(
             filter_axes, norms_of(binding.whole_params(params))
         )
 
-    return leafwise(sampler, deviation)
+    return leafwise(sampler, deviation, FILTER if norms_of is None else None)
 
 
 def elementwise(sampler: Sampler = normal) -> Kernel:

@@ -23,8 +23,9 @@ class Kernel:
       {'w': Array([1., 1.], dtype=float32)}
     """
 
-    def __init__(self, bind):
+    def __init__(self, bind, unit=None):
         self.bind = bind
+        self.unit = unit  # what a scale of 1 is; None: not one of those with a rule
 
     def __call__(self, key, params=None):
         if params is None:
@@ -36,7 +37,10 @@ class Kernel:
         return self.bind(key, params)(key)
 
 
-def leafwise(sampler, deviation=None):
+PARAMETER, FILTER = "parameter", "filter"  # units of the scale that have a rule of size
+
+
+def leafwise(sampler, deviation=None, unit=None):
     """The kernel of independent ``sampler`` values times a deviation.
 
     ``deviation(params)`` returns a function of the path of a leaf and the leaf.
@@ -63,4 +67,4 @@ def leafwise(sampler, deviation=None):
 
         return draw
 
-    return Kernel(bind)
+    return Kernel(bind, unit)

@@ -35,6 +35,8 @@ def lpf_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-pass filtering with AdamW: :func:`lpf_sgd` with another optimizer after it.
 
+    The default ``gamma`` does nothing on small networks: ask :func:`flatopt.radius`.
+
     Args:
       learning_rate: a number or a schedule.
       gamma: noise in units of the filter norm: a number or a schedule.
@@ -122,6 +124,9 @@ def nso_adamw(
     key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Noise stability optimization with AdamW: for fine-tuning.
+
+    The default ``sigma`` does nothing where it raises the loss by less than 1e-4 of itself:
+    ask :func:`flatopt.radius`.
 
     Args:
       learning_rate: a number or a schedule.

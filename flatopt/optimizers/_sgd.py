@@ -37,7 +37,10 @@ def lpf_sgd(
     The batch is split into ``num_samples`` chunks; the gradient of each is taken at
     parameters with filter-wise Gaussian noise of standard deviation
     :math:`\gamma\|\theta_f\|`; their mean goes to SGD with momentum. A step costs one
-    gradient of the batch. Weight decay acts on the unperturbed parameters.
+    gradient of the batch. Weight decay acts on the unperturbed parameters. The default
+    ``gamma`` is the paper's, for networks of millions of parameters; on small ones it does
+    nothing: it raised the loss of one of 13,706 by millionths of itself. Ask
+    :func:`flatopt.radius`.
 
     The noise follows from ``key`` alone: give two optimizers two keys.
 
@@ -129,7 +132,10 @@ def nso_sgd(
     Isotropic Gaussian noise of standard deviation :math:`\sigma`; the pair cancels the
     first-order variance, so that the step descends
     :math:`L + \frac{\sigma^2}{2}\operatorname{tr}\nabla^2 L` with almost no added
-    noise. A step costs ``2 * num_perturbations`` gradients of the batch.
+    noise. A step costs ``2 * num_perturbations`` gradients of the batch. The default
+    ``sigma`` is the paper's, for pre-trained networks; it does nothing where it raises the
+    loss by less than 1e-4 of itself; on a network of 13,706 parameters it was 3e-4. Ask
+    :func:`flatopt.radius`.
 
     The noise follows from ``key`` alone: give two optimizers two keys.
 
@@ -208,6 +214,10 @@ def sam_sgd(
     key: Key = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization with SGD: two gradients a step.
+
+    The default ``rho`` is the paper's, for networks of millions of parameters. It does little
+    on small ones, and nothing where it raises the loss by less than 1e-4 of itself: ask
+    :func:`flatopt.radius` with ``method="sam"``.
 
     Args:
       learning_rate: a number or a schedule.

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from flatopt.plots._curvature import layer_traces, spectral_density
 from flatopt.plots._losses import loss_line, loss_plane
+from flatopt.plots._radius import radius
 from flatopt.plots._stability import (
     stability_losses,
     stability_plane,
@@ -24,6 +25,7 @@ __all__ = [
     "layer_traces",
     "loss_line",
     "loss_plane",
+    "radius",
     "spectral_density",
     "stability_losses",
     "stability_plane",

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 
 import flatopt
-from flatopt import sharpness
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3)
 BEARABLE = 0.1  # rise of the loss
@@ -21,19 +20,10 @@ def main():
     inputs = random.normal(size=(64, 4)).astype("f4")
     batch = {"x": inputs, "y": inputs.sum(axis=-1)}
     params = jnp.ones(4)
-    rises = {
-        sigma: float(
-            sharpness.low_pass(
-                loss_fn,
-                params,
-                jax.random.key(0),
-                sigma=sigma,
-                num_samples=64,
-                data=batch,
-            ).value
-        )
-        for sigma in SIGMAS
-    }
+    found = flatopt.radius(
+        loss_fn, params, jax.random.key(0), radii=SIGMAS, data=batch, num_samples=32
+    )
+    rises = dict(zip(SIGMAS, map(float, found.rise.value), strict=True))
     chosen = max(sigma for sigma, rise in rises.items() if rise < BEARABLE)
     tx = flatopt.nso_sgd(0.05, sigma=chosen)
 
