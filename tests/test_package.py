@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import re
+import rlcompleter
 import subprocess
 import sys
 
@@ -61,6 +62,69 @@ def test_every_public_name_is_documented_with_an_example(name):
     assert re.search(rf":: {re.escape(name)}$", reference, re.MULTILINE)
     docstring = inspect.getdoc(_resolve(name))
     assert ">>>" in docstring
+
+
+def _described(name):
+    """A public function or class, and the methods that a user calls."""
+    value = _resolve(name)
+    hooks = ("tree_flatten", "tree_unflatten", "after_skip", "with_memory")
+    if not inspect.isclass(value):
+        return {name: value}
+    own = {n: m for n, m in vars(value).items() if n not in hooks}
+    if name.endswith("State"):
+        return {}
+    return {
+        f"{name}.{n}": m
+        for n, m in own.items()
+        if inspect.isfunction(m) and n[0] != "_"
+    }
+
+
+@pytest.mark.parametrize("name", _public_names())
+def test_every_public_name_says_what_it_is_for_and_what_it_returns(name):
+    first = inspect.getdoc(_resolve(name)).splitlines()[0]
+    assert first[0].isupper()
+    assert first.endswith(".")
+    for where, function in _described(name).items():
+        found = inspect.signature(function).return_annotation
+        says = found if isinstance(found, str) else inspect.formatannotation(found)
+        assert found is not inspect.Signature.empty, where
+        assert not re.fullmatch(
+            r"(typing\.)?Any|.*Callable\[.*, (typing\.)?Any\]", says
+        ), where
+
+
+# Those hand their arguments on, and say so in their docstrings.
+OPEN = {"flatopt.chain": "transformations", "flatopt.flax.update": "kwargs"}
+
+
+@pytest.mark.parametrize("name", _public_names())
+def test_signatures_name_their_arguments_and_defaults(name):
+    value = _resolve(name)
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    given = inspect.signature(value).parameters.values()
+    hidden = [p.name for p in given if p.kind in kinds]
+    assert hidden == [OPEN[name]] if name in OPEN else not hidden
+    if name in OPEN:
+        assert OPEN[name] in inspect.getdoc(value)
+
+
+@pytest.mark.heart
+def test_a_prompt_completes_public_names_alone():
+    completer = rlcompleter.Completer({"flatopt": flatopt})
+    for room in ("", *(f"{name}." for name in flatopt._MODULES)):
+        start = f"flatopt.{room}"
+        texts = iter(range(1000))
+        found = {
+            text.removeprefix(start).rstrip("()")
+            for text in iter(lambda: completer.complete(start, next(texts)), None)  # noqa: B023
+        }
+        module = _resolve(start.rstrip(".")) if room else flatopt
+        names = {*getattr(module, "__all__", ())} | (
+            {"flax", "plots"} if not room else set()
+        )
+        types = {"FilterAxes", "Sampler"} if room == "kernels." else set()
+        assert found == names | types
 
 
 def test_reference_names_nothing_that_is_gone():
