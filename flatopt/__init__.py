@@ -1,7 +1,7 @@
 """Optimizers that find flat minima, and the analysis that tells how flat one is."""
 
-import importlib
-from typing import TYPE_CHECKING
+import importlib as _importlib
+import typing as _typing
 
 __version__ = "0.1.0"
 
@@ -74,7 +74,7 @@ _MODULES = (
 )
 _HOMES = ("transforms", "optimizers", "smoothing", "stability", "sharpness._radius")
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from flatopt import curvature as curvature
     from flatopt import flax as flax
     from flatopt import kernels as kernels
@@ -140,10 +140,10 @@ else:
 
     def __getattr__(name):
         if name in _MODULES:
-            return importlib.import_module(f"flatopt.{name}")
+            return _importlib.import_module(f"flatopt.{name}")
         if name in __all__:
             for home in _HOMES:
-                module = importlib.import_module(f"flatopt.{home}")
+                module = _importlib.import_module(f"flatopt.{home}")
                 if hasattr(module, name):
                     return globals().setdefault(name, getattr(module, name))
         raise AttributeError(f"module 'flatopt' has no attribute {name!r}")

@@ -6,6 +6,12 @@ import optax
 
 from flatopt._core import checks
 
+__all__ = ["cosine_growth"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 def cosine_growth(
     init_value: float, growth: float, transition_steps: int

@@ -98,7 +98,7 @@ def smooth_value_and_grad(
     clean_weight: jax.typing.ArrayLike | None = None,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any]]:
     r"""Return the smoothed value and its gradient: the drop-in for value_and_grad.
 
     .. math:: g = \frac1M \sum_{j=1}^M \nabla L_{B_j}(\theta + \text{scale}\cdot U_j)

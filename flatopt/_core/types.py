@@ -1,13 +1,16 @@
 """Names of types: what a parameter tree, a loss, a key, a word may be."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import jax
 import optax
 
 Params: TypeAlias = Any
 """A tree of floating arrays."""
+
+ParamsT = TypeVar("ParamsT")
+"""The type of the parameters at hand: what comes back is a tree like it."""
 
 Batch: TypeAlias = Any
 """A tree of arrays whose leading axis counts examples, or a re-iterable of such trees."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.flatten_util
@@ -13,6 +13,10 @@ import numpy as np
 from flatopt import kernels
 from flatopt._core import blocks, loops, trees
 from flatopt._core.sharding import block_shardings
+from flatopt._core.types import Params, ParamsT
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 @jax.tree_util.register_pytree_node_class
@@ -46,7 +50,7 @@ class Operator:
         self.reference = ()  # the mean gradient of the first of many batches, if needed
 
     @property
-    def like(self):
+    def like(self) -> Params:
         """The parameters."""
         return self.risk.params
 
@@ -69,7 +73,7 @@ class Operator:
         """For JAX: an operator from leaves and static parts."""
         return cls(kind, *leaves)
 
-    def matvec(self, vector):
+    def matvec(self, vector: ParamsT) -> ParamsT:
         """The product with a vector, a tree like the parameters; float32 or wider.
 
         Example:
@@ -81,7 +85,7 @@ class Operator:
         vector = self._check_vector(vector)
         return blocks.row(products(self, blocks.single(vector)), 0)
 
-    def quadratic_form(self, vector):
+    def quadratic_form(self, vector: Params) -> jax.Array:
         """The product of a vector with the matrix and itself, without a backward pass.
 
         Example:
@@ -93,7 +97,7 @@ class Operator:
         """
         return quadratics(self, blocks.single(self._check_vector(vector)))[0]
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         """The whole matrix, shape (d, d) in the order of ``jax.flatten_util.ravel_pytree``.
 
         For small problems: d at most 10,000.
@@ -141,7 +145,7 @@ class Operator:
 
         return product, jax.ShapeDtypeStruct(start.shape, start.dtype)
 
-    def to_scipy(self) -> Any:
+    def to_scipy(self) -> "LinearOperator":
         """A ``scipy.sparse.linalg.LinearOperator``, for its solvers and eigensolvers.
 
         Example:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from flatopt._core.types import LossFn
@@ -11,7 +12,7 @@ from flatopt.flax import _passes
 
 def functional(
     model: nnx.Module, loss_fn: LossFn, *, wrt: Any = nnx.Param
-) -> tuple[dict[str, Any], Callable[..., Any]]:
+) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
     """The parameters of an NNX model and its loss as a function of them.
 
     For :mod:`flatopt.curvature` and :mod:`flatopt.sharpness`, which take a ``loss_fn``

@@ -32,7 +32,7 @@ def value_and_grad(
     clean_weight: jax.typing.ArrayLike | None = None,
     strategy: Strategy = "auto",
     axis_name: AxisName = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any]]:
     """Return the smoothed loss and its gradient: the drop-in for nnx.value_and_grad.
 
     The model is updated in place, as by ``nnx.value_and_grad``: running statistics of
@@ -162,7 +162,7 @@ def update(
     has_aux: bool = False,
     axis_name: AxisName = None,
     **kwargs,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, Any]:
     """Make one step with an optimizer whose chain holds flatopt's links.
 
     Builds ``value_fn`` from ``loss_fn`` and hands it to ``optimizer.update``; no

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flatopt import kernels
 from flatopt._core import binding, checks, risk, trees, vectors
+from flatopt._core.types import ParamsT
 from flatopt.optimizers import _ivon
 from flatopt.transforms import _read
 
@@ -87,7 +88,7 @@ def _by_path(state):
     return {trees.path_name(path): _read.array(leaf) for path, leaf in named}
 
 
-def sample_posterior(key: jax.Array, params: Any, opt_state: Any) -> Any:
+def sample_posterior(key: jax.Array, params: ParamsT, opt_state: Any) -> ParamsT:
     """Draw parameters from the posterior that :func:`ivon` learned.
 
     Average predictions, not parameters, over draws: that is what makes them uncertain.

@@ -1,9 +1,8 @@
 """Figures of curvature: its spectrum, and its trace layer by layer."""
 
-from typing import Any
-
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 
 from flatopt import curvature
 from flatopt._core import trees
@@ -16,8 +15,8 @@ def spectral_density(
     *,
     width: float | None = None,
     num_points: int = 1000,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     """The eigenvalue density on a logarithmic scale.
 
     Args:
@@ -53,7 +52,7 @@ def spectral_density(
     return ax
 
 
-def layer_traces(probe: curvature.Probe, *, ax: Any = None):
+def layer_traces(probe: curvature.Probe, *, ax: Axes | None = None) -> Axes:
     """The trace of each layer's block as bars, with 95 % intervals.
 
     Args:

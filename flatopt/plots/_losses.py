@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 
 from flatopt import kernels
 from flatopt._core import binding, trees
@@ -26,8 +27,8 @@ def loss_line(
     kernel: KernelFn | None = None,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     """The loss along a random direction through the parameters, or on the way to others.
 
     The direction is a draw of a kernel: by default Gaussian and filter-normalized, so that
@@ -120,8 +121,8 @@ def loss_plane(
     kernel: KernelFn | None = None,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     """The loss over the plane of two random directions, as filled contours.
 
     Args:

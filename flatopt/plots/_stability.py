@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from flatopt import stability
 from flatopt._core.types import Optimizer, Sampling
@@ -21,8 +22,8 @@ def stability_thresholds(
     sampling: Sampling = "without_replacement",
     optimizer: Optimizer | None = None,
     opt_state: Any = None,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     """The largest stable learning rate against the batch size, by each theory.
 
     Args:
@@ -62,8 +63,8 @@ def stability_plane(
     sampling: Sampling = "without_replacement",
     optimizer: Optimizer | None = None,
     opt_state: Any = None,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     r"""The Frobenius norm over its bound, for each learning rate and batch size.
 
     Colors show :math:`\|H\|_F` over :math:`1 / (\eta \sqrt{p \mu})`, which is
@@ -110,8 +111,8 @@ def stability_losses(
     sampling: Sampling = "without_replacement",
     optimizer: Optimizer | None = None,
     opt_state: Any = None,
-    ax: Any = None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     """Losses of linearized SGD: the exact mean, and the median and spread of runs.
 
     Rare runs carry the mean: it can grow while a typical run shrinks.
@@ -169,7 +170,7 @@ def stability_report(
     sampling: Sampling = "without_replacement",
     optimizer: Optimizer | None = None,
     opt_state: Any = None,
-):
+) -> tuple[Axes, ...]:
     """Thresholds, norms and losses at one setting, side by side.
 
     Args:

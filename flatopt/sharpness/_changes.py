@@ -13,7 +13,7 @@ from flatopt import kernels
 from flatopt._core import binding, checks, filters, loops, parts, trees
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, check_params
-from flatopt._core.types import KernelFn, LossFn, WeightFn
+from flatopt._core.types import KernelFn, LossFn, ParamsT, WeightFn
 from flatopt.curvature._draws import probe_keys
 
 
@@ -157,8 +157,8 @@ def _check_curve(found, scales):
 
 
 def round_filters(
-    params: Any, bits: int, *, filter_axes: kernels.FilterAxes = None
-) -> Any:
+    params: ParamsT, bits: int, *, filter_axes: kernels.FilterAxes = None
+) -> ParamsT:
     r"""Round each filter to a symmetric grid of so many bits, as in quantization.
 
     .. math:: w \mapsto s \operatorname{round}(w / s), \qquad

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import linear, risk
+from flatopt._core.types import Optimizer, ParamsT
 from flatopt.stability import _slots
 from flatopt.stability._reading import RATES, reader
 from flatopt.stability._shared import ADVICE, Coefficients
@@ -115,7 +116,7 @@ def chain(lin, optimizer, opt_state):
     return found if is_affine else Chain(None, read)
 
 
-def preconditioner(optimizer: Any, opt_state: Any, params: Any) -> Any:
+def preconditioner(optimizer: Optimizer, opt_state: Any, params: ParamsT) -> ParamsT:
     r"""The factor by which an adaptive optimizer multiplies each parameter's gradient.
 
     For Adam at its t-th step :math:`1 / ((1 - \beta_1^t) (\sqrt{\hat\nu} + \epsilon))` with

@@ -3,9 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from flatopt._core.types import Params
 
 
 class GradientCounter:
@@ -47,7 +50,7 @@ class GradientCounter:
         jax.effects_barrier()
         return self._count
 
-    def __call__(self, params, *args, **kwargs):
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> jax.Array:
         """The value, of parameters whose gradients are counted."""
         size = self._num_examples(params, args, kwargs)
         return self.value_fn(_counted(params, size, self._add), *args, **kwargs)

@@ -37,8 +37,17 @@ flatopt.smooth_gradients(0.01, strategy="vmpa")  # type: ignore[arg-type]
 flatopt.smooth_gradients("0.01")  # type: ignore[arg-type]
 flatopt.sam_gradients(0.05, rho=0.1)  # type: ignore[misc]
 
+pair: tuple[object, object] = flatopt.smooth_value_and_grad(loss_fn, 0.01)(
+    key, params, batch
+)
+drawn: dict[str, jax.Array] = flatopt.sample_posterior(key, params, recipe.init(params))
+rounded: dict[str, jax.Array] = sharpness.round_filters(params, 3)
+text: str = sharpness.round_filters(params, 3)  # type: ignore[assignment]
+figure: str = flatopt.smooth_value_and_grad(loss_fn, 0.01)(key, params)  # type: ignore[assignment]
+
 # Analysis.
 operator: curvature.Operator = curvature.hessian(loss_fn, params, [batch])
+product: dict[str, jax.Array] = operator.matvec(params)
 trace: curvature.Estimate = curvature.trace(operator, key)
 pairs = curvature.eigenpairs(operator, key, 2, which="smallest")
 bound = float(pairs.residuals[0])
