@@ -3,12 +3,13 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from flatopt._core import checks
 from flatopt.plots._axes import new_axes
 
 
-def radius(found: Any, *, ax: Any = None):
+def radius(found: Any, *, ax: Axes | None = None) -> Axes:
     """The rise of the loss and the change of the predictions against the radius.
 
     Logarithmic on both axes, with 95 % intervals; shaded where radii do nothing and beyond
