@@ -15,6 +15,8 @@ from test_examples import write_binary, write_cifar10
 from benchmarks import contenders, gpu, render_accelerators
 from benchmarks.large import NAMES, make_large
 
+pytestmark = pytest.mark.program
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -23,7 +25,6 @@ def _arguments(tmp_path, *more):
     return gpu.parse([*results, "--part-results", str(tmp_path / "part.json"), *more])
 
 
-@pytest.mark.program
 def test_the_command_measures_and_trains_and_writes_what_the_page_shows(tmp_path):
     folder = write_cifar10(tmp_path / "cifar-10", write_binary)
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--repeats", "2"]
@@ -54,7 +55,6 @@ def test_the_command_measures_and_trains_and_writes_what_the_page_shows(tmp_path
     assert f" | {ratio:.2f} | " in page
 
 
-@pytest.mark.program
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_of_the_benchmark_can_be_traced(name):

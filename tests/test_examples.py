@@ -23,6 +23,8 @@ NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.py"))
 sys.path.insert(0, str(EXAMPLES))
 import cifar10_data  # noqa: E402
 
+pytestmark = pytest.mark.program
+
 
 def draw(count, seed):
     rng = np.random.default_rng(seed)
@@ -157,7 +159,6 @@ def cifar10_command(data, output, *options):
     return [*map(str, [*command, "--output", output]), *options]
 
 
-@pytest.mark.program
 def test_cifar10_trains_every_method_at_equal_budgets(whole):
     folder, printed = whole
     gradients = set()
@@ -183,7 +184,6 @@ def result_of(folder):
     return metrics, state
 
 
-@pytest.mark.program
 @pytest.mark.filterwarnings("ignore")  # of Orbax: restored without shardings
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     tmp_path, run, variables, whole
@@ -247,7 +247,6 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     cifar10.open_folder(dataclasses.replace(other, resume=False), "sgd")
 
 
-@pytest.mark.program
 @pytest.mark.parametrize(
     "command", [["digits.py", "--methods", "NSO"], ["stability.py"]], ids=" ".join
 )
@@ -256,7 +255,6 @@ def test_command_runs_at_its_quick_size(tmp_path, run, command):
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".json"}
 
 
-@pytest.mark.program
 def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
     printed = run(EXAMPLES / "flat_lora.py", "--quick", "--output", tmp_path)
     assert "Flat-LoRA: " in printed
@@ -267,7 +265,6 @@ def test_flat_lora_runs_at_its_quick_size(tmp_path, run):
 # Notebooks
 
 
-@pytest.mark.program
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_from_its_first_cell_to_its_last(tmp_path, variables, path):
     data = write_cifar10(tmp_path / "data", write_parquet)

@@ -21,7 +21,7 @@ from jax.experimental import sparse
 import flatopt
 from flatopt import kernels
 
-CASES = int(os.environ.get("FLATOPT_FUZZ", "50"))
+CASES = int(os.environ.get("FLATOPT_FUZZ", "30"))
 fuzz = settings(
     max_examples=CASES, deadline=None, derandomize=True, database=None, print_blob=False
 )

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.program
+
 JOBS = sorted((pathlib.Path(__file__).parent / "jobs").glob("*.py"))
 
 

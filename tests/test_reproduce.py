@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.program
+
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = sorted((ROOT / "examples" / "reproduce").glob("*.py"))
 RESULTS = ROOT / "docs" / "results"
@@ -29,7 +31,6 @@ def run():
         yield run
 
 
-@pytest.mark.program
 @pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
 def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path, run):
     places = ["--output", tmp_path, "--images", tmp_path]
@@ -41,7 +42,6 @@ def test_a_command_runs_small_and_draws_what_it_saved(path, tmp_path, run):
     assert not (tmp_path / f"{path.stem}.partial").exists()
 
 
-@pytest.mark.program
 @pytest.mark.parametrize("path", COMMANDS, ids=STEMS)
 def test_the_figure_is_drawn_from_the_committed_results_alone(path, tmp_path, run):
     shutil.copy(RESULTS / f"{path.stem}.json", tmp_path)

@@ -172,7 +172,8 @@ def test_strategies_agree_on_the_same_key(kernel, antithetic):
                 strategy=strategy,
             )
         )(jax.random.key(3), params, batch=batch)
-        for strategy in STRATEGIES
+        # "auto" is one of the others, or two of them in branches.
+        for strategy in (STRATEGIES if kernel == "isotropic" else STRATEGIES[:-1])
     ]
     (_, aux), _ = results[0]
     assert aux.shape == ((4, 2) if antithetic else (4,))
