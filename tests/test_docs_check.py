@@ -30,9 +30,11 @@ def test_links_anchors_and_texts(site):
     assert check.check_files(site) == []
     (site / "other.html").write_text(
         '<a href="gone.html">x</a><a href="index.html#gone">y</a><img src="dot.svg">'
+        '<img src="dot.svg" alt="dot.svg">'
     )
     assert check.check_files(site) == [
         "index.html: no anchor for other.html#there",
+        "other.html: image dot.svg has no alt text",
         "other.html: image dot.svg has no alt text",
         "other.html: no file for gone.html",
         "other.html: no anchor for index.html#gone",

@@ -7,10 +7,12 @@ import io
 import json
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 import types
 
 import numpy as np
@@ -299,7 +301,11 @@ def test_notebook_is_ready_for_colab(path):
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     address = "https://colab.research.google.com/github/flatopt/flatopt/blob/main"
     assert f"{address}/examples/notebooks/{path.stem}.ipynb" in sources[0]
-    assert '%pip install -q "flatopt[examples]"' in sources[1]
+    # Before the first release the index has no flatopt: the repository always does.
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    repository = project["urls"]["Source"]
+    install = f'%pip install -q "flatopt[examples] @ git+{repository}"'
+    assert re.search(rf"^    {re.escape(install)}$", sources[1], re.MULTILINE)
     assert "print(jax.devices())" in sources[2]
 
 

@@ -361,6 +361,13 @@ def test_auto_unrolls_only_convolutions_with_few_parameters_on_cpu():
         images = jnp.ones((1, params.shape[1], 8, 8))
         return jax.lax.conv(images, params, (1, 1), "SAME").sum()
 
+    def deep(params):
+        images = jnp.ones((1, 1, 8, 8))
+        for _ in range(6):  # each has three, with those of its backward pass
+            kernel = params.transpose(2, 3, 0, 1)
+            images = jax.lax.conv(images, kernel, (1, 1), "SAME")
+        return images.sum()
+
     def loops(value_fn, params, num_samples=4, smoothing=smooth_value_and_grad):
         kernel = kernels.isotropic(jax.random.normal)  # ours draws in a loop of its own
         f = smoothing(value_fn, 0.1, kernel, num_samples=num_samples)
@@ -371,6 +378,8 @@ def test_auto_unrolls_only_convolutions_with_few_parameters_on_cpu():
     assert not loops(convolve, few)
     assert loops(convolve, few, num_samples=17)  # compile time has a limit
     assert loops(convolve, many)
+    # Of many layers the compile time is not made up for in 500 steps.
+    assert loops(deep, jnp.ones((3, 3, 1, 1)))
     # A loop of values may be differentiated later, where no convolution is rewritten.
     assert not loops(convolve, many, smoothing=smooth)
 

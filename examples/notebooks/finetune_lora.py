@@ -32,8 +32,9 @@
 # %%
 import importlib.util
 
+# From the repository. A release is on the index too: %pip install "flatopt[examples]".
 if importlib.util.find_spec("flatopt") is None:
-    # %pip install -q "flatopt[examples]"
+    # %pip install -q "flatopt[examples] @ git+https://github.com/flatopt/flatopt"
     pass
 
 # %%

@@ -61,6 +61,15 @@ def has_primitive(jaxpr, name, platform=platforms.CPU):
     )
 
 
+def num_convolutions(jaxpr):
+    """How many convolutions a jaxpr holds, those of a loop's body once."""
+    return sum(
+        (equation.primitive.name == CONVOLUTION)
+        + sum(map(num_convolutions, _inner_jaxprs(equation)))
+        for equation in jaxpr.eqns
+    )
+
+
 def has_convolution(jaxpr):
     """Whether a convolution is anywhere in a jaxpr."""
     return has_primitive(jaxpr, CONVOLUTION)

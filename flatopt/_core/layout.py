@@ -13,6 +13,7 @@ from flatopt._core.sharding import explicit_sharding, make_varying, varying_axes
 
 MOST_UNROLLED = 16
 MOST_UNROLLED_VALUES = 1_000_000
+MOST_UNROLLED_CONVOLUTIONS = 16
 MOST_BATCHED_BYTES = 128e6
 LOOPS = ("scan", "while")
 
@@ -249,19 +250,15 @@ def _zeros(aval):
 def strategy_on_cpu(jaxpr, num_samples, rematerialize=False):
     """The layout for ``strategy="auto"`` in a trace, on CPU; see ``docs/strategies.md``.
 
-    A loop, but for convolutions in two cases. Few parameters: XLA runs the samples side by
-    side, which is a little faster, at a price in memory and compile time that does not
-    matter yet. Convolutions that XLA would run slowly in a loop: those that cannot be
+    A loop, but for convolutions in two cases. Few parameters in few layers: XLA runs the
+    samples side by side, which is a little faster, and their compile time is made up for
+    within 500 steps. Convolutions that XLA would run slowly in a loop: those that cannot be
     rewritten, and those of a backward pass that is still to come.
     """
     if (
         num_samples <= MOST_UNROLLED
         and jaxprs.has_convolution(jaxpr)
-        and (
-            _num_values(jaxpr) <= MOST_UNROLLED_VALUES
-            or rematerialize
-            or not jaxprs.are_fast_in_loops(jaxpr)
-        )
+        and (_is_small(jaxpr) or rematerialize or not jaxprs.are_fast_in_loops(jaxpr))
     ):
         return "unroll"
     return "scan"
@@ -280,6 +277,13 @@ def strategy_elsewhere(jaxpr, num_samples, is_split):
     )
     size = 4 * num_samples * _num_values(jaxpr)
     return "vmap" if is_split and is_dense and size <= MOST_BATCHED_BYTES else "scan"
+
+
+def _is_small(jaxpr):
+    return (
+        _num_values(jaxpr) <= MOST_UNROLLED_VALUES
+        and jaxprs.num_convolutions(jaxpr) <= MOST_UNROLLED_CONVOLUTIONS
+    )
 
 
 def _num_values(jaxpr):
