@@ -81,6 +81,7 @@ def test_units_are_those_of_the_filters_of_the_whole_layer(name):
     assert not updates["query"]["bias"].any()
 
 
+@pytest.mark.heart
 def test_arwp_remembers_one_number_a_filter_of_the_whole_layer():
     tx = flatopt.arwp_gradients(
         SIGMA, 2.0, 0.9, clean_weight=None, mask="query/kernel", key=3
