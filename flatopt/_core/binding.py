@@ -1,5 +1,6 @@
 """Kernels bound to parameters: keys of leaves, checks of what a kernel returns."""
 
+import contextlib
 import contextvars
 import hashlib
 
@@ -36,6 +37,16 @@ def whole_params(params):
     return params if whole is None else whole
 
 
+@contextlib.contextmanager
+def beside(whole):
+    """Inside, :func:`whole_params` are these. No code of the user's may run there."""
+    token = _WHOLE.set(_constant(whole))
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
 def bind(kernel, key, params, whole=None):
     """Return ``draw(key) -> perturbation`` of any kernel at these parameters.
 
@@ -45,12 +56,8 @@ def bind(kernel, key, params, whole=None):
     checks.check_kernel(kernel)
     params = _constant(params)
     if hasattr(kernel, "bind"):
-        token = None if whole is None else _WHOLE.set(_constant(whole))
-        try:
+        with contextlib.nullcontext() if whole is None else beside(whole):
             inner = kernel.bind(key, params)
-        finally:
-            if token is not None:
-                _WHOLE.reset(token)
     else:
 
         def inner(key):

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 _OUTER = contextvars.ContextVar("progress of the bar around this one", default=None)
 
 LONG = 60.0  # seconds from which an analysis says beforehand how long it will take
@@ -125,6 +127,21 @@ def bar(progress, total, description, announced=False):
         if token is not None:
             _OUTER.reset(token)
         shown.close()
+
+
+def timed(measures, progress, description):
+    """What functions return, by name, and the seconds that each took, on one bar.
+
+    Their times differ too much for a bar to foretell: announce them before.
+    """
+    found, seconds = {}, {}
+    with bar(progress, len(measures), description, announced=True) as shown:
+        for name, measure in measures.items():
+            start = time.monotonic()
+            found[name] = jax.block_until_ready(measure())
+            seconds[name] = time.monotonic() - start
+            shown.update()
+    return found, seconds
 
 
 def announce(progress, seconds, description):

@@ -99,6 +99,13 @@ class Risk:
         """The mean loss and its gradient, in one pass."""
         return self.mean(_Gradient(self.loss_fn), check=check)
 
+    def time_gradient(self):
+        """Seconds of a gradient of all data: of the second, where the first compiles."""
+        for _ in range(2):
+            start = time.monotonic()
+            jax.block_until_ready(self.value_and_gradient())
+        return time.monotonic() - start
+
     def losses(self, move, rows, fixed=()):
         """The mean loss at ``move(row, params, fixed)`` for each row, in one pass."""
         # A value at the parameters themselves costs a forward pass: see it once.

@@ -10,6 +10,7 @@ same, or as ``weight_fn(batch)`` says. On one batch everything but ``rtol=`` and
 
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._density import SpectralDensity, spectral_density
+from flatopt.curvature._diagonal import diagonal
 from flatopt.curvature._lanczos import Eigenpairs, eigenpairs
 from flatopt.curvature._operator import Operator
 from flatopt.curvature._operators import (
@@ -20,6 +21,7 @@ from flatopt.curvature._operators import (
 )
 from flatopt.curvature._population import population_frobenius_norm
 from flatopt.curvature._probes import Probe, probe, trace
+from flatopt.curvature._report import Report, report
 from flatopt.curvature._xtrace import xtrace
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "Estimate",
     "Operator",
     "Probe",
+    "Report",
     "SpectralDensity",
+    "diagonal",
     "eigenpairs",
     "empirical_fisher",
     "gauss_newton",
@@ -35,6 +39,7 @@ __all__ = [
     "hessian",
     "population_frobenius_norm",
     "probe",
+    "report",
     "spectral_density",
     "trace",
     "xtrace",

@@ -192,10 +192,10 @@ def probe(
         while True:
             new = count or num_probes
             keys = probe_keys(probe_key, count, new)
-            moments = _observe(operator, keys, basis, moments)
+            moments = observe(operator, keys, basis, moments)
             count += new
             factor = _look_factor(count, look, rtol)
-            found = _summarize(moments, count, factor)
+            found = summarize(moments, count, factor)
             check_finite(operator, found.trace.value)
             if _is_met([found.trace, found.frobenius_norm], rtol):
                 return found
@@ -287,15 +287,15 @@ def _is_met(estimates, rtol):
     return False
 
 
-def leading_basis(operator, key, count):
-    """Orthonormal rows near the leading eigenvectors: two block power steps."""
+def leading_basis(operator, key, count, num_steps=2):
+    """Orthonormal rows near the leading eigenvectors, by block power steps."""
     like = operator.like
     if not count:
         return blocks.zeros(like, 0)
     count = min(count, blocks.size(like))
     orthonormalize = jax.jit(blocks.orthonormalize)
     basis = orthonormalize(draw_normal(operator, probe_keys(key, 0, count)))
-    for _ in range(2):
+    for _ in range(num_steps):
         basis = orthonormalize(products(operator, basis))
     return basis
 
@@ -333,7 +333,7 @@ def _observe_rows(moments, signs, vectors, found):
     return loops.fold_rows(step, moments, (signs, vectors, found))
 
 
-def _observe(operator, keys, basis, moments):
+def observe(operator, keys, basis, moments):
     if operator.stream is None:
         return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
     for start in range(0, len(keys), GROUP):
@@ -344,7 +344,7 @@ def _observe(operator, keys, basis, moments):
     return moments
 
 
-def _summarize(moments, count, factor):
+def summarize(moments, count, factor):
     found = {}
     for name, (value, error) in values_and_errors(moments).items():
         error = jax.tree.map(lambda e: e * jnp.asarray(factor, e.dtype), error)

@@ -11,8 +11,6 @@ weights change after training.
 from flatopt.sharpness._average import (
     PACBayes,
     average_case_adaptive,
-    local_entropy,
-    local_entropy_gradient,
     low_pass,
     pac_bayes,
 )
@@ -24,6 +22,7 @@ from flatopt.sharpness._curvature import (
     fisher_rao_hessian,
     shannon_entropy,
 )
+from flatopt.sharpness._entropy import local_entropy, local_entropy_gradient
 from flatopt.sharpness._filters import NormalizedFilters, normalize_filters
 from flatopt.sharpness._report import Report, report
 from flatopt.sharpness._worst import epsilon_sharpness, m_sharpness, worst_case

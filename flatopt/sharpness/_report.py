@@ -1,7 +1,6 @@
 """All measures at once."""
 
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,6 @@ from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
     check_initial,
-    entropy_of,
-    local_entropy_gradient,
     mean_rise,
     pac_bayes,
     rises,
@@ -28,6 +25,7 @@ from flatopt.sharpness._curvature import (
     fisher_rao_hessian,
     shannon_entropy,
 )
+from flatopt.sharpness._entropy import entropy_of, local_entropy_gradient
 from flatopt.sharpness._solve import check_positive
 from flatopt.sharpness._worst import epsilon_sharpness_of, worst_case
 
@@ -235,8 +233,7 @@ def report(
     risk = operator.risk
     keys = [random.fold_in(key, index) for index in range(9)]
     base = risk.value
-    seconds = _time_of_gradient(risk)
-    bars.announce(progress, GRADIENTS * seconds, "sharpness.report")
+    bars.announce(progress, GRADIENTS * risk.time_gradient(), "sharpness.report")
     rise = functools.partial(mean_rise, risk, num_samples=100, base=base)
     measures = {
         "loss": lambda: float(base),
@@ -289,29 +286,17 @@ def report(
 
 def _measured(measures, progress):
     """The values by name, and the seconds that each took."""
-    values, seconds = {}, {}
-    name = "sharpness.report"  # whose measures take very different times
-    with bars.bar(progress, len(measures), name, announced=True) as bar:
-        for name, measure in measures.items():
-            start = time.monotonic()
-            found = jax.block_until_ready(measure())
-            if name == "probe":
-                name = "trace"  # which names the time of both
-                values["trace"] = found.trace
-                values["frobenius_norm"] = found.frobenius_norm
-            elif name == "max_eigenvalue":
-                values["max_eigenvalue"] = float(found.values[0])
-                values["max_eigenvalue_bound"] = float(found.residuals[0])
-            else:
-                values[name] = found
-            seconds[name] = time.monotonic() - start
-            bar.update()
-    return values, seconds
-
-
-def _time_of_gradient(risk):
-    """Seconds of a gradient of all data: of the second, where the first compiles."""
-    for _ in range(2):
-        start = time.monotonic()
-        jax.block_until_ready(risk.value_and_gradient())
-    return time.monotonic() - start
+    found, seconds = bars.timed(measures, progress, "sharpness.report")
+    values = {}
+    for name, value in found.items():
+        if name == "probe":
+            values["trace"] = value.trace
+            values["frobenius_norm"] = value.frobenius_norm
+        elif name == "max_eigenvalue":
+            values[name] = float(value.values[0])
+            values["max_eigenvalue_bound"] = float(value.residuals[0])
+        else:
+            values[name] = value
+    # The trace names the time of the whole probe.
+    named = {"trace" if name == "probe" else name: s for name, s in seconds.items()}
+    return values, named

@@ -89,7 +89,7 @@ def arwp_gradients(
 
     def squares(tree):
         """Sums of squares, one a filter, with the axes of the leaf."""
-        norm = filters.filter_norm(filter_axes, tree)
+        norm = filters.filter_norm(filter_axes, binding.whole_params(tree))
 
         def square(path, leaf):
             return jnp.square(norm(trees.path_name(path), trees.widen(leaf)))

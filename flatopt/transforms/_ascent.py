@@ -30,13 +30,16 @@ def adversarial(
     is_memory_of_free=False,
     own_value_fn=None,
     given=None,
+    is_given_whole=False,
     is_linear=False,
 ):
     """The transformation of one method.
 
     ``gradients(value_and_grad, params, rho, key, memory, count)`` returns the value,
     the gradient and the new memory, for one microbatch. A method that needs other parts of
-    the loss is given ``given(step, key, chunk)`` in place of ``value_and_grad``. What the
+    the loss is given ``given(step, key, chunk)`` in place of ``value_and_grad``; one that
+    ``is_given_whole`` has all parameters for its last argument, with those masked out, which
+    tell the axes of filters. What the
     microbatches make of the memory is averaged; counts in it are those of the first one.
     ``is_linear``: the gradient is that of 1 + rho H times the loss where that is quadratic.
     """
@@ -50,6 +53,9 @@ def adversarial(
             f"num_microbatches={parts} needs batch_argnames, got none; name the arguments "
             "to split, such as batch_argnames=('batch',)."
         )
+
+    def whole_of(step):
+        return (step.whole[1],) if is_given_whole else ()
 
     rho_at = _link.from_step(rho, options.start_step, "rho")
 
@@ -71,7 +77,13 @@ def adversarial(
                 if given is not None:
                     parts_of_loss = given(step, key, chunk)
                 return gradients(
-                    parts_of_loss, step.params, radius, key, step.memory, step.count
+                    parts_of_loss,
+                    step.params,
+                    radius,
+                    key,
+                    step.memory,
+                    step.count,
+                    *whole_of(step),
                 )
 
             if isinstance(options.start_step, int) and options.start_step == 0:

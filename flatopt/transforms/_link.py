@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from flatopt._core import (
+    binding,
     checks,
     layout,
     linear,
@@ -102,7 +103,9 @@ def link(
         if init_memory is None:
             return state
         if is_memory_of_free and jax.tree.leaves(params):
-            params = selection(params, mask)[0](params)
+            free = selection(params, mask)[0](params)
+            with binding.beside(params):
+                return _with_memory(state, init_memory(free))
         return _with_memory(state, init_memory(params))
 
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):

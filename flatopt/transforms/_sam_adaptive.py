@@ -14,23 +14,21 @@ from flatopt.transforms._sam import Scalar
 
 
 def adaptive(name, rho, eta, size_of, options):
-    """SAM in units of ``size_of(path, leaf, params) + eta``."""
+    """SAM in units of ``size_of(path, leaf, whole) + eta``, with all parameters last."""
     checks.check_scale(eta, "eta")
 
-    def gradients(value_and_grad, params, rho, key, memory, count):
+    def gradients(value_and_grad, params, rho, key, memory, count, whole):
         del key, count
         value, grads = value_and_grad(params)
         sizes = jax.tree_util.tree_map_with_path(
-            lambda path, p: (
-                size_of(trees.path_name(path), trees.widen(p), params) + eta
-            ),
+            lambda path, p: size_of(trees.path_name(path), trees.widen(p), whole) + eta,
             params,
         )
         sizes = jax.tree.map(lambda s, g: s.astype(g.dtype), sizes, grads)
         _, grads = value_and_grad(move(params, scaled_ascent(grads, sizes, rho)))
         return value, grads, memory
 
-    return adversarial(name, rho, gradients, options)
+    return adversarial(name, rho, gradients, options, is_given_whole=True)
 
 
 def asam_gradients(
@@ -81,7 +79,7 @@ def asam_gradients(
         "asam_gradients",
         rho,
         eta,
-        lambda path, leaf, params: jnp.abs(leaf),
+        lambda path, leaf, whole: jnp.abs(leaf),
         _ascent.Options(
             num_microbatches, batch_argnames, start_step, mask, axis_name, key
         ),
@@ -136,8 +134,8 @@ def filterwise_asam_gradients(
       [-0.374, -0.575]
     """
 
-    def size_of(path, leaf, params):
-        norm = filters.filter_norm(filter_axes, params)
+    def size_of(path, leaf, whole):
+        norm = filters.filter_norm(filter_axes, whole)
         return norm(path, leaf) if leaf.ndim > 1 else jnp.abs(leaf)
 
     return adaptive(

@@ -16,14 +16,14 @@ def _noisy(name, rho, sigma, kernel, options):
     checks.check_scale(sigma, "sigma")
     checks.check_kernel(kernel)
 
-    def gradients(value_and_grad, params, rho, key, memory, count):
+    def gradients(value_and_grad, params, rho, key, memory, count, whole):
         del count
-        noise = binding.bind(kernel, key, params)(key)
+        noise = binding.bind(kernel, key, params, whole)(key)
         value, grads = value_and_grad(move(params, scale(sigma, noise)))
         _, grads = value_and_grad(move(params, ascent(grads, rho)))
         return value, grads, memory
 
-    return adversarial(name, rho, gradients, options)
+    return adversarial(name, rho, gradients, options, is_given_whole=True)
 
 
 def random_sam_gradients(

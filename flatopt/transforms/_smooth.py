@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import kernels, smoothing
-from flatopt._core import checks, loops, sharding
+from flatopt._core import binding, checks, loops, sharding
 from flatopt._core.types import (
     AxisName,
     KernelFn,
@@ -207,8 +207,10 @@ def smoothed(
             value, grads = loops.cond(step.count >= start_step, noisy, plain)
         select, _ = _link.selection(params, mask)
         grads = select(grads)
-        memory = () if remember is None else remember(step.memory, grads)
-        return value, grads, memory
+        if remember is None:
+            return value, grads, ()
+        with binding.beside(params):
+            return value, grads, remember(step.memory, grads)
 
     # A clean chunk of its own weighs more than the others: no plain mean over the batch.
     weighs_apart = clean_weight is not None and options["batch_argnames"]

@@ -1,0 +1,149 @@
+"""The diagonal and the page of a matrix, against dense ones."""
+
+import html.parser
+import json
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from test_curvature import SPECTRA, spectrum
+from test_parts import BATCHES, DATA, KEY, OF_OUT, _dense, _operator
+
+from flatopt import curvature
+
+
+def _quadratic(params, batch):
+    flat = jnp.concatenate([params["a"].ravel(), params["b"]])
+    return flat @ batch[0] @ flat / 2
+
+
+PARAMS = {"a": jnp.zeros((6, 5)), "b": jnp.zeros(50)}
+
+
+def _of(name):
+    """A matrix with a known spectrum in random directions, and its operator."""
+    matrix = spectrum(SPECTRA[name])
+    batch = jnp.asarray(matrix, jnp.float32)[None]
+    return matrix, curvature.hessian(_quadratic, PARAMS, batch)
+
+
+def _flat(tree):
+    return np.concatenate(
+        [np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(tree)], 1
+    )
+
+
+@jax.jit
+def _diagonals(operator, keys):
+    found = jax.vmap(lambda key: curvature.diagonal(operator, key)[:2])(keys)
+    signs = jax.vmap(
+        lambda key: curvature.probe(operator, key, 48, num_deflated=0).diagonal.value
+    )(keys)
+    return *found, signs
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_intervals_of_the_diagonal_hold_and_sketches_pay(name):
+    matrix, operator = _of(name)
+    truth = np.diag(matrix)[None]
+    keys = jax.random.split(jax.random.key(1), 300)
+    value, error, signs = map(_flat, _diagonals(operator, keys))
+    quantile = scipy.stats.t.ppf(0.975, 15)  # of 48 products 16 are signs
+    held = np.abs(value - truth) <= quantile * error + 1e-6 * np.abs(truth)
+    assert 0.92 <= held.mean() <= 0.98
+    deviation = lambda x: np.sqrt(((x - truth) ** 2).mean())  # noqa: E731
+    if name != "indefinite":  # whose spectrum has no end to project out
+        assert deviation(value) < 0.9 * deviation(signs)
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("data", [DATA, BATCHES], ids=["whole", "streamed"])
+def test_the_diagonal_of_a_block_is_that_of_the_dense_matrix(data):
+    operator = _operator("hessian", data, mask="out")
+    found = curvature.diagonal(operator, KEY)
+    assert found.value["in"]["kernel"] is None
+    truth = np.diag(_dense("hessian")[OF_OUT, OF_OUT])
+    value = jax.flatten_util.ravel_pytree(found.value)[0]
+    np.testing.assert_allclose(value, truth, rtol=1e-3, atol=1e-5)
+    assert max(map(np.max, jax.tree.leaves(found.standard_error))) < 1e-3
+
+
+def test_too_few_products():
+    with pytest.raises(ValueError, match=r"at least 4 for a standard error, got 3\."):
+        curvature.diagonal(_of("step")[1], KEY, 3)
+
+
+class _Cells(html.parser.HTMLParser):
+    """The texts of an HTML table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.texts = []
+        self.feed(text)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_a_page_says_what_the_dense_matrix_says():
+    matrix, operator = _of("indefinite")
+    calls = []
+    found = curvature.report(
+        operator, KEY, 3, progress=lambda *call: calls.append(call)
+    )
+    assert [done for done, _, _ in calls] == [0, 1, 2, 3, 4]
+    assert {total for _, total, _ in calls} == {4}
+    values = np.linalg.eigvalsh(matrix)[::-1]
+    np.testing.assert_array_less(np.abs(found.eigenvalues - values[:3]), found.bounds)
+    np.testing.assert_allclose(found.critical_learning_rate, 2 / 20, rtol=1e-3)
+    low, high = found.trace.interval(0.999)
+    assert low <= np.trace(matrix) <= high
+    low, high = found.frobenius_norm.interval(0.999)
+    assert low <= np.linalg.norm(matrix) <= high
+    diagonal = np.diag(matrix)
+    for name, part in (("a", diagonal[:30]), ("b", diagonal[30:])):
+        low, high = found.layer_traces[name].interval(0.999)
+        assert low <= part.sum() <= high
+        assert found.layer_sizes[name] == len(part)
+    counts = {
+        "num_negative": (values < -0.2).sum(),
+        "num_near_zero": (np.abs(values) <= 0.2).sum(),
+        "num_positive": (values > 0.2).sum(),
+    }
+    for name, count in counts.items():
+        assert abs(found.counts[name].value - count) < 0.25 * len(matrix)
+    np.testing.assert_allclose(
+        sum(float(x.value) for x in found.counts.values()), len(matrix), rtol=1e-5
+    )
+    np.testing.assert_allclose(found.density.nodes.min(), values[-1], rtol=0.05)
+    assert (found.loss, found.gradient_norm) == (0, 0)
+
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 96
+    assert "Hessian of 80 parameters" in text
+    cells = _Cells(found._repr_html_()).texts
+    for word in ("eigenvalue 3", "num_negative", "critical_learning_rate", "a", "b"):
+        assert word in cells
+        assert word in text
+    kept = found.to_dict()
+    assert json.loads(json.dumps(kept)) == kept
+    assert kept["layer_traces"] == {
+        name: float(x.value) for name, x in found.layer_traces.items()
+    }
+
+
+def test_pages_of_streamed_blocks_and_of_other_matrices():
+    truth = _dense("gradient_covariance")[OF_OUT, OF_OUT]
+    operator = _operator("gradient_covariance", BATCHES, mask="out")
+    found = curvature.report(operator, KEY, progress=False)
+    largest = np.linalg.eigvalsh(truth)[::-1]
+    np.testing.assert_allclose(found.eigenvalues, largest, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.trace.value, np.trace(truth), rtol=1e-3)
+    assert {*found.layer_traces} == {"out/bias", "out/kernel"}
+    text = str(found)
+    assert text.startswith("covariance of gradient noise of 3 parameters.")
+    assert "learning" not in text
+    assert "loss^2/p^2" in text
