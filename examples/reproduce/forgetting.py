@@ -1,10 +1,10 @@
 """What do networks keep of a task when they learn another one?
 
-Small networks learn upright handwritten digits by SGD, by SGD with an average of its
-weights, and by flat methods, all with the same number of gradients, counted by flatopt.
-Then plain SGD goes on with digits that lie on their side, at five learning rates. What is
-kept of the first task is drawn against what is learned of the second, and the area below
-is compared. Every method chooses its settings on validation images.
+Small networks learn upright handwritten digits by SGD, at larger learning rates, with an
+average of its weights, and by flat methods, all with the same number of gradients, counted
+by flatopt. Then plain SGD goes on with digits that lie on their side, at five learning
+rates. What is kept of the first task is drawn against what is learned of the second, and
+the area below is compared. Every method chooses its settings on validation images.
 """
 
 import dataclasses
@@ -12,13 +12,18 @@ import dataclasses
 import common
 import matplotlib.pyplot as plt
 import numpy as np
-from common import frontiers
+from common import frontiers, grid, links
+from common.after import Method
 from common.again import LEVELS, Training
-from common.links import METHODS
+from common.links import MANY_DECAYS, SGD
 
 # The share by which a phase of SAM at the end of pre-training lowers forgetting in a
 # language model of 1B parameters (abstract of arXiv 2605.02105).
 PAPER = {"forgetting": 0.31}
+# All above those that SGD chooses among its own; as many settings as the others have.
+LARGER_RATES = (0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)
+LARGER = Method(None, grid(learning_rate=LARGER_RATES, weight_decay=MANY_DECAYS))
+METHODS = links.METHODS | {"SGD, larger rate": LARGER}
 
 
 @dataclasses.dataclass
@@ -28,7 +33,8 @@ class Config(common.Config):
     networks: tuple[str, ...] = ("deep MLP", "CNN")
     """Networks to train."""
     methods: tuple[str, ...] = (
-        "SGD",
+        SGD,
+        "SGD, larger rate",
         "average of weights",
         "SAM",
         "SAM, last 10 %",
@@ -61,7 +67,7 @@ class Config(common.Config):
 
 SMOKE = {
     "networks": ("deep MLP",),
-    "methods": ("SGD",),
+    "methods": (SGD,),
     "settings": 2,
     "seeds": 2,
     "tuning_seeds": 1,

@@ -1,11 +1,12 @@
 """Do networks that were fine-tuned on different tasks merge better where they are flat?
 
 Small networks learn upright handwritten digits by SGD. From there copies are fine-tuned on
-four tasks (digits turned by quarters of a circle, and mirrored), by SGD and by flat methods,
-at equal gradients, counted by flatopt, and at equal steps. Two or four copies are then
-merged: their weights are averaged, or their changes are added to the start with a weight
-that validation images choose (task arithmetic). Every method chooses its settings on
-validation images, for the accuracy of the copies alone or of what they merge to.
+four tasks (digits turned by quarters of a circle, and mirrored), by SGD, also at larger
+learning rates, and by flat methods, at equal gradients, counted by flatopt, and at equal
+steps. Two or four copies are then merged: their weights are averaged, or their changes are
+added to the start with a weight that validation images choose (task arithmetic). Every
+method chooses its settings on validation images, for the accuracy of the copies alone or
+of what they merge to.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ BASE = Method(None, [{"learning_rate": 0.1, "weight_decay": 3e-3}])
 GOALS = ("alone", "2", "4")
 RATES, DECAYS = (0.01, 0.03, 0.1), (1e-3,)
 MANY_RATES, MANY_DECAYS = (0.003, 0.01, 0.03, 0.06, 0.1, 0.2), (1e-3, 1e-2)
+LARGER_RATES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # above those that SGD chooses
 
 
 def flat_grid(*radii):
@@ -32,6 +34,9 @@ def flat_grid(*radii):
 # Twelve settings each.
 METHODS = {
     SGD: Method(None, grid(learning_rate=MANY_RATES, weight_decay=MANY_DECAYS)),
+    "SGD, larger rate": Method(
+        None, grid(learning_rate=LARGER_RATES, weight_decay=MANY_DECAYS)
+    ),
     "average of weights": Method(
         None,
         grid(
