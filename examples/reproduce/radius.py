@@ -49,6 +49,7 @@ class Config(common.Config):
 
 
 SMOKE = {
+    "data": ("breast cancer",),
     "networks": ("one layer of 32",),
     "seeds": 1,
     "steps": 2,
