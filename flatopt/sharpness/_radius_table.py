@@ -193,7 +193,7 @@ class Radius(NamedTuple):
         return notes
 
     def _advice(self):
-        where = "See 'Which radius' in docs/choose.md."
+        where = "See 'Which radius' in docs/choose.md, and docs/reproduce/radius.md."
         if self.recipe is None:
             return (
                 f"No rule was measured for this kernel: search by factors of 2. {where}"
