@@ -351,7 +351,7 @@ def draw(report):
         axes[3].plot(ticks, shares, "o-", label=method)
     axes[3].set_xticks(range(len(EDGES) - 1), [f"{x:g}" for x in EDGES[:-1]])
     axes[3].set(
-        xlabel="rise of the loss at the start, over a guess's loss: at least",
+        xlabel="rise at the start, over a guess's loss",
         ylabel="runs that collapse (%)",
     )
     axes[3].legend()
