@@ -620,6 +620,99 @@ def test_every_method_of_the_transformer_has_as_many_settings(monkeypatch):
     assert not any(m.settings for m in longer.values())
 
 
+# Which radius
+
+
+def test_a_strategy_keeps_the_best_on_validation_and_ties_share(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import radius as study
+
+    grid, rule = study.places_of("SAM")
+    assert grid == list(range(2, 11))
+    assert [*rule.values()] == [11, 12, 13, 14]
+    validation, test = np.zeros((2, 15)), np.zeros((2, 15))
+    validation[:, [0, 2, 5]] = 0.5, 0.7, 0.7  # two of the grid are tied
+    test[:, [0, 2, 5]] = 0.4, 0.6, 0.8
+    validation[0, 12:14], test[0, 12:14] = (0.6, 0.9), (0.5, 0.75)
+    validation[1, 11], test[1, 11] = 0.8, 0.65  # below the rule's start value
+    validation[0, 14], test[0, 14] = 0.95, 0.1  # beyond the cliff
+    scores = {"accuracy": validation, "loss": validation, "3 bits": validation}
+    rise = np.zeros((2, 15))
+    rise[0, 14] = 10.0
+    task = {
+        "SAM": {
+            "validation": scores,
+            "test": {"accuracy": test},
+            "rise": rise,
+            "guess": np.full(2, np.log(10)),
+        }
+    }
+    found = study.regrets("SAM", "accuracy", task, [task])
+    expected = {
+        "whole grid": 0,
+        "none": 0.7 - 0.4,
+        "paper's default": 0.7,
+        "start value alone": 0.7 - 0.25,
+        "bracket of two": 0.7 - (0.75 + 0.4) / 2,
+        "bracket of three": 0.7 - (0.75 + 0.65) / 2,
+        "recipe": 0.7 - (0.75 + 0.65) / 2,
+        "best on test data": 0.7 - 0.8,
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-12, err_msg=name)
+
+
+def test_a_constant_is_chosen_on_other_tasks_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import radius as study
+
+    def task(network, best):
+        values = np.zeros((1, 15))
+        values[0, best] = 0.9
+        found = {"validation": {"accuracy": values}, "test": {"accuracy": values}}
+        found |= {"rise": np.zeros((1, 15)), "guess": np.ones(1)}
+        return {"network": network, "data": "digits", "SAM": found}
+
+    tasks = [task("a", 3), task("a", 3), task("b", 6)]
+    first, _, last = (study.regrets("SAM", "accuracy", t, tasks) for t in tasks)
+    name = "one constant, {} left out".format
+    np.testing.assert_allclose(first[name("network")], 0.9)  # that of b
+    assert last[name("task")] == last[name("network")] == 0.9
+    assert name("data set") not in first  # none is left
+    assert first["two constants, task left out"] == 0  # those of a and b
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_the_network_of_the_demo_is_the_same_function(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import radii
+    from flax import nnx
+
+    rng = np.random.default_rng(0)
+    params = {
+        name: {"kernel": rng.normal(size=s) / 5, "bias": rng.normal(size=s[-1])}
+        for name, s in radii.CNN.items()
+    }
+    params = jax.tree.map(jnp.float32, params)
+    images = jnp.float32(rng.uniform(size=(3, 64)))
+    x = images.reshape(-1, 8, 8, 1)
+    for name, features in (("0", 1), ("1", 16)):
+        layer = nnx.Conv(
+            features, 2 * features if features > 1 else 16, (3, 3), rngs=nnx.Rngs(0)
+        )
+        layer.kernel.set_value(params[name]["kernel"])
+        layer.bias.set_value(params[name]["bias"])
+        x = nnx.avg_pool(nnx.relu(layer(x)), (2, 2), strides=(2, 2))
+    x = x.reshape(3, -1)
+    hidden = np.maximum(x @ params["2"]["kernel"] + params["2"]["bias"], 0)
+    expected = hidden @ params["3"]["kernel"] + params["3"]["bias"]
+    np.testing.assert_allclose(
+        radii.demo_cnn(params, images), expected, rtol=2e-4, atol=1e-4
+    )
+
+
 # Pages
 
 

@@ -184,8 +184,8 @@ class Radius(NamedTuple):
         notes = [f"The loss is {self.loss:.4g}. " + " ".join(MEANINGS)]
         notes.append(
             "nothing: the rise is below 1e-4 of the loss, and training would be that without "
-            f"perturbation. beyond: the rise is above {self._height:.3g}, and training fails "
-            "or comes close to it."
+            f"perturbation. beyond: the rise is above {self._height:.3g}; more than half of "
+            "such trainings collapsed in our study."
         )
         notes.append(self._advice())
         if self.seconds is not None:
@@ -193,7 +193,7 @@ class Radius(NamedTuple):
         return notes
 
     def _advice(self):
-        where = "See 'Which radius' in docs/choose.md."
+        where = "See 'Which radius' in docs/choose.md, and docs/reproduce/radius.md."
         if self.recipe is None:
             return (
                 f"No rule was measured for this kernel: search by factors of 2. {where}"

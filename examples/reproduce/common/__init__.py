@@ -27,7 +27,7 @@ networks and label noise), ``data`` and ``figures``. Networks and their training
 forgetting_cifar), ``text`` (edge), ``language`` (transformer, transformer_methods,
 rounding_text, forgetting_text), ``after`` and ``links`` (rounding, forgetting, merging),
 ``goals`` (rounding, rounding_cifar), ``frontiers`` (forgetting, forgetting_cifar,
-forgetting_text), ``again`` (forgetting), ``merge`` (merging).
+forgetting_text), ``again`` (forgetting), ``merge`` (merging), ``radii`` (radius).
 """
 
 from .data import split_digits
