@@ -335,7 +335,7 @@ TRANSFORMATIONS = {
     ),
     "smooth_gradients_zeroth_order": Row(
         {"scale": 0.1, "num_samples": 4},
-        {"scale": TINY, "num_samples": 16},
+        {"scale": TINY, "num_samples": 8},
         quick={"num_samples": 1},
         gradients=0,
         rate=5e-4,
