@@ -300,6 +300,7 @@ plt.show()
 # pays where you cannot stop at the right moment, or want a solution that bears noise, as
 # from quantization.
 #
-# Noise on the frozen weights under the adapters is another way, Flat-LoRA: see [weight
-# noise](https://flatopt.github.io/flatopt/weight_noise.html). What fine-tuning gained elsewhere stands in [which method,
-# which radius, when none](https://flatopt.github.io/flatopt/choose.html).
+# Noise on the frozen weights under the adapters is another way, Flat-LoRA: see
+# [weight noise](https://flatopt.github.io/flatopt/weight_noise.html). What fine-tuning
+# gained elsewhere stands in
+# [which method, which radius, when none](https://flatopt.github.io/flatopt/choose.html).

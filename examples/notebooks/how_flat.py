@@ -296,6 +296,7 @@ plt.show()
 # ## Where to go on
 #
 # - A part of a network by `mask=`, momentum and AdamW, and any loss:
-#   [curvature](https://flatopt.github.io/flatopt/curvature.html) and [stability](https://flatopt.github.io/flatopt/stability.html).
+#   [curvature](https://flatopt.github.io/flatopt/curvature.html) and
+#   [stability](https://flatopt.github.io/flatopt/stability.html).
 # - Which method trains flatter, and whether it pays: [which method, which radius, when
 #   none](https://flatopt.github.io/flatopt/choose.html).
