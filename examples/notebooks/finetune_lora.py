@@ -299,3 +299,8 @@ plt.show()
 # test loss on the way, the two are nearly equal, 1.69 and 1.68, and this is one seed. NSO
 # pays where you cannot stop at the right moment, or want a solution that bears noise, as
 # from quantization.
+#
+# Noise on the frozen weights under the adapters is another way, Flat-LoRA: see
+# [weight noise](https://flatopt.github.io/flatopt/weight_noise.html). What fine-tuning
+# gained elsewhere stands in
+# [which method, which radius, when none](https://flatopt.github.io/flatopt/choose.html).

@@ -247,6 +247,10 @@ plt.show()
 #
 # ## Where to go on
 #
-# - The scale of the noise (`gamma`, `sigma`) is the one new setting. Try factors of 3.
-# - For another optimizer put `flatopt.smooth_gradients` first in an `optax.chain`.
-# - Flax NNX models, with BatchNorm and dropout: `flatopt.flax`.
+# - The scale of the noise (`gamma`, `sigma`) is the one new setting. `flatopt.radius` says
+#   before training which few to try
+#   ([which radius](https://flatopt.github.io/flatopt/choose.html)).
+# - For another optimizer put `flatopt.smooth_gradients` first in an `optax.chain`
+#   ([guide](https://flatopt.github.io/flatopt/guide.html)).
+# - Flax NNX models, with BatchNorm and dropout: `flatopt.flax`
+#   ([Flax and Equinox](https://flatopt.github.io/flatopt/flax.html)).

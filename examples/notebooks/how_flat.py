@@ -175,7 +175,7 @@ plt.show()
 
 # %% [markdown]
 # Many measures of flatness have been proposed. `sharpness.report` has them all in one
-# table.
+# table, as `curvature.report(operator, key)` has all of the curvature.
 
 # %%
 print(sharpness.report(loss_fn, params, jax.random.key(5), data))
@@ -292,3 +292,11 @@ plt.show()
 # network has left this minimum; how far it goes then is beyond what a theory of small
 # distances can say. A learning rate below the threshold of a minimum is a necessary
 # condition to stay there: so large learning rates and small batches leave flat minima only.
+#
+# ## Where to go on
+#
+# - A part of a network by `mask=`, momentum and AdamW, and any loss:
+#   [curvature](https://flatopt.github.io/flatopt/curvature.html) and
+#   [stability](https://flatopt.github.io/flatopt/stability.html).
+# - Which method trains flatter, and whether it pays: [which method, which radius, when
+#   none](https://flatopt.github.io/flatopt/choose.html).
