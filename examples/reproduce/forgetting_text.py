@@ -24,7 +24,7 @@ from common.frontiers import Levels
 from common.language import Method
 from common.text import split
 from flax import nnx
-from rounding_text import ADAMW
+from rounding_text import ADAMW, METHODS
 
 from flatopt import curvature
 
@@ -33,12 +33,6 @@ from flatopt import curvature
 PAPER = {"forgetting": 0.31}
 LEVELS = Levels(np.linspace(0.3, 0.36, 61), learned=0.33, tolerance=0.005)
 PLAIN = Method(language.plain)
-LARGER = Method(
-    language.plain,
-    common.grid(learning_rate=(3.2e-2, 6.4e-2), weight_decay=(0.01, 0.1)),
-)
-METHODS = {ADAMW: rounding_text.METHODS[ADAMW], "AdamW, larger rate": LARGER}
-METHODS |= rounding_text.METHODS
 
 
 @dataclasses.dataclass
