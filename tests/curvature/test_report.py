@@ -162,3 +162,36 @@ def test_pages_of_streamed_blocks_and_of_other_matrices():
     assert text.startswith("covariance of gradient noise of 3 parameters.")
     assert "learning" not in text
     assert "loss^2/p^2" in text
+
+
+def _page(matrix, eigenvalue, bound=0.01):
+    estimate = curvature.Estimate(np.float32(eigenvalue), np.float32(0), 2)
+    nodes = np.full((2, 1), min(eigenvalue, 0.0))
+    return curvature.Report(
+        matrix,
+        1,
+        0.0,
+        0.0,
+        estimate,
+        estimate,
+        np.array([eigenvalue]),
+        np.array([bound]),
+        {"w": estimate},
+        {"w": 1},
+        curvature.SpectralDensity(nodes, np.ones((2, 1))),
+    )
+
+
+@pytest.mark.parametrize("eigenvalue", [0.0, -3.0, 0.005])
+def test_without_positive_curvature_no_learning_rate_is_critical(eigenvalue):
+    found = _page("Hessian", eigenvalue)
+    assert found.critical_learning_rate == np.inf
+    for text in (str(found), found._repr_html_()):
+        assert "learning" not in text
+        assert "no eigenvalue is positive beyond its error" in text
+    assert "Infinity" not in json.dumps(found.to_dict())
+    assert "above 0.667" in str(_page("Hessian", 3.0))
+
+
+def test_other_matrices_have_no_critical_learning_rate():
+    assert np.isnan(_page("empirical Fisher matrix", 3.0).critical_learning_rate)
