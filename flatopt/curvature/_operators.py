@@ -3,7 +3,7 @@
 from typing import Any
 
 from flatopt._core import checks, parts, streams
-from flatopt._core.risk import Risk, check_loss
+from flatopt._core.risk import Risk, check_loss, check_model
 from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.curvature import _kinds
 from flatopt.curvature._operator import Operator
@@ -110,9 +110,7 @@ def gauss_newton(
             "data must be a pair (inputs, targets) or batches of such pairs, got "
             f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
         )
-    names = ["params", "inputs", *["constants"] * (constants is not None)]
-    example = f"model_fn({', '.join(names)})"
-    checks.check_function(model_fn, "model_fn", example, count=len(names))
+    check_model(model_fn, constants)
     checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
     part = parts.choose(params, mask, constants)
     kind = _kinds.GaussNewton(part.wrap(model_fn), loss_fn)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, checks, streams
+from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
+from flatopt._core.risk import check_model
 from flatopt._core.types import LossFn, ModelFn, WeightFn
 from flatopt.sharpness._solve import check_number, check_positive
 
@@ -176,13 +177,6 @@ def shannon_entropy(
         )
     advice = "look at the outputs of model_fn first."
     return float(check_number(total / count, "shannon_entropy", advice))
-
-
-def check_model(model_fn, constants=None):
-    """Reject a ``model_fn`` of other arguments."""
-    names = ["params", "inputs", *["constants"] * (constants is not None)]
-    example = f"model_fn({', '.join(names)})"
-    checks.check_function(model_fn, "model_fn", example, count=len(names))
 
 
 @functools.partial(jax.jit, static_argnums=0)
