@@ -223,7 +223,10 @@ class Report(NamedTuple):
     def _leaf_rows(self):
         """Leaves by the magnitude of their trace; many small ones as one row."""
         total = float(self.trace.value)
-        share = lambda value: 100 * value / total if total else np.nan  # noqa: E731
+
+        def share(value):
+            return 100 * value / total if total else ""
+
         names = sorted(
             self.layer_traces, key=lambda n: -abs(float(self.layer_traces[n].value))
         )

@@ -189,6 +189,7 @@ def test_without_positive_curvature_no_learning_rate_is_critical(eigenvalue):
     for text in (str(found), found._repr_html_()):
         assert "learning" not in text
         assert "no eigenvalue is positive beyond its error" in text
+        assert "nan" not in text
     assert "Infinity" not in json.dumps(found.to_dict())
     assert "above 0.667" in str(_page("Hessian", 3.0))
 
