@@ -13,7 +13,7 @@ from flatopt import kernels
 from flatopt._core import binding, checks, filters, loops, parts, trees
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, check_loss, check_params
-from flatopt._core.types import KernelFn, LossFn, ParamsT, WeightFn
+from flatopt._core.types import KernelFn, LossFn, Mask, ParamsT, WeightFn
 from flatopt.curvature._draws import probe_keys
 
 
@@ -27,7 +27,7 @@ def perturbed_accuracy(
     num_samples: int = 32,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""Measure the mean accuracy under random perturbation, a curve over its scale.

@@ -11,7 +11,7 @@ from flatopt import curvature
 from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import check_model
-from flatopt._core.types import LossFn, ModelFn, WeightFn
+from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
 from flatopt.sharpness._solve import check_number, check_positive
 
 
@@ -21,7 +21,7 @@ def fisher_rao_hessian(
     *,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm :math:`\theta^\top H \theta` with the Hessian, as in the paper.
@@ -56,7 +56,7 @@ def fisher_rao_gauss_newton(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the Gauss-Newton matrix: the Fisher for cross-entropy.
@@ -98,7 +98,7 @@ def fisher_rao_empirical(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the empirical Fisher matrix.
@@ -201,7 +201,7 @@ def effective_dimension(
     num_steps: int = 64,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The number of directions that the loss determines.

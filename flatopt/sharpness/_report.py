@@ -10,7 +10,7 @@ from flatopt._core import checks, random, tables
 from flatopt._core import progress as bars
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import check_model
-from flatopt._core.types import LossFn, ModelFn, WeightFn
+from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
@@ -183,7 +183,7 @@ def report(
     sigma: float = 0.01,
     rho: float = 0.05,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
     progress: Any = None,
 ) -> Report:
