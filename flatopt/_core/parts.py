@@ -61,8 +61,8 @@ def choose(params, mask=None, constants=None):
         flags = trees.mask_flags(mask, params)
         if flags and not any(flags):
             raise ValueError(
-                f"mask must be True for at least one leaf of params, got {mask!r}; what "
-                "it leaves out is constant."
+                "mask must be True for at least one leaf of params, got one that is False "
+                "everywhere; leave mask out to measure all leaves."
             )
     rest = _arrays(params, "params"), _arrays(constants, "constants")
 

@@ -54,7 +54,7 @@ class Risk:
     def of_part(cls, loss_fn, part, data=None, weight_fn=None):
         """A risk of a part of the parameters, for which ``loss_fn`` is wrapped."""
         checks.check_weight_fn(weight_fn)
-        _check_hashable(loss_fn, weight_fn)
+        check_hashable(loss_fn, weight_fn)
         params = check_params(part.params)
         return cls(loss_fn, params, *streams.prepare(data), weight_fn, part.rest)
 
@@ -115,7 +115,7 @@ class Risk:
         """The mean over all data of what ``function(params, batch, *rows)`` returns.
 
         The function is hashable, since compiled code is kept by it, and returns ``(loss,
-        parts)``. On a re-iterable the losses tell whether the data changed since the last
+        asked)``. On a re-iterable the losses tell whether the data changed since the last
         pass; ``check=False`` leaves out to look at the loss on one batch.
         """
         if self.stream is not None:
@@ -127,10 +127,10 @@ class Risk:
             self.bar.update()
         if not check:
             return found
-        loss, parts = found
+        loss, asked = found
         streams.check_finite(float(loss))
         self.seen = True
-        return parts
+        return asked
 
     def _sweep(self, function, rows, check):
         if _is_traced((self, rows)):
@@ -161,7 +161,7 @@ class Risk:
                 "loader that yields batches each time it is iterated."
             )
         weight = float(np.sum(np.sort(weights)))  # the same in every order
-        size, loss, parts = jax.tree.map(lambda x: x / weight, total)
+        size, loss, asked = jax.tree.map(lambda x: x / weight, total)
         if check:
             found = streams.Pass(len(weights), weight, float(loss), float(size), eps)
             streams.check_same(self.seen, found)
@@ -169,7 +169,7 @@ class Risk:
         elif self.seen is not None:  # at other parameters: the number of examples tells
             found = self.seen._replace(batches=len(weights), weight=weight)
             streams.check_same(self.seen, found)
-        return parts
+        return asked
 
     def _announce(self, start, function, total, weight, arguments):
         """Say how long all passes will take; the first batch is timed once more.
@@ -210,14 +210,21 @@ class Risk:
                 self.bar = None
 
 
-def check_loss(loss_fn, data, constants=None):
+def check_loss(loss_fn, data, constants=None, name="loss_fn"):
     """Reject what does not take parameters, a batch where there is data, constants."""
     names = ["params", *["batch"] * (data is not None)]
     names += ["constants"] * (constants is not None)
-    example = f"loss_fn({', '.join(names)})"
+    example = f"{name}({', '.join(names)})"
     if data is None:
         example += ", or give data"
-    checks.check_function(loss_fn, "loss_fn", example, count=len(names))
+    checks.check_function(loss_fn, name, example, count=len(names))
+
+
+def check_model(model_fn, constants=None):
+    """Reject what does not take parameters, inputs, constants."""
+    names = ["params", "inputs", *["constants"] * (constants is not None)]
+    example = f"model_fn({', '.join(names)})"
+    checks.check_function(model_fn, "model_fn", example, count=len(names))
 
 
 def loss_of(loss_fn, params, batch):
@@ -235,8 +242,8 @@ def _on_batch(function, with_loss, params, batch, *rows):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add_weighted(function, total, weight, params, batch, *rows):
     """The one weighted sum: magnitudes of losses, losses, and what is asked for."""
-    loss, parts = function(params, batch, *rows)
-    found = jnp.abs(loss), loss, parts
+    loss, asked = function(params, batch, *rows)
+    found = jnp.abs(loss), loss, asked
     return jax.tree.map(
         lambda t, x: t + weight.astype(t.dtype) * x.astype(t.dtype), total, found
     )
@@ -289,7 +296,8 @@ def _is_traced(tree):
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _check_hashable(*functions):
+def check_hashable(*functions):
+    """Reject functions by which compiled code cannot be kept."""
     try:
         hash(functions)
     except TypeError as error:

@@ -25,7 +25,8 @@ Key: TypeAlias = int | jax.Array
 """What a link draws from: a seed, or a JAX random key."""
 
 Mask: TypeAlias = Any
-"""A tree prefix of bools, a function of the parameters that returns one, or None."""
+"""A tree prefix of bools, a function of the parameters that returns one, a pattern of
+paths such as ``"encoder/*/kernel"``, or None."""
 
 AxisName: TypeAlias = str | tuple[str, ...] | None
 """Axes of ``jax.shard_map`` to average over."""

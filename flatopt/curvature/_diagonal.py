@@ -7,7 +7,7 @@ import jax
 from flatopt._core import blocks, checks
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._moments import start_moments
-from flatopt.curvature._operator import Operator, products
+from flatopt.curvature._operator import Operator, like_wide, products, unit_vectors
 from flatopt.curvature._probes import (
     GROUP,
     check_finite,
@@ -77,12 +77,15 @@ def diagonal(
         )
     third = num_matvecs // 3
     count = num_matvecs - 2 * third
-    num_steps = int(third < blocks.size(operator.like))  # else any basis spans all
+    is_sketched = third < blocks.size(operator.like)
     basis_key, probe_key = jax.random.split(key)
     with operator.risk.watched(
-        progress, 1 + num_steps + -(-count // GROUP), "diagonal"
+        progress, 1 + is_sketched + -(-count // GROUP), "diagonal"
     ):
-        basis = leading_basis(operator, basis_key, third, num_steps)
+        if is_sketched:
+            basis = leading_basis(operator, basis_key, third, num_steps=1)
+        else:  # random directions may all but depend on each other, these do not
+            basis = unit_vectors(like_wide(operator.like, operator.like))
         moments = start_moments(basis, products(operator, basis))
         keys = probe_keys(probe_key, 0, count)
         moments = observe(operator, keys, basis, moments)

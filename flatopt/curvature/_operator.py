@@ -115,9 +115,7 @@ class Operator:
                 f"dense needs at most 10,000 parameters, got {size:,}; use probe, "
                 "eigenpairs or matvec."
             )
-        flat, unravel = jax.flatten_util.ravel_pytree(self.like)
-        block = jax.vmap(unravel)(jnp.eye(size, dtype=flat.dtype))
-        rows = products(self, block)
+        rows = products(self, unit_vectors(self.like))
         return jax.vmap(lambda row: jax.flatten_util.ravel_pytree(row)[0])(rows)
 
     def flat(self) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
@@ -193,6 +191,12 @@ def _scipy_operator(operator):
         rmatmat=matmat,
         dtype=flat.dtype,
     )
+
+
+def unit_vectors(params):
+    """The unit vectors as a block, in the order of ``jax.flatten_util.ravel_pytree``."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
 
 
 def like_wide(vector, params):

@@ -3,8 +3,8 @@
 from typing import Any
 
 from flatopt._core import checks, parts, streams
-from flatopt._core.risk import Risk, check_loss
-from flatopt._core.types import LossFn, ModelFn, WeightFn
+from flatopt._core.risk import Risk, check_loss, check_model
+from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
 from flatopt.curvature import _kinds
 from flatopt.curvature._operator import Operator
 
@@ -15,7 +15,7 @@ def hessian(
     data: Any = None,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Operator:
     r"""The Hessian of a mean loss.
@@ -46,7 +46,8 @@ def hessian(
       An :class:`Operator`.
 
     Raises:
-      TypeError, ValueError: for integer parameters, a loss that is no scalar, an iterator
+      TypeError, ValueError: for integer parameters, a loss that is no scalar, a mask that
+        names no leaf or has another structure, constants that are no arrays, an iterator
         that ends after one pass, and, when used, for data that is empty or changes.
 
     Example:
@@ -72,7 +73,7 @@ def gauss_newton(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Operator:
     r"""The Gauss-Newton part of the Hessian: positive semidefinite for a convex loss.
@@ -110,9 +111,7 @@ def gauss_newton(
             "data must be a pair (inputs, targets) or batches of such pairs, got "
             f"{type(data).__name__}; gauss_newton gives them to model_fn and loss_fn."
         )
-    names = ["params", "inputs", *["constants"] * (constants is not None)]
-    example = f"model_fn({', '.join(names)})"
-    checks.check_function(model_fn, "model_fn", example, count=len(names))
+    check_model(model_fn, constants)
     checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
     part = parts.choose(params, mask, constants)
     kind = _kinds.GaussNewton(part.wrap(model_fn), loss_fn)
@@ -125,7 +124,7 @@ def empirical_fisher(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Operator:
     r"""The mean over examples of :math:`g_i g_i^\top`, not centered.
@@ -165,7 +164,7 @@ def gradient_covariance(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Operator:
     r"""The covariance of the examples' gradients: that of SGD's noise at batch size 1.

@@ -97,9 +97,15 @@ class Report(NamedTuple):
 
     @property
     def critical_learning_rate(self) -> float:
-        """2 over the largest eigenvalue; infinite where none is positive."""
-        largest = float(self.eigenvalues[0])
-        return 2 / largest if largest > 0 else np.inf
+        """2 over the largest eigenvalue of a Hessian or a Gauss-Newton matrix.
+
+        Infinite where none is positive beyond its bound. Not a number for the other
+        matrices, which have another unit.
+        """
+        if self.matrix not in OF_SECOND_ORDER:
+            return np.nan
+        largest, bound = float(self.eigenvalues[0]), float(self.bounds[0])
+        return 2 / largest if largest > bound else np.inf
 
     @property
     def counts(self) -> dict[str, Estimate]:
@@ -118,6 +124,8 @@ class Report(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers by name, for JSON; errors as ``NAME_standard_error``.
+
+        Without ``critical_learning_rate`` where there is none.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -170,7 +178,7 @@ class Report(NamedTuple):
             "trace": self.trace,
             "frobenius_norm": self.frobenius_norm,
         }
-        if self.matrix in OF_SECOND_ORDER:
+        if np.isfinite(self.critical_learning_rate):
             found["critical_learning_rate"] = self.critical_learning_rate
         return {**found, "lowest_node": float(self.density.nodes.min()), **self.counts}
 
@@ -215,7 +223,10 @@ class Report(NamedTuple):
     def _leaf_rows(self):
         """Leaves by the magnitude of their trace; many small ones as one row."""
         total = float(self.trace.value)
-        share = lambda value: 100 * value / total if total else np.nan  # noqa: E731
+
+        def share(value):
+            return 100 * value / total if total else ""
+
         names = sorted(
             self.layer_traces, key=lambda n: -abs(float(self.layer_traces[n].value))
         )
@@ -237,6 +248,8 @@ class Report(NamedTuple):
         if self.matrix not in OF_SECOND_ORDER:
             return f"{found}."
         rate = self.critical_learning_rate
+        if not np.isfinite(rate):
+            return f"{found}: no eigenvalue is positive beyond its error."
         return f"{found}: gradient descent leaves at learning rates above {rate:.3g}."
 
     def _note(self):

@@ -1,12 +1,12 @@
 """Kernels made of a kernel: magnitudes shared, one layer at a time, masked."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flatopt._core import binding, checks, random, trees
+from flatopt._core.types import Mask
 from flatopt.kernels._kernel import Kernel
 from flatopt.kernels._samplers import sample_leaves, signs
 
@@ -115,7 +115,7 @@ def one_layer(kernel: Kernel, layer_of: Callable[[str], str] | None = None) -> K
     return Kernel(one_layer_bind)
 
 
-def masked(kernel: Kernel, mask: Any) -> Kernel:
+def masked(kernel: Kernel, mask: Mask) -> Kernel:
     """No noise where the mask says False.
 
     Args:

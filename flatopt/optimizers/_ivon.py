@@ -126,8 +126,9 @@ def ivon(
       clip_radius: bound of each entry of the step before the learning rate, > 0.
       rescale_lr: whether the learning rate is multiplied by :math:`h_0 + \delta`, so that
         the first steps are those of SGD.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out get neither noise nor updates, and have no state.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. Leaves masked out get neither
+        noise nor updates, and have no state.
       strategy: layout of the draws, see :func:`smooth_value_and_grad`.
       axis_name: axis of ``jax.shard_map`` to average over; each device draws its own
         noise.

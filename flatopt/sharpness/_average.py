@@ -19,7 +19,7 @@ from flatopt._core import (
 )
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
-from flatopt._core.types import KernelFn, LossFn, WeightFn
+from flatopt._core.types import KernelFn, LossFn, Mask, WeightFn
 from flatopt.curvature._draws import probe_keys
 from flatopt.sharpness._solve import check_number, check_positive, solve
 
@@ -84,7 +84,7 @@ def low_pass(
     kernel: KernelFn | None = None,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The mean loss under random perturbation, less the loss.
@@ -142,7 +142,7 @@ def average_case_adaptive(
     num_samples: int = 100,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The mean loss at :math:`\theta + \rho |\theta| \odot U`, less the loss.
@@ -188,7 +188,7 @@ def pac_bayes(
     delta: float = 1e-6,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> PACBayes:
     r"""Distance to the initialization, in units of the noise that the loss tolerates.

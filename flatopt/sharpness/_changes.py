@@ -12,8 +12,8 @@ import numpy as np
 from flatopt import kernels
 from flatopt._core import binding, checks, filters, loops, parts, trees
 from flatopt._core.estimates import Estimate
-from flatopt._core.risk import Risk, check_params
-from flatopt._core.types import KernelFn, LossFn, ParamsT, WeightFn
+from flatopt._core.risk import Risk, check_loss, check_params
+from flatopt._core.types import KernelFn, LossFn, Mask, ParamsT, WeightFn
 from flatopt.curvature._draws import probe_keys
 
 
@@ -27,7 +27,7 @@ def perturbed_accuracy(
     num_samples: int = 32,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""Measure the mean accuracy under random perturbation, a curve over its scale.
@@ -80,6 +80,7 @@ def perturbed_accuracy(
     checks.check_count(num_samples)
     checks.check_random_key(key)
     checks.check_kernel(kernel)
+    check_loss(metric_fn, data, constants, "metric_fn")
     risk = Risk.of(_Metric(metric_fn), params, data, weight_fn, mask, constants)
     keys = probe_keys(key, 0, num_samples)
     curve = _Curve(risk.loss_fn, kernel)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, checks, streams
+from flatopt._core import blocks, streams
 from flatopt._core.estimates import Estimate
-from flatopt._core.types import LossFn, ModelFn, WeightFn
+from flatopt._core.risk import check_model
+from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
 from flatopt.sharpness._solve import check_number, check_positive
 
 
@@ -20,7 +21,7 @@ def fisher_rao_hessian(
     *,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm :math:`\theta^\top H \theta` with the Hessian, as in the paper.
@@ -55,7 +56,7 @@ def fisher_rao_gauss_newton(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the Gauss-Newton matrix: the Fisher for cross-entropy.
@@ -97,7 +98,7 @@ def fisher_rao_empirical(
     data: Any,
     *,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The Fisher-Rao norm with the empirical Fisher matrix.
@@ -178,13 +179,6 @@ def shannon_entropy(
     return float(check_number(total / count, "shannon_entropy", advice))
 
 
-def check_model(model_fn, constants=None):
-    """Reject a ``model_fn`` of other arguments."""
-    names = ["params", "inputs", *["constants"] * (constants is not None)]
-    example = f"model_fn({', '.join(names)})"
-    checks.check_function(model_fn, "model_fn", example, count=len(names))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _certainty(model_fn, params, *arguments):
     logits = jnp.asarray(model_fn(params, *arguments), jnp.float32)
@@ -207,7 +201,7 @@ def effective_dimension(
     num_steps: int = 64,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The number of directions that the loss determines.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flatopt._core import binding, blocks, checks, random, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
-from flatopt._core.types import LossFn, WeightFn
+from flatopt._core.types import LossFn, Mask, WeightFn
 from flatopt.sharpness._average import ISOTROPIC, rises
 from flatopt.sharpness._solve import check_number, check_positive
 
@@ -25,7 +25,7 @@ def local_entropy(
     num_samples: int = 100,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The negative local entropy, relative to a flat loss.
@@ -105,7 +105,7 @@ def local_entropy_gradient(
     noise_scale: float = 1e-4,
     decay: float = 0.75,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The norm :math:`\|\theta - \mu\|`, :math:`\mu` from Entropy-SGD's loop on all data.

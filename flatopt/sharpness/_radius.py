@@ -13,7 +13,7 @@ import numpy as np
 from flatopt import kernels
 from flatopt._core import binding, blocks, checks, loops, random, trees, vectors
 from flatopt._core.estimates import Estimate
-from flatopt._core.risk import Risk, along, loss_of
+from flatopt._core.risk import Risk, along, check_hashable, check_model, loss_of
 from flatopt._core.types import KernelFn, LossFn, ModelFn, WeightFn
 from flatopt.sharpness._radius_table import Radius
 
@@ -92,15 +92,8 @@ def radius(
     if method == "noise":
         kernel = ISOTROPIC if kernel is None else kernel
         checks.check_kernel(kernel)
-    if model_fn is not None:
-        checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
-        hash(model_fn)
+    _check_model(model_fn, data)
     risk = Risk.of(loss_fn, params, data, weight_fn)
-    if model_fn is not None and data is None:
-        raise ValueError(
-            "data must be (inputs, targets) where model_fn is given, got None; give a batch "
-            "of such pairs."
-        )
     # In float32 or wider: bfloat16 would round small moves away.
     risk = risk.at(blocks.widen(risk.params))
     effects = Effects(risk.loss_fn, model_fn, kernel)
@@ -108,8 +101,11 @@ def radius(
     is_noise = method == "noise"
     steps = jnp.asarray(np.concatenate([radii, -radii] if is_noise else [radii]), dtype)
     keys = _keys(key, num_samples) if is_noise else None
-    with risk.watched(progress, 1 + len(steps) * num_samples, "flatopt.radius"):
-        measure = _in_one_go if risk.stream is None else _in_passes
+    measure, num_passes = _in_one_go, 1
+    if risk.stream is not None:
+        measure = _in_passes
+        num_passes = 1 + len(steps) * (num_samples if is_noise else 1)
+    with risk.watched(progress, num_passes, "flatopt.radius"):
         loss, num_classes, samples = measure(risk, effects, keys, steps)
     is_traced = isinstance(loss, jax.core.Tracer)
     seconds = None if is_traced else time.monotonic() - start
@@ -132,6 +128,18 @@ def _check_method(method, kernel):
         raise ValueError(
             f"kernel must be None where method='sam', got {checks.described(kernel)}; SAM "
             "climbs along the gradient and draws no noise."
+        )
+
+
+def _check_model(model_fn, data):
+    if model_fn is None:
+        return
+    check_model(model_fn)
+    check_hashable(model_fn)
+    if data is None:
+        raise ValueError(
+            "data must be (inputs, targets) where model_fn is given, got None; give a batch "
+            "of such pairs."
         )
 
 
@@ -203,13 +211,7 @@ class Effects:
                 "data must be pairs (inputs, targets) where model_fn is given, got a batch "
                 f"of type {type(batch).__name__}; wrap loss_fn to take such a pair."
             )
-        found = self.model_fn(params, batch[0])
-        if not hasattr(found, "ndim") or not found.ndim or found.shape[-1] < 2:
-            raise ValueError(
-                "model_fn must return logits with two or more classes on the last axis, got "
-                f"{jax.tree.map(jnp.shape, found)}; leave it out for other models."
-            )
-        return trees.widen(found)
+        return check_logits(self.model_fn(params, batch[0]))
 
     def at(self, params, batch, logits=None):
         """The loss and its gradient; with logits the change of the predictions, too."""
@@ -223,6 +225,21 @@ class Effects:
             found["kl"] = jnp.mean(divergence(logits, moved))
             found["changed"] = jnp.mean(is_other, dtype=loss.dtype)
         return found
+
+
+def check_logits(found):
+    """Logits in float32 or wider, from what a model returned."""
+    if not hasattr(found, "ndim") or not found.ndim or found.shape[-1] < 2:
+        raise ValueError(
+            "model_fn must return logits with two or more classes on the last axis, got "
+            f"{jax.tree.map(jnp.shape, found)}; leave it out for other models."
+        )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise TypeError(
+            f"model_fn must return floating logits, got {found.dtype}; return what the loss "
+            "takes the softmax of."
+        )
+    return trees.widen(found)
 
 
 def divergence(logits, moved):

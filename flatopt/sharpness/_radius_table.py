@@ -95,7 +95,8 @@ class Radius(NamedTuple):
         """Radii whose rise is more than a part of what a guess loses, or no number.
 
         A guess loses the logarithm of the number of classes, or the loss where that is
-        more. The part is one half for noise, and twice that loss for SAM.
+        more. The part is one half for noise, and twice that loss for SAM. A loss of at most
+        0 without classes tells no height: then only what is no number lies beyond.
         """
         return ~(np.asarray(self.rise.value) < self._height)
 
@@ -124,7 +125,8 @@ class Radius(NamedTuple):
     @property
     def _height(self):
         guess = 0.0 if self.num_classes is None else np.log(self.num_classes)
-        return CLIFF.get(self.recipe, 0.5) * max(guess, abs(self.loss))
+        guess = max(guess, self.loss)
+        return CLIFF.get(self.recipe, 0.5) * guess if guess > 0 else np.inf
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists by name; errors as ``NAME_standard_error``."""
@@ -182,10 +184,15 @@ class Radius(NamedTuple):
     def _notes(self):
         """Sentences: what the columns are, then what to do."""
         notes = [f"The loss is {self.loss:.4g}. " + " ".join(MEANINGS)]
+        beyond = (
+            f"the rise is above {self._height:.3g}; more than half of such trainings "
+            "collapsed in our study"
+            if np.isfinite(self._height)
+            else "the loss is not finite; classes, or a loss above 0, would tell more"
+        )
         notes.append(
             "nothing: the rise is below 1e-4 of the loss, and training would be that without "
-            f"perturbation. beyond: the rise is above {self._height:.3g}; more than half of "
-            "such trainings collapsed in our study."
+            f"perturbation. beyond: {beyond}."
         )
         notes.append(self._advice())
         if self.seconds is not None:

@@ -9,7 +9,8 @@ from flatopt import curvature
 from flatopt._core import checks, random, tables
 from flatopt._core import progress as bars
 from flatopt._core.estimates import Estimate
-from flatopt._core.types import LossFn, ModelFn, WeightFn
+from flatopt._core.risk import check_model
+from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
@@ -19,7 +20,6 @@ from flatopt.sharpness._average import (
     rises,
 )
 from flatopt.sharpness._curvature import (
-    check_model,
     effective_dimension,
     fisher_rao_empirical,
     fisher_rao_hessian,
@@ -183,7 +183,7 @@ def report(
     sigma: float = 0.01,
     rho: float = 0.05,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
     progress: Any = None,
 ) -> Report:
@@ -194,7 +194,8 @@ def report(
 
     Args:
       loss_fn, params, key, data, weight_fn, mask, constants: see :func:`low_pass`.
-      model_fn: for the Shannon entropy: ``model_fn(params, inputs) -> logits``.
+      model_fn: for the Shannon entropy: ``model_fn(params, inputs) -> logits``; it takes
+        ``constants`` last where there are some.
       inputs: for the Shannon entropy.
       initial_params: for the PAC-Bayes measure.
       sigma: scale of the low-pass measure.

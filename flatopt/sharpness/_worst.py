@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flatopt._core import binding, checks, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk, along
-from flatopt._core.types import BallNorm, LossFn, WeightFn
+from flatopt._core.types import BallNorm, LossFn, Mask, WeightFn
 from flatopt.sharpness._average import ISOTROPIC
 from flatopt.sharpness._solve import check_positive, solve
 
@@ -22,7 +22,7 @@ def epsilon_sharpness(
     epsilon: float = 0.1,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""One over the distance along the gradient at which the loss has risen by epsilon.
@@ -89,7 +89,7 @@ def worst_case(
     num_steps: int = 20,
     data: Any = None,
     weight_fn: WeightFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> float:
     r"""The largest rise of the loss found in a ball.
@@ -193,7 +193,7 @@ def m_sharpness(
     norm: BallNorm = "l2",
     adaptive: bool = False,
     num_steps: int = 20,
-    mask: Any = None,
+    mask: Mask = None,
     constants: Any = None,
 ) -> Estimate:
     r"""The mean over batches of the worst case of each batch: SAM's m-sharpness.

@@ -55,8 +55,8 @@ def anti_pgd(
       scale: standard deviation of the noise: a number, a scalar array, or a schedule of
         the step count, >= 0.
       sampler: values of mean 0 and variance 1; None: standard normal.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out get no noise.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. Leaves masked out get no noise.
       key: an int or a JAX random key, read by ``init``.
 
     Returns:

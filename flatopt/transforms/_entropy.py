@@ -51,8 +51,9 @@ def entropy_sgd_gradients(
       decay: decay :math:`\beta` of the mean of the walk, in [0, 1).
       batch_argnames: names of the extra arguments whose leading axis is split, one chunk
         an inner step; none: every inner step sees the whole batch.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out do not walk; their update is zero.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. Leaves masked out do not walk;
+        their update is zero.
       axis_name: axis of ``jax.shard_map``; each device then walks on its own batch, and
         the walks are averaged.
       key: an int or a JAX random key, read by ``init``.

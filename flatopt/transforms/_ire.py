@@ -59,8 +59,9 @@ def ire(
       kappa: how much larger the steps are: a number, a scalar array or a schedule, >= 0.
       sharp_share: share of sharp coordinates, between 0 and 1, over all leaves together.
       every: number of updates between measurements, at least 1.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. The
-        updates of leaves masked out stay as they are.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. The updates of leaves masked out
+        stay as they are.
       axis_name: axis of ``jax.shard_map`` that splits the batch.
       key: an int or a JAX random key, read by ``init``; it matters only if ``value_fn``
         names ``sample_key``.

@@ -48,8 +48,9 @@ def sam_gradients(
         an ascent step of its own, and average; None: 1.
       batch_argnames: names of the extra arguments whose leading axis is split.
       start_step: number of steps of plain gradients before the method begins.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out are neither moved nor differentiated; their update is zero.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. Leaves masked out are neither
+        moved nor differentiated; their update is zero.
       axis_name: axis of ``jax.shard_map`` to average over; each device then makes an
         ascent step of its own.
       key: an int or a JAX random key, read by ``init``; it matters only if ``value_fn``

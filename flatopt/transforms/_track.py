@@ -97,9 +97,10 @@ def track_stability(
       batch_size: B, for the margins.
       every: number of updates between measurements, at least 1.
       decay: weight of the past in the moving averages, in [0, 1).
-      mask: a tree prefix of bools, or a function of ``params`` that returns one: the
-        curvature is that of the leaves where it is True. Integers and random keys among
-        the parameters are to be masked out.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``: the curvature is that of the
+        leaves where it is True. Integers and random keys among the parameters are to be
+        masked out.
       axis_name: axis of ``jax.shard_map`` that splits the batch; the curvature is then
         that of the whole batch. Without it, under ``jax.shard_map``, a loss that may
         differ between devices is an error.

@@ -42,8 +42,9 @@ def smooth_gradients_zeroth_order(
         array or a schedule of the step count.
       sampler: values of mean 0 and variance 1; None: standard normal.
       num_samples: number of draws M a step; None: 1.
-      mask: a tree prefix of bools, or a function of ``params`` that returns one. Leaves
-        masked out stay as they are; their update is zero.
+      mask: a tree prefix of bools, a function of ``params`` that returns one, or a
+        pattern of paths such as ``"encoder/*/kernel"``. Leaves masked out stay as they
+        are; their update is zero.
       strategy: layout of the samples, see :func:`smooth_value_and_grad`.
       key: an int or a JAX random key, read by ``init``.
 

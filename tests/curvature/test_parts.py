@@ -8,6 +8,7 @@ import pytest
 from helpers import assert_close, count_compilations
 
 from flatopt import curvature, kernels, sharpness
+from flatopt._core import trees
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -224,6 +225,12 @@ def test_integer_leaves_may_be_left_out():
     params = {"steps": jnp.arange(2), "w": jnp.array([1.0, 2.0])}
     operator = curvature.hessian(lambda p: jnp.sum(p["w"] ** 3), params, mask="w")
     assert_close(operator.dense(), np.diag([6.0, 12.0]))
+
+
+def test_a_tree_without_leaves_lacks_none():
+    assert trees.mask_flags("*/kernel", {}) == []
+    with pytest.raises(ValueError, match="params must hold at least one number"):
+        curvature.hessian(lambda params: 0.0, {}, mask="*/kernel")
 
 
 @pytest.mark.parametrize(

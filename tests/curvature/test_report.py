@@ -71,6 +71,21 @@ def test_the_diagonal_of_a_block_is_that_of_the_dense_matrix(data):
     assert max(map(np.max, jax.tree.leaves(found.standard_error))) < 1e-3
 
 
+def test_the_diagonal_of_a_small_matrix_is_exact():
+    """Of 16 random directions in 16 dimensions two in five draws lack one."""
+    matrix = np.random.default_rng(0).normal(size=(16, 16)).astype("f4")
+    matrix += matrix.T
+    batch = jnp.asarray(matrix)[None]
+    params = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(10)}
+    operator = curvature.hessian(_quadratic, params, batch)
+    keys = jax.random.split(KEY, 12)
+    find = jax.jit(jax.vmap(lambda key: curvature.diagonal(operator, key)[:2]))
+    value, error = map(_flat, find(keys))
+    truth = np.broadcast_to(np.diag(matrix), value.shape)
+    np.testing.assert_allclose(value, truth, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(error, 0, atol=1e-5)
+
+
 def test_too_few_products():
     with pytest.raises(ValueError, match=r"at least 4 for a standard error, got 3\."):
         curvature.diagonal(_of("step")[1], KEY, 3)
@@ -147,3 +162,37 @@ def test_pages_of_streamed_blocks_and_of_other_matrices():
     assert text.startswith("covariance of gradient noise of 3 parameters.")
     assert "learning" not in text
     assert "loss^2/p^2" in text
+
+
+def _page(matrix, eigenvalue, bound=0.01):
+    estimate = curvature.Estimate(np.float32(eigenvalue), np.float32(0), 2)
+    nodes = np.full((2, 1), min(eigenvalue, 0.0))
+    return curvature.Report(
+        matrix,
+        1,
+        0.0,
+        0.0,
+        estimate,
+        estimate,
+        np.array([eigenvalue]),
+        np.array([bound]),
+        {"w": estimate},
+        {"w": 1},
+        curvature.SpectralDensity(nodes, np.ones((2, 1))),
+    )
+
+
+@pytest.mark.parametrize("eigenvalue", [0.0, -3.0, 0.005])
+def test_without_positive_curvature_no_learning_rate_is_critical(eigenvalue):
+    found = _page("Hessian", eigenvalue)
+    assert found.critical_learning_rate == np.inf
+    for text in (str(found), found._repr_html_()):
+        assert "learning" not in text
+        assert "no eigenvalue is positive beyond its error" in text
+        assert "nan" not in text
+    assert "Infinity" not in json.dumps(found.to_dict())
+    assert "above 0.667" in " ".join(str(_page("Hessian", 3.0)).split())
+
+
+def test_other_matrices_have_no_critical_learning_rate():
+    assert np.isnan(_page("empirical Fisher matrix", 3.0).critical_learning_rate)

@@ -92,6 +92,8 @@ def test_what_is_no_scale_kernel_or_metric_is_one_sentence():
         run(kernel=kernels.isotropic)
     with pytest.raises(TypeError, match="metric_fn must return a real scalar, got"):
         run(lambda params: params > 0)
+    with pytest.raises(TypeError, match="metric_fn must take 1 argument, got"):
+        run(lambda params, batch: 0.5)
     with pytest.raises(ValueError, match="not a number, from scale 100 on"):
         run(lambda p: jnp.mean(jnp.log(p + 99)), scales=[0.1, 100.0, 1e4])
 

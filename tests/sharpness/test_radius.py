@@ -266,6 +266,51 @@ def test_what_does_nothing_and_what_lies_beyond_the_cliff():
     assert np.isnan(flat.cosine.value).all()
 
 
+@pytest.mark.parametrize("loss", [0.0, -5.0])
+def test_without_a_loss_of_a_guess_the_height_of_the_cliff_is_unknown(loss):
+    rises = [0.0, 3.0, np.inf]
+    found = _made(rises, loss=loss)._replace(num_classes=None)
+    assert found.beyond_cliff.tolist() == [False, False, True]
+    assert "collapsed" not in str(found)
+    assert _made(rises, loss=loss).beyond_cliff.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(("data", "total"), [(DATA, 1), (SPLIT, 6)])
+def test_the_bar_of_sam_counts_one_step_a_radius(data, total):
+    calls = []
+    flatopt.radius(
+        cross_entropy,
+        PARAMS,
+        KEY,
+        method="sam",
+        radii=[0.1, 0.2],
+        data=data,
+        progress=lambda *call: calls.append(call),
+    )
+    assert [done for done, _, _ in calls] == [*range(total + 1)]
+    assert {of for _, of, _ in calls} == {total}
+
+
+class _Unhashable:
+    __hash__ = None
+
+    def __call__(self, params, inputs):
+        return model_fn(params, inputs)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda p, x: (x @ p["w"] > 0).astype(jnp.int32), "floating logits, got int32"),
+        (_Unhashable(), "must be hashable"),
+        (lambda p: p, r"model_fn must take 2 arguments"),
+    ],
+)
+def test_wrong_models_are_one_sentence(model, words):
+    with pytest.raises(TypeError, match=words):
+        flatopt.radius(cross_entropy, PARAMS, KEY, data=DATA, model_fn=model)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
