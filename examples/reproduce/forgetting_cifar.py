@@ -15,7 +15,6 @@ import sys
 import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from common import frontiers, grid, links, photographs, residual
@@ -232,9 +231,7 @@ def compute(config, piece):
 
 
 def draw(report):
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    frontiers.draw(axes, report["results"], "", LEVELS.curve)
-    return figure
+    return frontiers.figure(report["results"], LEVELS)
 
 
 def lines(report):

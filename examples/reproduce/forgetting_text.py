@@ -15,7 +15,6 @@ from pydoc_data import topics
 import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import rounding_text
@@ -180,9 +179,7 @@ def compute(config, piece):
 
 
 def draw(report):
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    frontiers.draw(axes, report["results"], "", LEVELS.curve)
-    return figure
+    return frontiers.figure(report["results"], LEVELS)
 
 
 def lines(report):

@@ -4,6 +4,7 @@ import html
 import textwrap
 
 WIDTH = 78  # of a cell of code in the documentation
+OF_MEASURES = ("measure", "value", "error", "unit", "typical", "seconds", "meaning")
 
 
 def table(header, rows):
@@ -32,6 +33,25 @@ def table(header, rows):
         if row is not header and row[columns]:
             lines += indented(row[columns])
     return "\n".join(lines)
+
+
+def row_of_measure(name, value, error, unit, typical, took, meaning):
+    """A row of a table under ``OF_MEASURES``; the typical values are numbers or none.
+
+    Example:
+      >>> row_of_measure("trace", 2.5, "0.1", "loss", (1.0, 3.0), 0.25, "of H")[4:6]
+      ('1 to 3', '0.2')
+    """
+    usual = " to ".join(f"{x:g}" for x in typical)
+    seconds = "" if took is None else f"{took:.1f}"
+    return name, value, error, unit, usual, seconds, meaning
+
+
+def note_of_time(note, seconds):
+    """A note, and what all parts took where that is known."""
+    if seconds is None:
+        return note
+    return f"{note} It took {duration(sum(seconds.values()))} with compilation."
 
 
 def indented(text):

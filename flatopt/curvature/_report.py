@@ -42,7 +42,8 @@ EXPLAINED = {
     "num_near_zero": ("count", "eigenvalues within 1 % of it: flat directions"),
     "num_positive": ("count", "eigenvalues above 1 % of it"),
 }
-# The Hessian of the network of examples/digits.py, as in sharpness.report.
+# The Hessian of the network of examples/digits.py by LPF-SGD and by SGD, the smaller value
+# first: python -m benchmarks.typical.
 TYPICAL = {
     "loss": (1.0, 1.1),
     "trace": (70.0, 160.0),
@@ -51,7 +52,6 @@ TYPICAL = {
     "eigenvalues": (10.0, 25.0),
 }
 
-HEADER = ("measure", "value", "error", "unit", "typical", "seconds", "meaning")
 LEAVES = ("leaf", "numbers", "trace", "error", "share %")
 NOTE = (
     "error: standard error, of eigenvalues a bound. p: unit of a parameter. share: of the "
@@ -154,7 +154,7 @@ class Report(NamedTuple):
         leaves = [(*row, "") for row in self._leaf_rows()]
         parts = [
             "\n".join(tables.wrapped(self._head())),
-            tables.table(HEADER, self._rows()),
+            tables.table(tables.OF_MEASURES, self._rows()),
             tables.table((*LEAVES, ""), leaves),
             "\n".join(tables.wrapped(self._note())),
         ]
@@ -164,7 +164,7 @@ class Report(NamedTuple):
         return "\n".join(
             [
                 tables.paragraph(self._head()),
-                tables.html_table(HEADER, self._rows()),
+                tables.html_table(tables.OF_MEASURES, self._rows()),
                 tables.html_table(LEAVES, self._leaf_rows()),
                 tables.paragraph(self._note()),
             ]
@@ -210,15 +210,7 @@ class Report(NamedTuple):
         )
         typical = TYPICAL.get(name, ()) if of_second_order or name == "loss" else ()
         took = (self.seconds or {}).get(name)
-        return (
-            shown,
-            value,
-            error,
-            unit,
-            " to ".join(f"{x:g}" for x in typical),
-            "" if took is None else f"{took:.1f}",
-            meaning,
-        )
+        return tables.row_of_measure(shown, value, error, unit, typical, took, meaning)
 
     def _leaf_rows(self):
         """Leaves by the magnitude of their trace; many small ones as one row."""
@@ -253,10 +245,7 @@ class Report(NamedTuple):
         return f"{found}: gradient descent leaves at learning rates above {rate:.3g}."
 
     def _note(self):
-        if self.seconds is None:
-            return NOTE
-        total = tables.duration(sum(self.seconds.values()))
-        return f"{NOTE} It took {total} with compilation."
+        return tables.note_of_time(NOTE, self.seconds)
 
 
 def report(

@@ -11,6 +11,7 @@ from flatopt._core import progress as bars
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import check_model
 from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
+from flatopt.curvature._report import TYPICAL as OF_CURVATURE
 from flatopt.sharpness._average import (
     ELEMENTWISE,
     ISOTROPIC,
@@ -75,10 +76,8 @@ EXPLAINED = {
 # The network of examples/digits.py by SGD and by LPF-SGD, the smaller value first:
 # python -m benchmarks.typical.
 TYPICAL = {
-    "loss": (1.0, 1.1),
-    "trace": (70.0, 160.0),
-    "frobenius_norm": (18.0, 42.0),
-    "max_eigenvalue": (10.0, 25.0),
+    **{name: OF_CURVATURE[name] for name in ("loss", "trace", "frobenius_norm")},
+    "max_eigenvalue": OF_CURVATURE["eigenvalues"],
     "max_eigenvalue_bound": (0.0016, 0.012),
     "effective_dimension": (52.0, 76.0),
     "fisher_rao_hessian": (19.0, 20.0),
@@ -94,7 +93,6 @@ TYPICAL = {
     "shannon_entropy": (-1.2, -1.1),
 }
 
-HEADER = ("measure", "value", "error", "unit", "typical", "seconds", "meaning")
 NOTE = (
     "error: standard error. p: unit of a parameter. typical: a convolutional network of "
     "13,706 parameters on digits, SGD and LPF-SGD; larger networks differ, so compare "
@@ -142,14 +140,14 @@ class Report(NamedTuple):
         return found
 
     def __str__(self):
-        lines = [tables.table(HEADER, self._rows())]
+        lines = [tables.table(tables.OF_MEASURES, self._rows())]
         if self.values:
             lines += ["", *tables.wrapped(self._note())]
         return "\n".join(lines)
 
     def _repr_html_(self):
         note = tables.paragraph(self._note()) if self.values else ""
-        return tables.html_table(HEADER, self._rows()) + note
+        return tables.html_table(tables.OF_MEASURES, self._rows()) + note
 
     def _rows(self):
         rows = []
@@ -158,17 +156,13 @@ class Report(NamedTuple):
             if isinstance(value, Estimate):
                 value, error = value.value, f"{float(value.standard_error):.2g}"
             unit, meaning = EXPLAINED.get(name, ("", ""))
-            usual = " to ".join(f"{x:g}" for x in TYPICAL.get(name, ()))
-            took = (self.seconds or {}).get(name)
-            time_taken = "" if took is None else f"{took:.1f}"
-            rows.append((name, float(value), error, unit, usual, time_taken, meaning))
+            typical, took = TYPICAL.get(name, ()), (self.seconds or {}).get(name)
+            row = name, float(value), error, unit, typical, took, meaning
+            rows.append(tables.row_of_measure(*row))
         return rows
 
     def _note(self):
-        if self.seconds is None:
-            return NOTE
-        total = tables.duration(sum(self.seconds.values()))
-        return f"{NOTE} It took {total} with compilation."
+        return tables.note_of_time(NOTE, self.seconds)
 
 
 def report(

@@ -16,18 +16,29 @@ def split_digits(
     """
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(images))
-    test, validation, rest = np.split(order, [800, 1200])
-    rng = np.random.default_rng(seed)
-    train = rng.permutation(rest)[:num_train]
-    train_labels = labels[train]
-    wrong = rng.random(len(train)) < label_noise
-    train_labels[wrong] = rng.integers(0, 10, wrong.sum())
+    test, validation, rest = parts_of(images, [800, 1200])
+    train, train_labels = drawn(labels, rest, seed, num_train, label_noise, 10)
     return {
         "train": (images[train], train_labels),
         "validation": (images[validation], labels[validation]),
         "test": (images[test], labels[test]),
     }
+
+
+def parts_of(examples, ends):
+    """Places of the test, of validation and of the rest, the same for every seed."""
+    order = np.random.default_rng(0).permutation(len(examples))
+    return np.split(order, ends)
+
+
+def drawn(labels, rest, seed, num_train, label_noise, num_classes):
+    """Places of the training examples, and their labels, a share of them random."""
+    rng = np.random.default_rng(seed)
+    train = rng.permutation(rest)[:num_train]
+    found = labels[train]
+    wrong = rng.random(len(train)) < label_noise
+    found[wrong] = rng.integers(0, num_classes, wrong.sum())
+    return train, found
 
 
 def regression_digits(

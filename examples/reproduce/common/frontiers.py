@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from . import figures, statistics
 from .methods import TUNING_SEED
@@ -177,6 +179,13 @@ class OneByOne:
 
 
 # Figure and table
+
+
+def figure(network: dict, levels: Levels) -> Figure:
+    """The three panels of one network."""
+    found, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    draw(axes, network, "", levels.curve)
+    return found
 
 
 def draw(row: Any, network: dict, label: str, levels: Any) -> None:

@@ -11,7 +11,7 @@ import flatopt
 from flatopt import sharpness
 
 from . import after, networks, side_by_side
-from .data import split_digits
+from .data import drawn, parts_of, split_digits
 from .links import FILTERWISE
 
 GOALS = ("accuracy", "loss", "3 bits")
@@ -69,15 +69,10 @@ def network_of(name, data):
 def split_cancer(seed, num_train, label_noise=0.0):
     """As `split_digits`: 150 tumours for validation, 219 for the test, 200 to draw from."""
     inputs, labels = load_breast_cancer(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(inputs))
-    test, validation, rest = np.split(order, [219, 369])
+    test, validation, rest = parts_of(inputs, [219, 369])
     inputs = (inputs - inputs[rest].mean(axis=0)) / inputs[rest].std(axis=0)
     inputs = inputs.astype(np.float32)
-    rng = np.random.default_rng(seed)
-    train = rng.permutation(rest)[:num_train]
-    train_labels = labels[train]
-    wrong = rng.random(len(train)) < label_noise
-    train_labels[wrong] = rng.integers(0, 2, wrong.sum())
+    train, train_labels = drawn(labels, rest, seed, num_train, label_noise, 2)
     return {
         "train": (inputs[train], train_labels),
         "validation": (inputs[validation], labels[validation]),
