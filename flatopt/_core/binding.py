@@ -32,15 +32,25 @@ _WHOLE = contextvars.ContextVar("all parameters", default=None)
 
 
 def whole_params(params):
-    """All parameters of the step, where ``params`` are those that get noise."""
+    """All parameters of the step, where ``params`` are those of them that get noise."""
     whole = _WHOLE.get()
-    return params if whole is None else whole
+    return whole if whole is not None and _is_part(params, whole) else params
+
+
+def _is_part(params, whole):
+    """Whether every leaf stands in ``whole``: a kernel may be drawn at any tree."""
+    return _shapes(params).items() <= _shapes(whole).items()
+
+
+def _shapes(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_name(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 @contextlib.contextmanager
 def beside(whole):
-    """Inside, :func:`whole_params` are these. No code of the user's may run there."""
-    token = _WHOLE.set(_constant(whole))
+    """Inside, :func:`whole_params` are these; as before where they are None."""
+    token = _WHOLE.set(_WHOLE.get() if whole is None else _constant(whole))
     try:
         yield
     finally:
@@ -56,12 +66,14 @@ def bind(kernel, key, params, whole=None):
     checks.check_kernel(kernel)
     params = _constant(params)
     if hasattr(kernel, "bind"):
-        with contextlib.nullcontext() if whole is None else beside(whole):
+        with beside(whole):
             inner = kernel.bind(key, params)
     else:
+        whole = _WHOLE.get() if whole is None else whole
 
         def inner(key):
-            return kernel(key, params)
+            with beside(whole):
+                return kernel(key, params)
 
     def draw(key):
         noise = inner(key)

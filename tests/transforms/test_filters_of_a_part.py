@@ -95,3 +95,48 @@ def test_arwp_remembers_one_number_a_filter_of_the_whole_layer():
         np.testing.assert_allclose(updates["query"]["kernel"], found, rtol=1e-4)
         memory = 0.9 * memory + (found**2).sum(axis=0, keepdims=True)
         np.testing.assert_allclose(state.memory["query"]["kernel"], memory, rtol=1e-4)
+
+
+def _function(key, params):
+    return kernels.filterwise()(key, params)
+
+
+USERS = {
+    "a function": _function,
+    "a kernel of its own": kernels.Kernel(
+        lambda key, params: kernels.filterwise().bind(key, params)
+    ),
+    "masked": kernels.masked(_function, "query/kernel"),
+    "a function of a masked one": lambda key, params: kernels.masked(
+        _function, "query/kernel"
+    )(key, params),
+    "one layer at a time": kernels.one_layer(_function),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_kernels_of_users_see_the_whole_layer(name):
+    tx = flatopt.smooth_gradients(
+        SIGMA, USERS[name], num_samples=1, mask="query/kernel", key=3
+    )
+    updates, _ = tx.update(None, tx.init(PARAMS), PARAMS, value_fn=_loss)
+    expected = _gradient(KERNEL + SIGMA * _noise(0, _norms(KERNEL)))
+    np.testing.assert_allclose(updates["query"]["kernel"], expected, rtol=1e-4)
+
+
+def test_filters_of_another_tree_are_its_own():
+    """A kernel may be drawn at leaves that are none of the step's."""
+
+    def of_another(key, params):
+        kernel = params["query"]["kernel"]
+        noise = kernels.filterwise()(key, {"other": kernel})["other"]
+        seen.append(noise / kernels.isotropic()(key, {"other": kernel})["other"])
+        return {"query": {**params["query"], "kernel": noise}}
+
+    seen = []
+    tx = flatopt.smooth_gradients(
+        SIGMA, of_another, num_samples=1, mask="query/kernel", key=3
+    )
+    tx.update(None, tx.init(PARAMS), PARAMS, value_fn=_loss)
+    last_axis = np.sqrt((KERNEL**2).sum(axis=(0, 1), keepdims=True))
+    np.testing.assert_allclose(seen[0], last_axis + 0 * KERNEL, rtol=1e-4)
