@@ -2,8 +2,10 @@
 
 Links and texts need no browser. With a Chromium (``chromium``, ``google-chrome``, or
 ``CHROMIUM=PATH``) each page is opened at 1280 and at 400 pixels: nothing may stick out of
-the page, code must fit at 1280, and every formula and image must show, offline. A browser
-that does not start or end here is said, and is no problem of the pages.
+the page, code must fit at 1280, and every formula and image must show, offline. In the
+light and in the dark theme text stands out from what is behind it, and images have a ground
+of their own. A browser that does not start or end here is said, and is no problem of the
+pages.
 
 Example: python docs/check.py docs/_build/html
 """
@@ -26,6 +28,7 @@ import urllib.parse
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (1280, 400)
+CONTRAST = 3  # of text over what is behind it, by the definition of WCAG 2
 SECONDS = 420
 
 
@@ -91,6 +94,50 @@ function scrolls(element, top) {
   }
   return false;
 }
+const pixel = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+function rgba(draw) {
+  pixel.clearRect(0, 0, 1, 1);
+  draw(pixel);
+  return [...pixel.getImageData(0, 0, 1, 1).data];
+}
+const shades = {};
+function shade(color) {
+  return (shades[color] ??= rgba((c) => { c.fillStyle = color; c.fillRect(0, 0, 1, 1); }));
+}
+function ground(element) {
+  for (let e = element; e; e = e.parentElement) {
+    const color = shade(getComputedStyle(e).backgroundColor);
+    if (color[3] > 250) return color;
+  }
+  return [255, 255, 255, 255];
+}
+function luminance(color) {
+  const [r, g, b] = color.slice(0, 3).map((v) =>
+    v <= 10 ? v / 3295 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function contrast(a, b) {
+  const [x, y] = [luminance(a), luminance(b)].sort();
+  return (y + 0.05) / (x + 0.05);
+}
+function read(page, theme, frame) {
+  const doc = frame.contentDocument, article = doc.querySelector("article") || doc.body;
+  doc.documentElement.dataset.theme = theme;
+  const say = (what) => found.push(`${page} in ${theme}: ${what}`);
+  for (const e of article.querySelectorAll("*")) {
+    const text = [...e.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data);
+    const words = text.join("").trim().slice(0, 40), style = getComputedStyle(e);
+    if (!/\\w/.test(words) || style.visibility === "hidden" || !e.offsetParent) continue;
+    const found = contrast(shade(style.color), ground(e));
+    if (found < CONTRAST) say(`contrast of text is ${found.toFixed(1)}: ${words}`);
+  }
+  for (const e of article.querySelectorAll("img")) {
+    const corner = e.naturalWidth ? rgba((c) => c.drawImage(e, 0, 0)) : [0, 0, 0, 255];
+    const own = shade(getComputedStyle(e).backgroundColor);
+    if (Math.max(corner[3], own[3]) < 250)
+      say(`image has no ground: ${e.getAttribute("src")}`);
+  }
+}
 function look(page, width, frame) {
   const doc = frame.contentDocument, article = doc.querySelector("article") || doc.body;
   const say = (what) => found.push(`${page} at ${width}: ${what}`);
@@ -128,6 +175,7 @@ function look(page, width, frame) {
       if (!e.complete) await Promise.race([e.decode().catch(() => 0), wait(2000)]);
     }
     look(page, width, frame);
+    if (width === Math.max(...widths)) ["light", "dark"].forEach((t) => read(page, t, frame));
     frame.remove();
   }
   document.getElementById("found").textContent = JSON.stringify(found);
@@ -162,6 +210,7 @@ def served(folder, pages):
     )
     server.script = SCRIPT.replace("PAGES", json.dumps(pages), 1)
     server.script = server.script.replace("WIDTHS", json.dumps(WIDTHS), 1)
+    server.script = server.script.replace("CONTRAST", str(CONTRAST), 1)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

@@ -12,6 +12,17 @@ def normalize(tree):
     Scaled by the largest entry first, so that squares of tiny ones do not underflow; the
     results do not depend on that scale, and so are differentiated without it.
     """
+    scaled, unit, length = _scaled(tree)
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length
+
+
+def norm(tree):
+    """The norm alone, of numbers of any size; nothing of the tree's size is stored."""
+    return _scaled(tree)[2]
+
+
+def _scaled(tree):
+    """The tree over its largest entry, the norm of that (1 for 0), and the tree's own."""
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in largest] else jnp.float32
     top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
@@ -22,7 +33,7 @@ def normalize(tree):
     square = dot(scaled, scaled)
     unit = jnp.sqrt(jnp.where(square == 0, 1.0, square))
     length = jnp.where(square == 0, 0.0, unit)
-    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length * top
+    return scaled, unit, length * top
 
 
 def rounding_unit(dtype):

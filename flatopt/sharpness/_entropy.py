@@ -169,7 +169,7 @@ def local_entropy_gradient(
             _, grads = risk.at(point).value_and_gradient(check=False)
         point, mean = _walk(settings, center, point, mean, grads, key, jnp.int32(index))
     advice = "it is nan along the walk, so choose a smaller inner_learning_rate."
-    _, length = vectors.normalize(blocks.subtract(center, mean))
+    length = vectors.norm(blocks.subtract(center, mean))
     return float(check_number(length, "local_entropy_gradient", advice))
 
 

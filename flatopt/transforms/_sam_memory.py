@@ -72,9 +72,8 @@ def look_sam_gradients(
         del key
         value, clean = value_and_grad(params)
 
-        uphill, norm = vectors.normalize(clean)
-
         def look():
+            uphill, _ = vectors.normalize(clean)
             step = vectors.scale(rho, uphill)
             point = vectors.move(params, step)
             _, moved = value_and_grad(point)
@@ -84,7 +83,7 @@ def look_sam_gradients(
             return moved, vectors.scale(factor, direction)
 
         def reuse():
-            return vectors.add(clean, alpha * norm, memory), memory
+            return vectors.add(clean, alpha * vectors.norm(clean), memory), memory
 
         grads, memory = loops.cond((count - start_step) % every == 0, look, reuse)
         return value, grads, memory
@@ -280,5 +279,5 @@ def _has_moved(params, point, step, rho):
         point,
         step,
     )
-    _, length = vectors.normalize(lost)
+    length = vectors.norm(lost)
     return length < jnp.asarray(rho).astype(length.dtype) / 2
