@@ -535,8 +535,8 @@ def test_it_converges_compiles_once_and_ignores_unknown_arguments(
     params = optax.tree.zeros_like(_targets())
     params["parabola"] = jnp.array([-1.0, 10.0, 1.0])
 
-    @jax.jit
-    def step(params, state):
+    def step(_, both):
+        params, state = both
         batch = jnp.ones(8)
         updates, state = tx.update(
             jax.grad(_objective)(params, batch),
@@ -548,15 +548,19 @@ def test_it_converges_compiles_once_and_ignores_unknown_arguments(
         )
         return optax.apply_updates(params, updates), state
 
-    params, state = step(params, tx.init(params))
+    @jax.jit
+    def ten_steps(params, state):
+        return jax.lax.fori_loop(0, 10, step, (params, state))
+
+    params, state = ten_steps(params, tx.init(params))
     with count_compilations() as compiled:
-        for _ in range(STEPS.get(name, 1000)):
-            params, state = step(params, state)
+        for _ in range(STEPS.get(name, 1000) // 10):
+            params, state = ten_steps(params, state)
     assert not compiled
     assert_close(params, _targets(), rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_types_are_kept_through_cond_and_multisteps(
     name, dtype, standard_promotion, x64

@@ -14,7 +14,8 @@ GOOD = """<!doctype html><meta name="viewport" content="width=device-width">
 <article><a href="other.html#there">a</a> <a href="https://example.org/x">b</a>
 <img src="dot.svg" alt="a dot"> <pre style="overflow-x:auto">short</pre></article>"""
 OTHER = '<!doctype html><p id="there">here</p><a href="index.html">back</a>'
-DOT = """<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>"""
+DOT = """<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">
+<rect width="9" height="9" fill="white"/></svg>"""
 
 
 @pytest.fixture
@@ -74,3 +75,21 @@ def test_in_a_browser(site):
     ):
         assert any(f"at {width}" in p and what in p for p in found), (width, what)
     assert not any("at 400: code" in problem for problem in found)
+
+
+@pytest.mark.skipif(check.find_chromium() is None, reason="no Chromium is found")
+def test_both_themes_in_a_browser(site):
+    (site / "clear.svg").write_text(DOT.replace("<rect", "<rect fill-opacity='0.3'"))
+    (site / "other.html").write_text(
+        "<!doctype html><style>body { background: white } "
+        "[data-theme=dark] body { background: #121212 } [data-theme=dark] p { color: #eee } "
+        "</style><article><p>fine</p><i>black</i><b style='color:#ddd'>pale</b>"
+        "<code style='color:#ddd;background:#222'>own ground</code>"
+        "<img src='dot.svg' alt='a dot'><img src='clear.svg' alt='glass'></article>"
+    )
+    assert check.check_browser(site, check.find_chromium()) == [
+        "other.html in light: contrast of text is 1.4: pale",
+        "other.html in light: image has no ground: clear.svg",
+        "other.html in dark: contrast of text is 1.1: black",
+        "other.html in dark: image has no ground: clear.svg",
+    ]

@@ -63,14 +63,14 @@ def _num_values(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Each kernel in two layouts, each layout under both types of axis.
+# Each kernel in one layout, each type of axis with half of them.
 @pytest.mark.parametrize(
     ("axis_type", "kernel", "strategy"),
     [
         ([AxisType.Auto, AxisType.Explicit][k // 2 % 2], kernel, strategy)
         for k, kernel in enumerate(KERNELS)
         for s, strategy in enumerate(["vmap", "scan", "unroll", 2])
-        if (k + s) % 2 == 0
+        if (k - s) % 4 == 0
     ],
 )
 def test_data_parallel_gives_the_result_of_one_device(axis_type, kernel, strategy):

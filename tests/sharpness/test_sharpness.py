@@ -80,11 +80,11 @@ def test_pac_bayes_on_a_quadratic(data):
         KEY,
         initial_params=initial,
         epsilon=0.3,
-        num_samples=4000,
+        num_samples=1000,
         data=DATA[data],
     )
     sigma = np.sqrt(2 * 0.3 / np.trace(MATRIX))
-    np.testing.assert_allclose(found.sigma, sigma, rtol=0.05)
+    np.testing.assert_allclose(found.sigma, sigma, rtol=0.1)
     expected = SIZE / (4 * found.sigma**2) + np.log(2 * 6 / 1e-6)
     np.testing.assert_allclose(found.value, expected, rtol=1e-5)
     zero = sharpness.pac_bayes(
@@ -348,14 +348,19 @@ def test_for_which_networks_filter_units_remove_the_scale(
     first_bias, later_bias, normalize, is_invariant
 ):
     params, loss_fn, x = _layers(first_bias, later_bias, normalize)
+
+    @jax.jit
+    def normalized_trace(point):
+        normalized, restore = sharpness.normalize_filters(point)
+        flat, unravel = jax.flatten_util.ravel_pytree(normalized)
+        return jnp.trace(jax.hessian(lambda v: loss_fn(restore(unravel(v)), x))(flat))
+
+    loss = jax.jit(loss_fn)
     traces, adaptive = [], []
     for factor in (1.0, 10.0, 0.1):
         point = _rescaled(params, factor, normalize)
-        np.testing.assert_allclose(loss_fn(point, x), loss_fn(params, x), rtol=1e-4)
-        normalized, restore = sharpness.normalize_filters(point)
-        flat, unravel = jax.flatten_util.ravel_pytree(normalized)
-        hessian = jax.hessian(lambda v: loss_fn(restore(unravel(v)), x))(flat)  # noqa: B023
-        traces.append(float(jnp.trace(hessian)))
+        np.testing.assert_allclose(loss(point, x), loss(params, x), rtol=1e-4)
+        traces.append(float(normalized_trace(point)))
         adaptive.append(
             sharpness.average_case_adaptive(loss_fn, point, KEY, data=x).value
         )
