@@ -36,6 +36,14 @@ def regression(num_examples=64, dtype=jnp.float32):
     return params, batch
 
 
+def linear_outputs(params, rows):
+    """Outputs (n, c) of a linear model, of which the rows (n, c, d) are the Jacobian.
+
+    One function for all tests: compiled code is kept by it.
+    """
+    return jnp.einsum("ncd,d->nc", rows, params)
+
+
 def loss_fn(params, batch):
     hidden = jnp.tanh(batch["inputs"] @ params["first"]["kernel"])
     bias = params["second"]["bias"]

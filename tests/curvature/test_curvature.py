@@ -22,11 +22,11 @@ KEY = jax.random.key(0)
 def quadratic(matrix):
     """The operator of a given symmetric matrix."""
     params = jnp.zeros(len(matrix), matrix.dtype)
+    return curvature.hessian(_form, params, jnp.asarray(matrix)[None])
 
-    def loss_fn(params, batch):
-        return params @ batch[0] @ params / 2
 
-    return curvature.hessian(loss_fn, params, jnp.asarray(matrix)[None])
+def _form(params, batch):
+    return params @ batch[0] @ params / 2
 
 
 def spectrum(eigenvalues, seed=0):
@@ -184,11 +184,14 @@ def _make(kind, case, data):
         return curvature.gauss_newton(
             model_fn, loss_fn, params, data, weight_fn=weight_fn
         )
-
-    def whole(params, batch):
-        return loss_fn(model_fn(params, batch[0]), batch[1])
-
+    whole = _whole(model_fn, loss_fn)
     return getattr(curvature, kind)(whole, params, data, weight_fn=weight_fn)
+
+
+@functools.cache
+def _whole(model_fn, loss_fn):
+    """The loss of a model, one function for all tests: compiled code is kept by it."""
+    return lambda params, batch: loss_fn(model_fn(params, batch[0]), batch[1])
 
 
 def _dense_truth(kind, case):
@@ -549,11 +552,7 @@ def _network(num_examples=24, dtype=jnp.float32):
         jax.random.normal(keys[1], (num_examples, 5), dtype),
         jax.random.randint(keys[2], (num_examples,), 0, 3),
     )
-
-    def loss_fn(params, batch):
-        return _cross_entropy(_forward(params, batch[0]), batch[1])
-
-    return params, data, loss_fn
+    return params, data, _whole(_forward, _cross_entropy)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gradient_covariance"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import linear_outputs
 
 import flatopt
 from flatopt import stability
@@ -194,7 +195,7 @@ def test_unnormalized_sam_is_exact_for_one_example_and_for_all(x64):
         return flatopt.chain(flatopt.usam_gradients(rho), optax.sgd(rate))
 
     lin = stability.linearize(
-        lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+        linear_outputs,
         jnp.zeros(3),
         jnp.asarray(jacobian),
         jnp.zeros((5, 2)),

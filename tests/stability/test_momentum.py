@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import linear_outputs
 
 import flatopt
 from flatopt import stability
@@ -146,7 +147,7 @@ def _growth(operator):
 def _linear(jacobian, dtype=jnp.float32, preconditioner=None):
     n, c, d = jacobian.shape
     return stability.linearize(
-        lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+        linear_outputs,
         jnp.zeros(d, dtype),
         jnp.asarray(jacobian, dtype),
         jnp.zeros((n, c), dtype),
@@ -337,7 +338,7 @@ def test_the_stationary_covariance_is_the_fixed_point_of_the_dense_recursion(
     n, size, optimizer = 5, 2, OPTIMIZERS["heavy ball"]
     jacobian, targets = rng.normal(size=(n, 1, 2)), rng.normal(size=(n, 1))
     lin = stability.linearize(
-        lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+        linear_outputs,
         jnp.zeros(2),
         jnp.asarray(jacobian),
         jnp.asarray(targets),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import linear_outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,13 +30,8 @@ def _linear(jacobian, residuals=None):
     jacobian = jnp.asarray(jacobian)
     n, c, d = jacobian.shape
     residuals = np.zeros((n, c)) if residuals is None else residuals
-
-    def model_fn(params, rows):
-        return jnp.einsum("ncd,d->nc", rows, params)
-
-    return stability.linearize(
-        model_fn, jnp.zeros(d, jacobian.dtype), jacobian, -jnp.asarray(residuals)
-    )
+    start = jnp.zeros(d, jacobian.dtype)
+    return stability.linearize(linear_outputs, start, jacobian, -jnp.asarray(residuals))
 
 
 def _exact_linear(jacobian):
@@ -208,7 +204,7 @@ def test_alignment_equals_its_dense_definition(x64):
         jacobian, errors = rng.normal(size=shape), rng.normal(size=shape[:2])
         rows = jnp.asarray(jacobian)
         lin = stability.linearize(
-            lambda w, x: jnp.einsum("ncd,d->nc", x, w),
+            linear_outputs,
             jnp.zeros(shape[2]),
             rows,
             -jnp.asarray(errors),
