@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from flatopt import curvature
 from flatopt._core import checks, trees
-from flatopt.plots._axes import new_axes
+from flatopt.plots._axes import ink, new_axes
 from flatopt.stability import _checks
 
 FAINT = 1e-6  # of the largest density: shown as the same color below
@@ -103,7 +103,7 @@ def layer_traces(
     places = np.arange(len(bars))
     values, errors = np.array(list(bars.values())).T
     ax = new_axes(ax, xlabel="trace of the Hessian's block")
-    ax.barh(places, values, xerr=errors, capsize=2)
+    ax.barh(places, values, xerr=errors, capsize=2, ecolor=ink())
     ax.set_yticks(places, [trees.path_name(layer) for layer in bars])
     ax.invert_yaxis()
     return ax
@@ -259,7 +259,7 @@ def _draw_limits(ax, steps, limits, top):
     if not is_near:
         label += f": {limits.min():.3g} or more, above the figure"
     bottom, ceiling = ax.get_ylim()
-    ax.plot(steps, limits, "k--", label=label, gid="limit")
+    ax.plot(steps, limits, "--", color="C3", label=label, gid="limit")
     if not is_near:
         ax.set_ylim(bottom, ceiling)
     ax.legend()

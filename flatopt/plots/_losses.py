@@ -232,7 +232,7 @@ def loss_plane(
         ax.set_aspect("equal")
     _fill(ax, *sides, np.asarray(losses))
     if plane.path is not None:
-        _draw_path(ax, plane.path, plane.shares)
+        _draw_path(ax, plane.path)
         ax.set(xlim=sides[0][[0, -1]], ylim=sides[1][[0, -1]])
     return ax
 
@@ -309,12 +309,10 @@ def _fill(ax, across, up, losses):
     ax.figure.colorbar(filled, ax=ax, label="loss")
 
 
-def _draw_path(ax, path, shares):
-    label = f"trajectory, {100 * shares.sum():.0f} % of its variance in the plane"
+def _draw_path(ax, path):
     ax.plot(*path.T, color="w", linewidth=3.5)  # seen on dark and on light contours
-    ax.plot(*path.T, ".-", color="C3", label=label, gid="trajectory")
+    ax.plot(*path.T, ".-", color="C3", label="trajectory", gid="trajectory")
     ax.plot(*path[-1], "*", color="C3", markeredgecolor="w", markersize=14)
-    ax.legend()
 
 
 def _grid_losses(loss_fn, params, key, rows, kernel, data, weight_fn):
