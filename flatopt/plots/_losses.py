@@ -222,18 +222,18 @@ def loss_plane(
     _check_unused(name, kernel=kernel)
     risk = Risk.of(loss_fn, params, data, weight_fn)
     plane = plane_of(risk.params, directions, trajectory)
-    sides = _sides(plane.path, radius, num_points)
-    losses = risk.losses(_within, _rows(*sides), plane.directions)
+    across, up = _sides(plane.path, radius, num_points)
+    losses = risk.losses(_within, _rows(across, up), plane.directions)
     labels = ["step along the first direction", "step along the second direction"]
     if plane.path is not None:
         labels = [f"step ({100 * x:.0f} % of the variance)" for x in plane.shares]
     ax = new_axes(ax, xlabel=labels[0], ylabel=labels[1])
     if radius is not None or plane.path is None:
         ax.set_aspect("equal")
-    _fill(ax, *sides, np.asarray(losses))
+    _fill(ax, across, up, np.asarray(losses))
     if plane.path is not None:
         _draw_path(ax, plane.path)
-        ax.set(xlim=sides[0][[0, -1]], ylim=sides[1][[0, -1]])
+        ax.set(xlim=(across[0], across[-1]), ylim=(up[0], up[-1]))
     return ax
 
 
@@ -273,16 +273,15 @@ def _check_points(num_points):
 def _sides(path, radius, num_points):
     """The points along both axes: around the parameters, or around them and a path."""
     if path is None or radius is not None:
-        return 2 * (_steps(1.0 if radius is None else radius, num_points),)
+        steps = _steps(1.0 if radius is None else radius, num_points)
+        return steps, steps
     _check_points(num_points)
     points = np.concatenate([path, np.zeros((1, 2))])
     low, high = points.min(axis=0), points.max(axis=0)
     # Given directions may see nothing of the path: an axis needs some extent.
     margin = np.maximum(MARGIN * (high - low), 0.05 * (high - low).max())
-    return tuple(
-        np.linspace(a - m, b + m, num_points)
-        for a, b, m in zip(low, high, margin, strict=True)
-    )
+    low, high = low - margin, high + margin
+    return [np.linspace(low[i], high[i], num_points) for i in range(2)]
 
 
 def _rows(across, up):
