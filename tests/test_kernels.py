@@ -1,12 +1,14 @@
 """Noise: moments, filters, keys, masks."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import regression
 
-from flatopt import kernels
+from flatopt import curvature, kernels, sharpness
 from flatopt._core import binding, random, trees
 
 SAMPLERS = [
@@ -183,6 +185,63 @@ def test_noise_is_float32_and_not_clipped_for_narrow_parameters(dtype):
     noise = kernels.isotropic()(jax.random.key(0), jnp.zeros(200_000, dtype))
     assert noise.dtype == jnp.float32
     assert jnp.abs(noise).max() > 4  # a bfloat16 draw is clipped at 2.9
+
+
+KEY = jax.random.key(0)
+SHARED_PATH = {"a/b": jnp.ones((2, 3)), "a": {"b": jnp.ones((2, 3))}, "c": jnp.ones(2)}
+KERNELS_OF_PATHS = {
+    "isotropic": kernels.isotropic(),
+    "signs": kernels.isotropic(kernels.signs),
+    "filterwise": kernels.filterwise(),
+    "filterwise of given axes": kernels.filterwise(filter_axes=0),
+    "elementwise": kernels.elementwise(),
+    "relative_to_max": kernels.relative_to_max(),
+    "rounding": kernels.rounding(3),
+    "polynomial": kernels.polynomial((0.1, 0.2)),
+    "shared_magnitude": kernels.shared_magnitude(lambda key, params: params),
+    "one_layer": kernels.one_layer(kernels.isotropic()),
+    "masked": kernels.masked(lambda key, params: params, "c"),
+}
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("name", KERNELS_OF_PATHS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_two_leaves_of_one_path_are_refused_and_not_given_one_noise(name, jit):
+    draw = jax.jit(KERNELS_OF_PATHS[name]) if jit else KERNELS_OF_PATHS[name]
+    message = (
+        "params must have a path of its own for each leaf, got 'a/b' twice; rename"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        draw(KEY, SHARED_PATH)
+    assert "\n" not in str(error.value)
+
+
+def test_one_path_by_lists_tables_of_axes_and_norms_is_refused_too():
+    with pytest.raises(ValueError, match="got 'a/0' twice"):
+        kernels.isotropic()(KEY, {"a": [jnp.ones(2)], "a/0": jnp.ones(2)})
+    axes = {"a/b": 0, "a": {"b": 1}}
+    with pytest.raises(ValueError, match="filter_axes must have a path of its own"):
+        kernels.filterwise(filter_axes=axes)(KEY, {"a": {"b": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match="got 'a/b' twice"):
+        sharpness.round_filters(SHARED_PATH, 3)
+    operator = curvature.hessian(
+        lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)), SHARED_PATH
+    )
+    with pytest.raises(ValueError, match="got 'a/b' twice"):
+        curvature.probe(operator, KEY)
+    with pytest.raises(ValueError, match="got 'a/b' twice"):
+        curvature.hessian(lambda p: 0.0, SHARED_PATH, mask="a/b")
+
+
+def test_a_slash_in_a_key_alone_changes_no_noise():
+    """The noise of the names that other libraries give to modules stays what it was."""
+    nested = kernels.isotropic()(KEY, {"a": {"b": jnp.ones(3)}})["a"]["b"]
+    flat = kernels.isotropic()(KEY, {"a/b": jnp.ones(3)})["a/b"]
+    words = np.frombuffer(hashlib.blake2b(b"a/b", digest_size=8).digest(), "<u4")
+    key = jax.random.fold_in(jax.random.fold_in(KEY, words[0]), words[1])
+    for found in (nested, flat):
+        np.testing.assert_array_equal(found, jax.random.normal(key, 3))
 
 
 def test_noise_is_constant_with_respect_to_params():

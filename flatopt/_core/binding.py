@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import checks, random
-from flatopt._core.trees import path_name
+from flatopt._core.trees import named_leaves, path_name
 
 
 def path_hashes(params):
-    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [path for path, _ in named_leaves(params)]
     digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
     return np.frombuffer(b"".join(digests), "<u4").reshape(len(names), 2)
 

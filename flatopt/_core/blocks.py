@@ -1,13 +1,16 @@
 """Algebra of blocks: trees whose leaves carry a leading axis of vectors.
 
-Leaves keep their shapes and shardings: nothing is raveled into one long vector.
+Leaves keep their shapes and shardings: nothing is raveled into one long vector. They are
+arrays of JAX, or of NumPy (see ``host``).
 """
+
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import trees
+from flatopt._core import host, trees
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -17,7 +20,7 @@ def power_of_two(values, axis=None, keepdims=False):
 
     A product with it is exact. Not a number and infinity stay.
     """
-    xp = np if isinstance(values, np.ndarray) else jnp
+    xp = host.namespace(values)
     top = xp.max(xp.abs(values), axis=axis, keepdims=keepdims, initial=0.0)
     exponent = xp.frexp(xp.where((top == 0) | ~xp.isfinite(top), 1.0, top))[1] - 1
     # Within the normal numbers, on both sides of one.
@@ -27,11 +30,11 @@ def power_of_two(values, axis=None, keepdims=False):
 
 def unit(tree):
     """The power of two at or below the largest magnitude in a tree, in its widest dtype."""
-    tops = [
-        jnp.max(jnp.abs(trees.widen(x)), initial=0.0) for x in jax.tree.leaves(tree)
-    ]
+    leaves = jax.tree.leaves(tree)
+    xp = host.namespace(leaves[0])
+    tops = [xp.max(xp.abs(trees.widen(x)), initial=0.0) for x in leaves]
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in tops] else jnp.float32
-    return power_of_two(jnp.stack([x.astype(dtype) for x in tops]))
+    return power_of_two(xp.stack([x.astype(dtype) for x in tops]))
 
 
 def divide(tree, scalar):
@@ -40,6 +43,9 @@ def divide(tree, scalar):
 
 def row_units(block):
     """The power of two at or below the largest magnitude of each row, shape (rows,)."""
+    leaves = jax.tree.leaves(block)
+    if host.namespace(leaves[0]) is np:
+        return np.stack([unit(row(block, index)) for index in range(len(leaves[0]))])
     return jax.vmap(unit)(block)
 
 
@@ -69,17 +75,22 @@ def row(block, index):
 
 
 def set_row(block, index, tree):
-    return jax.tree.map(lambda x, y: x.at[index].set(y.astype(x.dtype)), block, tree)
+    def replaced(x, y):
+        if host.namespace(x) is np:
+            return np.concatenate([x[:index], y[None].astype(x.dtype), x[index + 1 :]])
+        return x.at[index].set(y.astype(x.dtype))
+
+    return jax.tree.map(replaced, block, tree)
 
 
-def zeros(params, count):
+def zeros(params, count, xp=jnp):
     return jax.tree.map(
-        lambda p: jnp.zeros((count, *p.shape), trees.wide(p.dtype)), params
+        lambda p: xp.zeros((count, *p.shape), trees.wide(p.dtype)), params
     )
 
 
 def subtract(block, other):
-    return jax.tree.map(jnp.subtract, block, other)
+    return jax.tree.map(operator.sub, block, other)
 
 
 def gram(block, other):
@@ -87,6 +98,8 @@ def gram(block, other):
 
     def leaf_gram(x, y):
         axes = tuple(range(1, x.ndim))
+        if host.namespace(x) is np:
+            return np.tensordot(x, y, axes=(axes, axes))
         return jnp.tensordot(x, y, axes=(axes, axes), precision=PRECISION)
 
     return sum(jax.tree.leaves(jax.tree.map(leaf_gram, block, other)))
@@ -94,12 +107,14 @@ def gram(block, other):
 
 def combine(coefficients, block):
     """Linear combinations of rows; coefficients of shape (new rows, rows) or (rows,)."""
-    return jax.tree.map(
-        lambda x: jnp.tensordot(
-            coefficients.astype(x.dtype), x, 1, precision=PRECISION
-        ),
-        block,
-    )
+
+    def combined(x):
+        weights = coefficients.astype(x.dtype)
+        if host.namespace(x) is np:
+            return np.tensordot(weights, x, 1)
+        return jnp.tensordot(weights, x, 1, precision=PRECISION)
+
+    return jax.tree.map(combined, block)
 
 
 def project_out(block, basis):
@@ -116,9 +131,10 @@ def orthonormalize(block):
     block = divide(block, unit(block))
     for _ in range(2):
         products = gram(block, block)
-        values, vectors = jnp.linalg.eigh(products)
+        xp = host.namespace(products)
+        values, vectors = xp.linalg.eigh(products)
         smallest = values[-1] * len(values) * 100 * jnp.finfo(values.dtype).eps
         keep = (values > smallest) & (values > 0)
-        scales = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
+        scales = xp.where(keep, 1 / xp.sqrt(xp.where(keep, values, 1.0)), 0.0)
         block = combine(scales[:, None] * vectors.T, block)
     return block

@@ -145,8 +145,10 @@ def _norm(values, axes):
 def norm_of_other(filter_axes, others):
     """As :func:`filter_norm`, with the norms of other arrays at the paths of the leaves."""
     norm = filter_norm(filter_axes, others)
-    named = jax.tree_util.tree_leaves_with_path(others)
-    by_path = {trees.path_name(path): jnp.asarray(leaf) for path, leaf in named}
+    by_path = {
+        path: jnp.asarray(leaf)
+        for path, leaf in trees.named_leaves(others, "the tree of norms_of")
+    }
 
     def norm_at(path, leaf):
         other = by_path.get(path)
@@ -170,9 +172,9 @@ def _is_axes(value):
 
 def filter_axes_function(filter_axes, params=None):
     if filter_axes is None:
-        named = jax.tree_util.tree_leaves_with_path(params)
         shapes = {
-            trees.path_name(path): getattr(leaf, "shape", ()) for path, leaf in named
+            path: getattr(leaf, "shape", ())
+            for path, leaf in trees.named_leaves(params)
         }
         return lambda path, leaf: default_filter_axes(path, leaf, shapes)
     if _is_axes(filter_axes):
@@ -194,8 +196,7 @@ def filter_axes_function(filter_axes, params=None):
 
 def _by_path(axes):
     """A tree of axes as a dict from the paths of leaves."""
-    named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)
-    return {trees.path_name(path): value for path, value in named}
+    return dict(trees.named_leaves(axes, "filter_axes", is_leaf=_is_axes))
 
 
 def check_axes(axes, path, leaf):

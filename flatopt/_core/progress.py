@@ -12,6 +12,7 @@ import jax
 _OUTER = contextvars.ContextVar("progress of the bar around this one", default=None)
 
 LONG = 60.0  # seconds from which an analysis says beforehand how long it will take
+SHORT = 3.0  # those of a report, and from which a bar is shown
 
 
 @functools.cache
@@ -55,7 +56,7 @@ class Bar:
     def _open(self):
         if self.progress is False or callable(self.progress) or load_tqdm() is None:
             return None
-        delay = 0 if self.progress else 3
+        delay = 0 if self.progress else SHORT
         return load_tqdm().tqdm(
             total=self.total, desc=self.description, delay=delay, leave=False
         )
@@ -144,9 +145,9 @@ def timed(measures, progress, description):
     return found, seconds
 
 
-def announce(progress, seconds, description):
-    """Say how long the work will take, where that is more than a minute."""
-    if seconds < LONG or progress is False or callable(progress):
+def announce(progress, seconds, description, least=LONG):
+    """Say how long the work will take, where that is more than a minute or so many seconds."""
+    if seconds < least or progress is False or callable(progress):
         return
     text = f"{description} will take about {_duration(seconds)} more."
     if load_tqdm() is None:

@@ -25,6 +25,30 @@ def path_name(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def named_leaves(tree, name="params", is_leaf=None):
+    """Pairs of the path of a leaf, see :func:`path_name`, and the leaf.
+
+    Two leaves of one path would share what is kept by it: their noise, norms, a result.
+
+    Example:
+      >>> named_leaves({"dense": {"kernel": 0.0}})
+      [('dense/kernel', 0.0)]
+    """
+    named = [
+        (path_name(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    ]
+    seen = set()
+    for path, _ in named:
+        if path in seen:
+            raise ValueError(
+                f"{name} must have a path of its own for each leaf, got {path!r} twice; "
+                "rename one of the keys, such as one that holds a slash."
+            )
+        seen.add(path)
+    return named
+
+
 def is_function(x):
     """Whether x is a function and not a tree that can be called, as Equinox modules."""
     return callable(x) and jax.tree_util.all_leaves([x])
@@ -62,7 +86,7 @@ def mask_flags(mask, params, name="mask"):
 
 def _pattern_flags(pattern, params, name):
     """True for leaves whose path, or the path of a subtree around, has the pattern."""
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path for path, _ in named_leaves(params)]
 
     def fits(path):
         keys = path.split("/")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import blocks, trees
+from flatopt._core import blocks, host, trees
 
 
 def normalize(tree):
@@ -58,11 +58,12 @@ def largest(tree):
 def dot(tree, other):
     """Inner product of two trees, in float32 or wider."""
     products = jax.tree.map(
-        lambda x, y: jnp.sum(trees.widen(x) * trees.widen(y)), tree, other
+        lambda x, y: host.namespace(x).sum(trees.widen(x) * trees.widen(y)), tree, other
     )
     parts = jax.tree.leaves(products)
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in parts] else jnp.float32
-    return sum((x.astype(dtype) for x in parts), jnp.zeros((), dtype))
+    xp = host.namespace(parts[0]) if parts else jnp
+    return sum((x.astype(dtype) for x in parts), xp.zeros((), dtype))
 
 
 def scale(factor, tree):

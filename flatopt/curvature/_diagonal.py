@@ -6,13 +6,13 @@ import jax
 
 from flatopt._core import blocks, checks
 from flatopt._core.estimates import Estimate
-from flatopt.curvature._moments import start_moments
-from flatopt.curvature._operator import Operator, like_wide, products, unit_vectors
+from flatopt.curvature._operator import Operator, like_wide, unit_vectors
 from flatopt.curvature._probes import (
     GROUP,
     check_finite,
     check_operator,
     leading_basis,
+    moments_within,
     observe,
     probe_keys,
     summarize,
@@ -86,7 +86,7 @@ def diagonal(
             basis = leading_basis(operator, basis_key, third, num_steps=1)
         else:  # random directions may all but depend on each other, these do not
             basis = unit_vectors(like_wide(operator.like, operator.like))
-        moments = start_moments(basis, products(operator, basis))
+        moments = moments_within(operator, basis_key, basis)
         keys = probe_keys(probe_key, 0, count)
         moments = observe(operator, keys, basis, moments)
     found = summarize(moments, count, 1.0)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, vectors
+from flatopt._core import blocks, checks, host, vectors
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
-from flatopt.curvature._probes import check_operator, is_traced
+from flatopt.curvature._probes import GROUP, bringing, check_operator, is_traced
 
 ENDS = ("largest", "smallest", "magnitude")
 
@@ -21,7 +21,7 @@ DRAWS = 4  # random directions to try before the basis counts as the whole space
 DEPENDENT = 1e-2  # of a normal vector of length 1 a dimension: its rest is rounding
 
 
-@jax.jit
+@host.compiled
 def _expand(basis, found):
     """A block of one in a basis: coefficients, the direction of the rest, its length.
 
@@ -34,23 +34,56 @@ def _expand(basis, found):
         part = blocks.gram(blocks.single(rest), basis)[0]
         rest = blocks.subtract(rest, blocks.combine(part, basis))
         coefficients = coefficients + part
-    length = jnp.sqrt(vectors.dot(rest, rest))
-    rest = blocks.divide(rest, jnp.where(length == 0, 1.0, length))
+    square = vectors.dot(rest, rest)
+    xp = host.namespace(square)
+    length = xp.sqrt(square)
+    rest = blocks.divide(rest, xp.where(length == 0, xp.ones_like(length), length))
     return coefficients, rest, length, unit
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(host.compiled, donate_argnums=0)
 def _append(basis, index, direction):
     """The basis with one more direction, and that direction as a block of one."""
     return blocks.set_row(basis, index, direction), blocks.single(direction)
 
 
+@functools.partial(host.compiled, donate_argnums=0)
+def _keep(basis, rows):
+    """A basis of some rows alone."""
+
+    def kept(b, r):
+        xp = host.namespace(b)
+        return xp.concatenate([r.astype(b.dtype), xp.zeros_like(b[len(r) :])])
+
+    return jax.tree.map(kept, basis, rows)
+
+
+@host.compiled
+def _split(block):
+    count = len(jax.tree.leaves(block)[0])
+    return [jax.tree.map(lambda x, i=i: x[i : i + 1], block) for i in range(count)]
+
+
+@host.compiled
+def _join(rows):
+    return jax.tree.map(lambda *x: host.namespace(x[0]).concatenate(x), *rows)
+
+
+_combine = host.compiled(blocks.combine)
+
+
 class Krylov:
-    """A growing orthonormal basis with the operator's projection on it."""
+    """A growing orthonormal basis with the operator's projection on it.
+
+    Vectors are where :func:`bringing` brings them: small ones on the host.
+    """
 
     def __init__(self, operator, key, capacity):
         self.operator, self.key = operator, key
-        self.basis = blocks.zeros(operator.like, capacity)
+        self.bring = bringing(operator, key)
+        self.is_on_host = self.bring is host.fetch
+        xp = np if self.is_on_host else jnp
+        self.basis = blocks.zeros(operator.like, capacity, xp)
         self.projection = np.zeros((capacity, capacity))
         self.size = self.used = 0
         self.draws = 0
@@ -58,12 +91,20 @@ class Krylov:
         # Some ten roundings: of a product what is less is noise, not a direction.
         self.noise = 8 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
+    def products(self, block):
+        """Products with few vectors; on one batch by the code of a single one.
+
+        They share no work then, but nothing is compiled for their number.
+        """
+        if self.operator.stream is not None:
+            return self.bring(products(self.operator, block))
+        rows = [self.bring(products(self.operator, x)) for x in _split(block)]
+        return rows[0] if len(rows) == 1 else _join(rows)
+
     def restart(self, rows, values):
         """Keep these orthonormal Ritz vectors alone."""
         count = len(values)
-        self.basis = jax.tree.map(
-            lambda b, r: jnp.zeros_like(b).at[:count].set(r), self.basis, rows
-        )
+        self.basis = _keep(self.basis, rows)
         self.projection[:] = 0
         self.projection[:count, :count] = np.diag(values)
         self.size = count
@@ -77,8 +118,11 @@ class Krylov:
         """A random direction orthogonal to the basis."""
         for _ in range(DRAWS):
             self.draws += 1
-            noise = draw_normal(self.operator, probe_keys(self.key, self.draws, 1))
-            rest, length = self.rest_of(noise)
+            # Small ones by the code that draws for probes, of which one is used.
+            count = GROUP if self.is_on_host else 1
+            keys = probe_keys(self.key, self.draws, count)
+            noise = self.bring(draw_normal(self.operator, keys))
+            rest, length = self.rest_of(_split(noise)[0])
             if length > DEPENDENT:
                 break
         return rest, length
@@ -87,7 +131,7 @@ class Krylov:
         """Add a direction; return the next one, and its length."""
         index = self.size
         self.basis, block = _append(self.basis, index, rest)
-        found = products(self.operator, block)
+        found = self.products(block)
         coefficients, rest, length, unit = _expand(self.basis, found)
         unit = float(unit)
         coefficients = unit * np.asarray(coefficients, "f8")
@@ -114,8 +158,7 @@ class Krylov:
         """Combinations of the basis, from columns of coefficients."""
         padded = np.zeros((coefficients.shape[1], len(self.projection)))
         padded[:, : self.size] = coefficients.T
-        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        return blocks.combine(jnp.asarray(padded, dtype), self.basis)
+        return _combine(self.bring(jnp.asarray(padded)), self.basis)
 
 
 def check_eigen(operator, key, k, which):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks
+from flatopt._core import blocks, checks, host
 from flatopt._core.types import SpectrumEnd
 from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
-from flatopt.curvature._operator import products
 from flatopt.curvature._probes import check_share
 
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
@@ -46,7 +45,7 @@ class Eigenpairs(NamedTuple):
     is_complete: bool = True
 
 
-@jax.jit
+@host.compiled
 def _residuals(vectors, found):
     """Rayleigh quotients of unit vectors, residual vectors and their norms.
 
@@ -54,13 +53,14 @@ def _residuals(vectors, found):
     """
     units = blocks.row_units(found)
     found = blocks.divide_rows(found, units)
-    values = jnp.diagonal(blocks.gram(vectors, found))
+    values = blocks.gram(vectors, found).diagonal()
     rest = jax.tree.map(
         lambda h, x: h - values.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype) * x,
         found,
         vectors,
     )
-    return values, rest, jnp.sqrt(jnp.diagonal(blocks.gram(rest, rest))), units
+    squares = blocks.gram(rest, rest).diagonal()
+    return values, rest, host.namespace(squares).sqrt(squares), units
 
 
 class _Goal(NamedTuple):
@@ -191,9 +191,7 @@ def _kept(krylov, goal):
 
 def _verify(krylov, vectors, goal, scale, is_complete):
     """The pairs with bounds from products of their own, or the worst residual vector."""
-    values, rest, residuals, units = _residuals(
-        vectors, products(krylov.operator, vectors)
-    )
+    values, rest, residuals, units = _residuals(vectors, krylov.products(vectors))
     krylov.used += goal.count
     dtype = values.dtype
     units = np.asarray(units, "f8")
@@ -205,19 +203,22 @@ def _verify(krylov, vectors, goal, scale, is_complete):
     narrow = max(float(jnp.finfo(p.dtype).eps) for p in like)
     rounding = max(20 * float(jnp.finfo(dtype).eps), narrow) * scale
     pairs = Eigenpairs(
-        values.astype(dtype), vectors, residuals + rounding, bool(is_complete)
+        values.astype(dtype),
+        host.send(vectors),
+        residuals + rounding,
+        bool(is_complete),
     )
     return pairs, None
 
 
 def _warm_start(krylov, start, which):
-    rows = blocks.orthonormalize(blocks.widen(start.vectors))
-    found = products(krylov.operator, rows)
+    rows = blocks.orthonormalize(krylov.bring(blocks.widen(start.vectors)))
+    found = krylov.products(rows)
     unit = blocks.unit(found)
     found = blocks.divide(found, unit)
     projection = float(unit) * np.asarray(blocks.gram(rows, found), "f8")
     krylov.used += len(projection)
-    norms = np.asarray(jnp.diagonal(blocks.gram(rows, rows)))
+    norms = np.asarray(blocks.gram(rows, rows)).diagonal()
     keep = np.flatnonzero(norms > 0.5)  # dependent vectors came back as zeros
     if not len(keep):
         return krylov.random()
@@ -226,11 +227,9 @@ def _warm_start(krylov, start, which):
     order = order_from(values, which)[: max(len(krylov.projection) - 1, 1)]
     turn = np.zeros((len(order), len(norms)))
     turn[:, keep] = coefficients[:, order].T
-    rows, found = (
-        blocks.combine(jnp.asarray(turn, norms.dtype), b) for b in (rows, found)
-    )
+    rows, found = (blocks.combine(turn.astype(norms.dtype), b) for b in (rows, found))
     krylov.restart(rows, values[order])
-    total = jax.tree.map(lambda x: jnp.sum(x, axis=0, keepdims=True), found)
+    total = jax.tree.map(lambda x: x.sum(axis=0, keepdims=True), found)
     rest, length = krylov.rest_of(total)
     return rest, length * float(unit)
 

@@ -1,11 +1,12 @@
 """Running moments of probes, in units of powers of two."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import blocks
+from flatopt._core import blocks, host
 
 
 class Moments(NamedTuple):
@@ -21,31 +22,39 @@ class Moments(NamedTuple):
     deviation: Any
 
 
-@jax.jit
+@host.compiled
 def start_moments(basis, found):
     """Moments before the first probe: what lies within the span of the basis, exactly."""
     units = jax.tree.map(_unit, found)
     found = jax.tree.map(_over, found, units)
-    diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
-    rows = jax.tree.map(lambda h: jnp.sum(h * h, axis=0), found)
-    exact = _samples(units, diagonal, rows, jax.tree.map(jnp.sum, diagonal))
-    zeros = jax.tree.map(jnp.zeros_like, exact)
-    return Moments(jnp.zeros(()), units, exact, zeros, zeros)
+    diagonal = jax.tree.map(lambda q, h: (q * h).sum(axis=0), basis, found)
+    rows = jax.tree.map(lambda h: (h * h).sum(axis=0), found)
+    exact = _samples(units, diagonal, rows, _sums(diagonal))
+    zeros = jax.tree.map(lambda x: host.namespace(x).zeros_like(x), exact)
+    count = host.namespace(exact["trace"]).zeros((), "float32")
+    return Moments(count, units, exact, zeros, zeros)
+
+
+def _sums(tree):
+    return jax.tree.map(lambda x: x.sum(), tree)
 
 
 def _unit(x):
     """The power of two of the largest magnitude; 0 for zeros, which set no scale."""
-    return jnp.where(jnp.any(x != 0), blocks.power_of_two(x), 0.0)
+    xp, unit = host.namespace(x), blocks.power_of_two(x)
+    return xp.where(xp.any(x != 0), unit, xp.zeros_like(unit))
 
 
 def _over(x, unit):
-    return x / jnp.where(unit == 0, 1.0, unit)
+    xp = host.namespace(unit)
+    return x / xp.where(unit == 0, xp.ones_like(unit), unit)
 
 
 def _largest(units):
     leaves = jax.tree.leaves(units)
     dtype = jnp.float64 if jnp.float64 in [x.dtype for x in leaves] else jnp.float32
-    return jnp.max(jnp.stack([x.astype(dtype) for x in leaves]))
+    xp = host.namespace(leaves[0])
+    return xp.max(xp.stack([x.astype(dtype) for x in leaves]))
 
 
 def _samples(units, diagonal, rows, forms):
@@ -59,8 +68,8 @@ def _samples(units, diagonal, rows, forms):
 
     return {
         "trace": total(forms, 1),
-        "square": total(jax.tree.map(jnp.sum, rows), 2),
-        "layers": jax.tree.map(jnp.sum, diagonal),
+        "square": total(_sums(rows), 2),
+        "layers": _sums(diagonal),
         "diagonal": diagonal,
         "rows": rows,
     }
@@ -83,21 +92,23 @@ def _rescaled(sample, leaves, whole, power):
 def update(moments, signs, vector, found):
     """Running count, mean and sum of squared deviations (Welford) after one probe."""
     old = moments.units
-    units = jax.tree.map(lambda u, x: jnp.maximum(u, _unit(x)), old, found)
+    units = jax.tree.map(
+        lambda u, x: host.namespace(x).maximum(u, _unit(x)), old, found
+    )
     ratios = jax.tree.map(_over, old, units)
     whole = _over(_largest(old), _largest(units))
     found = jax.tree.map(_over, found, units)
     sample = _samples(
         units,
-        jax.tree.map(jnp.multiply, signs, found),
-        jax.tree.map(jnp.square, found),
-        jax.tree.map(lambda v, x: jnp.sum(v * x), vector, found),
+        jax.tree.map(operator.mul, signs, found),
+        jax.tree.map(lambda x: x * x, found),
+        jax.tree.map(lambda v, x: (v * x).sum(), vector, found),
     )
     exact = _rescaled(moments.exact, ratios, whole, 1)
     mean = _rescaled(moments.mean, ratios, whole, 1)
     deviation = _rescaled(moments.deviation, ratios, whole, 2)
     count = moments.count + 1
-    change = jax.tree.map(jnp.subtract, sample, mean)
+    change = jax.tree.map(operator.sub, sample, mean)
     mean = jax.tree.map(lambda m, c: m + c / count.astype(c.dtype), mean, change)
     deviation = jax.tree.map(
         lambda d, c, s, m: d + c * (s - m), deviation, change, sample, mean
@@ -105,14 +116,13 @@ def update(moments, signs, vector, found):
     return Moments(count, units, exact, mean, deviation)
 
 
-@jax.jit
+@host.compiled
 def values_and_errors(moments):
     """Values and standard errors out of their units."""
     count = moments.count
-    value = jax.tree.map(jnp.add, moments.exact, moments.mean)
+    value = jax.tree.map(operator.add, moments.exact, moments.mean)
     error = jax.tree.map(
-        lambda d: jnp.sqrt(jnp.maximum(d, 0) / ((count - 1) * count).astype(d.dtype)),
-        moments.deviation,
+        lambda d: _root(d / ((count - 1) * count).astype(d.dtype)), moments.deviation
     )
     found = {}
     whole = _largest(moments.units)
@@ -130,12 +140,17 @@ def values_and_errors(moments):
     return found
 
 
+def _root(x):
+    xp = host.namespace(x)
+    return xp.sqrt(xp.maximum(x, xp.zeros_like(x)))
+
+
 def root_of(square, error):
     """A norm and its error from those of its square."""
-    value = jax.tree.map(lambda s: jnp.sqrt(jnp.maximum(s, 0)), square)
-    error = jax.tree.map(
-        lambda v, e: jnp.where(v > 0, e / jnp.where(v > 0, 2 * v, 1.0), jnp.sqrt(e)),
-        value,
-        error,
-    )
-    return value, error
+
+    def error_of_root(v, e):
+        xp = host.namespace(v)
+        return xp.where(v > 0, e / xp.where(v > 0, 2 * v, xp.ones_like(v)), xp.sqrt(e))
+
+    value = jax.tree.map(_root, square)
+    return value, jax.tree.map(error_of_root, value, error)

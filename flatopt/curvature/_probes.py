@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, loops
+from flatopt._core import blocks, checks, host, loops
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
 from flatopt.curvature._moments import start_moments, update, values_and_errors
@@ -185,9 +185,7 @@ def probe(
     passes = 3 * bool(num_deflated) + -(-num_probes // GROUP)
     with operator.risk.watched(progress, passes, "probe"):
         basis = leading_basis(operator, basis_key, num_deflated)
-        moments = start_moments(
-            basis, products(operator, basis) if num_deflated else basis
-        )
+        moments = moments_within(operator, basis_key, basis)
         count = look = 0
         while True:
             new = count or num_probes
@@ -293,19 +291,29 @@ def leading_basis(operator, key, count, num_steps=2):
     if not count:
         return blocks.zeros(like, 0)
     count = min(count, blocks.size(like))
-    orthonormalize = jax.jit(blocks.orthonormalize)
-    basis = orthonormalize(draw_normal(operator, probe_keys(key, 0, count)))
+    bring = bringing(operator, key)
+    basis = _orthonormalize(bring(draw_normal(operator, probe_keys(key, 0, count))))
     for _ in range(num_steps):
-        basis = orthonormalize(products(operator, basis))
-    return basis
+        basis = _orthonormalize(bring(products(operator, basis)))
+    return host.send(basis)
 
 
-_project_out = jax.jit(blocks.project_out)
+_orthonormalize = host.compiled(blocks.orthonormalize)
+_project_out = host.compiled(blocks.project_out)
+
+
+def bringing(operator, key):
+    """What brings blocks to where their algebra is done: to the host where they are small.
+
+    Otherwise they stay on the devices, and inside a trace.
+    """
+    is_small = not is_traced((operator, key)) and host.suits(operator.like)
+    return host.fetch if is_small else lambda block: block
 
 
 @dataclasses.dataclass(frozen=True)
 class _Observe:
-    """Moments after some more probes of one batch that is all the data."""
+    """Moments after some more probes of one batch that is all the data, in one trace."""
 
     kind: Any
 
@@ -325,21 +333,35 @@ class _Observe:
         return loss, loops.fold_rows(step, moments, keys)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(host.compiled, donate_argnums=0)
 def _observe_rows(moments, signs, vectors, found):
-    def step(moments, rows):
-        return update(moments, *rows)
+    rows = signs, vectors, found
+    if host.namespace(moments.count) is np:
+        for index in range(len(jax.tree.leaves(signs)[0])):
+            moments = update(moments, *blocks.row(rows, index))
+        return moments
+    return loops.fold_rows(lambda moments, row: update(moments, *row), moments, rows)
 
-    return loops.fold_rows(step, moments, (signs, vectors, found))
+
+def moments_within(operator, key, basis):
+    """Moments before the first probe, from the products with a basis."""
+    bring = bringing(operator, key)
+    count = len(jax.tree.leaves(basis)[0])
+    return start_moments(
+        bring(basis), bring(products(operator, basis) if count else basis)
+    )
 
 
 def observe(operator, keys, basis, moments):
-    if operator.stream is None:
+    """Moments after some more probes; outside of a trace by the code of the products."""
+    if operator.stream is None and is_traced((operator, keys)):
         return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
+    bring = bringing(operator, keys)
+    basis = bring(basis)
     for start in range(0, len(keys), GROUP):
-        signs = draw_signs(operator, keys[start : start + GROUP])
+        signs = bring(draw_signs(operator, keys[start : start + GROUP]))
         vectors = _project_out(signs, basis)
-        found = products(operator, vectors)
+        found = bring(products(operator, vectors))
         moments = _observe_rows(moments, signs, vectors, found)
     return moments
 
@@ -347,14 +369,20 @@ def observe(operator, keys, basis, moments):
 def summarize(moments, count, factor):
     found = {}
     for name, (value, error) in values_and_errors(moments).items():
-        error = jax.tree.map(lambda e: e * jnp.asarray(factor, e.dtype), error)
-        found[name] = Estimate(value, error, count)
-    norms = found["rows"]
-    unknown = jax.tree.map(lambda e: jnp.full_like(e, jnp.inf), norms.standard_error)
+        error = jax.tree.map(lambda e: e * _like(e, factor), error)
+        if name == "rows":
+            error = jax.tree.map(
+                lambda e: host.namespace(e).full_like(e, np.inf), error
+            )
+        found[name] = Estimate(host.send(value), host.send(error), count)
     return Probe(
         trace=found["trace"],
         diagonal=found["diagonal"],
         frobenius_norm=found["square"],
         layer_traces=found["layers"],
-        row_norms=norms._replace(standard_error=unknown),
+        row_norms=found["rows"],
     )
+
+
+def _like(array, number):
+    return host.namespace(array).asarray(number, array.dtype)

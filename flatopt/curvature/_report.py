@@ -14,6 +14,7 @@ from flatopt.curvature._operator import Operator
 from flatopt.curvature._probes import check_operator, is_traced, probe
 
 GRADIENTS = 500  # of all data in a report: 56 products of probes, some 140 of Lanczos
+COMPILED = 20  # times what compiling a gradient takes, on a small network
 DRAWS = 3  # of the density
 SMALL = 0.01  # of the largest magnitude: an eigenvalue below counts as near zero
 MOST_LEAVES = 12  # shown one by one
@@ -42,6 +43,8 @@ EXPLAINED = {
     "num_near_zero": ("count", "eigenvalues within 1 % of it: flat directions"),
     "num_positive": ("count", "eigenvalues above 1 % of it"),
 }
+COMPLETE = "the search was complete"
+CUT_SHORT = "the search was cut short, so some may be missing"
 # The Hessian of the network of examples/digits.py by LPF-SGD and by SGD, the smaller value
 # first: python -m benchmarks.typical.
 TYPICAL = {
@@ -75,6 +78,8 @@ class Report(NamedTuple):
       layer_sizes: the number of parameters of each.
       density: :class:`SpectralDensity`.
       seconds: what each part took, with compilation; None: not known.
+      is_complete: whether the search for eigenvalues ended: a run from a fresh random
+        vector found nothing that was missing, see :class:`Eigenpairs`.
 
     Example:
       >>> from flatopt import curvature
@@ -94,6 +99,7 @@ class Report(NamedTuple):
     layer_sizes: dict[str, int]
     density: SpectralDensity
     seconds: dict[str, float] | None = None
+    is_complete: bool = True
 
     @property
     def critical_learning_rate(self) -> float:
@@ -142,6 +148,7 @@ class Report(NamedTuple):
                 found[name] = float(value.value)
                 found[f"{name}_standard_error"] = float(value.standard_error)
         found["eigenvalues"] = np.asarray(self.eigenvalues, "f8").tolist()
+        found["is_complete"] = bool(self.is_complete)
         found["eigenvalue_bounds"] = np.asarray(self.bounds, "f8").tolist()
         found["layer_traces"] = {
             name: float(x.value) for name, x in self.layer_traces.items()
@@ -204,6 +211,8 @@ class Report(NamedTuple):
 
     def _row(self, name, shown, value, error):
         unit, meaning = EXPLAINED[name]
+        if name == "eigenvalues":
+            meaning += f"; {COMPLETE if self.is_complete else CUT_SHORT}"
         of_second_order = self.matrix in OF_SECOND_ORDER
         unit = (
             ("loss/p^2" if of_second_order else "loss^2/p^2") if unit == "c" else unit
@@ -263,7 +272,7 @@ def report(
       k: number of eigenvalues to show; at most all.
       progress: True for a bar of its four parts, or a function ``progress(done, total,
         description)``; None: a bar where it takes long; False: none. Before it starts, a
-        line says so where all will take more than a minute.
+        line says about how long it will take, where that is more than three seconds.
 
     Returns:
       A :class:`Report`: ``print`` it, show it in a notebook, or log its ``to_dict()``.
@@ -291,7 +300,9 @@ def report(
     size, risk = blocks.size(operator.like), operator.risk
     keys = jax.random.split(key, 3)
     loss = risk.value  # looks at the data once; then the gradient compiles once
-    bars.announce(progress, GRADIENTS * risk.time_gradient(), "curvature.report")
+    each, compiling = risk.time_gradient()
+    expected = GRADIENTS * each + COMPILED * compiling
+    bars.announce(progress, expected, "curvature.report", bars.SHORT)
     measures = {
         "gradient_norm": lambda: _norm(risk.gradient),
         "trace": lambda: probe(operator, keys[0]),
@@ -318,6 +329,7 @@ def report(
         },
         density=found["lowest_node"],
         seconds=seconds,
+        is_complete=pairs.is_complete,
     )
 
 

@@ -11,7 +11,11 @@ except ImportError as error:
         "pip install 'flatopt[plot]'."
     ) from error
 
-from flatopt.plots._curvature import layer_traces, spectral_density
+from flatopt.plots._curvature import (
+    layer_traces,
+    spectral_density,
+    spectrum_over_training,
+)
 from flatopt.plots._losses import loss_line, loss_plane
 from flatopt.plots._radius import radius
 from flatopt.plots._stability import (
@@ -27,6 +31,7 @@ __all__ = [
     "loss_plane",
     "radius",
     "spectral_density",
+    "spectrum_over_training",
     "stability_losses",
     "stability_plane",
     "stability_report",

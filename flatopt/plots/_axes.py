@@ -8,3 +8,8 @@ def new_axes(ax, **labels):
         _, ax = plt.subplots(layout="constrained")
     ax.set(**labels)
     return ax
+
+
+def ink():
+    """The color of lines in a style, light or dark."""
+    return plt.rcParams["axes.edgecolor"]

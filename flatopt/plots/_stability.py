@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from flatopt import stability
 from flatopt._core.types import Optimizer, Sampling
-from flatopt.plots._axes import new_axes
+from flatopt.plots._axes import ink, new_axes
 from flatopt.stability import _checks
 
 
@@ -293,4 +293,5 @@ def _check_mark(learning_rate, batch_size, lin):
 
 def _mark(ax, learning_rate, batch_size):
     if learning_rate is not None:
-        ax.plot(batch_size, learning_rate, "k*", markersize=12, label="this setting")
+        label = "this setting"
+        ax.plot(batch_size, learning_rate, "*", color=ink(), markersize=12, label=label)

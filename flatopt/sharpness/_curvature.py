@@ -46,7 +46,7 @@ def fisher_rao_hessian(
     operator = curvature.hessian(
         loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
     )
-    return _form(operator)
+    return form_of(operator)
 
 
 def fisher_rao_gauss_newton(
@@ -89,7 +89,7 @@ def fisher_rao_gauss_newton(
         mask=mask,
         constants=constants,
     )
-    return _form(operator)
+    return form_of(operator)
 
 
 def fisher_rao_empirical(
@@ -124,10 +124,11 @@ def fisher_rao_empirical(
     operator = curvature.empirical_fisher(
         loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
     )
-    return _form(operator)
+    return form_of(operator)
 
 
-def _form(operator):
+def form_of(operator):
+    """The quadratic form of the parameters themselves."""
     found = operator.quadratic_form(operator.like)
     advice = "look at the gradient and the curvature at these parameters first."
     return float(check_number(found, "fisher_rao", advice))
@@ -236,6 +237,11 @@ def effective_dimension(
     operator = curvature.hessian(
         loss_fn, params, data, weight_fn=weight_fn, mask=mask, constants=constants
     )
+    return dimension_of(operator, key, alpha, num_draws, num_steps)
+
+
+def dimension_of(operator, key, alpha=1.0, num_draws=4, num_steps=64):
+    """As :func:`effective_dimension`, of a Hessian at hand."""
     density = curvature.spectral_density(
         operator, key, num_draws=num_draws, num_steps=num_steps
     )

@@ -159,9 +159,17 @@ def local_entropy_gradient(
     if data is None:
         raise ValueError("data must be a batch or batches, got None; give the data.")
     risk = Risk.of(loss_fn, params, data, weight_fn, mask, constants)
-    settings = jnp.asarray(
-        [gamma, inner_learning_rate, noise_scale, decay], jnp.float32
+    return walked(
+        risk, key, (gamma, inner_learning_rate, noise_scale, decay), num_steps
     )
+
+
+SETTINGS = 1e-4, 0.1, 1e-4, 0.75  # gamma, learning rate, noise, decay: the defaults
+
+
+def walked(risk, key, settings=SETTINGS, num_steps=20):
+    """As :func:`local_entropy_gradient`, of a risk at hand."""
+    settings = jnp.asarray(settings, jnp.float32)
     center = point = mean = blocks.widen(risk.params)
     _, grads = risk.value_and_gradient()
     for index in range(num_steps):

@@ -21,16 +21,17 @@ from flatopt.sharpness._average import (
     rises,
 )
 from flatopt.sharpness._curvature import (
-    effective_dimension,
+    dimension_of,
     fisher_rao_empirical,
-    fisher_rao_hessian,
+    form_of,
     shannon_entropy,
 )
-from flatopt.sharpness._entropy import entropy_of, local_entropy_gradient
+from flatopt.sharpness._entropy import entropy_of, walked
 from flatopt.sharpness._solve import check_positive
 from flatopt.sharpness._worst import epsilon_sharpness_of, worst_case
 
 GRADIENTS = 1000  # of all data in a report, 640 of them for the effective dimension
+COMPILED = 30  # times what compiling a gradient takes, on a small network
 
 # Unit, and what a measure says; p is the unit of a parameter.
 EXPLAINED = {
@@ -196,7 +197,7 @@ def report(
       rho: radius of the worst and average cases.
       progress: True for a bar of measures, or a function ``progress(done, total,
         description)``; None: a bar where it takes long; False: none. Before it starts, a
-        line says so where all will take more than a minute.
+        line says about how long it will take, where that is more than three seconds.
 
     Returns:
       A :class:`Report`: ``print`` it, show it in a notebook, or log its ``to_dict()``.
@@ -211,72 +212,82 @@ def report(
       2.0
     """
     bars.check_progress(progress)
-    if (model_fn is None) != (inputs is None):
-        raise ValueError(
-            "model_fn and inputs must be given together, got one; both are for the Shannon "
-            "entropy."
-        )
     checks.check_random_key(key)
     check_positive(sigma, "sigma")
     check_positive(rho, "rho")
-    if initial_params is not None:
-        check_initial(initial_params, params)
-    if model_fn is not None:
-        check_model(model_fn, constants)
+    _check_optional(params, model_fn, inputs, initial_params, constants)
     options = {"weight_fn": weight_fn, "mask": mask, "constants": constants}
     operator = curvature.hessian(loss_fn, params, data, **options)
-    risk = operator.risk
+    base = operator.risk.value
+    each, compiling = operator.risk.time_gradient()
+    expected = GRADIENTS * each + COMPILED * compiling
+    bars.announce(progress, expected, "sharpness.report", bars.SHORT)
     keys = [random.fold_in(key, index) for index in range(9)]
-    base = risk.value
-    bars.announce(progress, GRADIENTS * risk.time_gradient(), "sharpness.report")
-    rise = functools.partial(mean_rise, risk, num_samples=100, base=base)
+    given = loss_fn, params, data, options
     measures = {
         "loss": lambda: float(base),
-        "probe": lambda: curvature.probe(operator, keys[0]),
-        "max_eigenvalue": lambda: curvature.eigenpairs(operator, keys[1]),
-        "effective_dimension": lambda: effective_dimension(
-            loss_fn, params, keys[2], data=data, **options
-        ),
-        "fisher_rao_hessian": lambda: fisher_rao_hessian(
-            loss_fn, params, data=data, **options
-        ),
-        "fisher_rao_empirical": lambda: fisher_rao_empirical(
-            loss_fn, params, data, **options
-        ),
-        "low_pass": lambda: rise(keys[3], sigma, kernel=ISOTROPIC, name="low_pass"),
-        "local_entropy": lambda: entropy_of(
-            rises(risk, keys[4], 0.1, 100, ISOTROPIC, base)
-        ),
-        "local_entropy_gradient": lambda: local_entropy_gradient(
-            loss_fn, params, keys[5], data, **options
-        ),
-        "epsilon_sharpness": lambda: epsilon_sharpness_of(risk, 0.1),
-        "worst_case": lambda: worst_case(
-            loss_fn, params, keys[6], rho=rho, data=data, **options
-        ),
-        "worst_case_adaptive": lambda: worst_case(
-            loss_fn, params, keys[6], rho=rho, adaptive=True, data=data, **options
-        ),
-        "average_case_adaptive": lambda: rise(
-            keys[7], rho, kernel=ELEMENTWISE, name="average_case_adaptive"
-        ),
+        **_of_curvature(operator, keys, given),
+        **_of_rises(operator.risk, base, keys, given, sigma, rho),
     }
     if initial_params is not None:
-        measures["pac_bayes"] = lambda: (
-            pac_bayes(
-                loss_fn,
-                params,
-                keys[8],
-                initial_params=initial_params,
-                data=data,
-                **options,
-            ).value
+        start = {"initial_params": initial_params, "data": data}
+        found = functools.partial(
+            pac_bayes, loss_fn, params, keys[8], **start, **options
         )
+        measures["pac_bayes"] = lambda: found().value
     if model_fn is not None:
         measures["shannon_entropy"] = lambda: shannon_entropy(
             model_fn, params, inputs, constants=constants
         )
     return Report(*_measured(measures, progress))
+
+
+def _check_optional(params, model_fn, inputs, initial_params, constants):
+    if (model_fn is None) != (inputs is None):
+        raise ValueError(
+            "model_fn and inputs must be given together, got one; both are for the Shannon "
+            "entropy."
+        )
+    if initial_params is not None:
+        check_initial(initial_params, params)
+    if model_fn is not None:
+        check_model(model_fn, constants)
+
+
+def _of_curvature(operator, keys, given):
+    """Measures of the Hessian, whose operator they share, and of the empirical Fisher."""
+    loss_fn, params, data, options = given
+    return {
+        "probe": lambda: curvature.probe(operator, keys[0]),
+        "max_eigenvalue": lambda: curvature.eigenpairs(operator, keys[1]),
+        "effective_dimension": lambda: dimension_of(operator, keys[2]),
+        "fisher_rao_hessian": lambda: form_of(operator),
+        "fisher_rao_empirical": lambda: fisher_rao_empirical(
+            loss_fn, params, data, **options
+        ),
+    }
+
+
+def _of_rises(risk, base, keys, given, sigma, rho):
+    """Measures of how much the loss rises around the point."""
+    loss_fn, params, data, options = given
+    rise = functools.partial(mean_rise, risk, num_samples=100, base=base)
+    worst = functools.partial(
+        worst_case, loss_fn, params, keys[6], rho=rho, data=data, **options
+    )
+    return {
+        "low_pass": lambda: rise(keys[3], sigma, kernel=ISOTROPIC, name="low_pass"),
+        "local_entropy": lambda: entropy_of(
+            rises(risk, keys[4], 0.1, 100, ISOTROPIC, base)
+        ),
+        "local_entropy_gradient": lambda: walked(risk, keys[5]),
+        "epsilon_sharpness": lambda: epsilon_sharpness_of(risk, 0.1),
+        "worst_case": worst,
+        "worst_case_adaptive": functools.partial(worst, adaptive=True),
+        "average_case_adaptive": lambda: rise(
+            keys[7], rho, kernel=ELEMENTWISE, name="average_case_adaptive"
+        ),
+    }
 
 
 def _measured(measures, progress):

@@ -54,57 +54,12 @@ def adversarial(
             "to split, such as batch_argnames=('batch',)."
         )
 
-    def whole_of(step):
-        return (step.whole[1],) if is_given_whole else ()
-
     rho_at = _link.from_step(rho, options.start_step, "rho")
-
-    def estimate(step):
-        radius = _link.at_step(rho, step.count, "rho")
-
-        def microbatch(index, chunk):
-            key = random.fold_in(step.key, index)
-
-            def value_and_grad(params):
-                found = jax.value_and_grad(lambda p: step.value(p, key, chunk))(params)
-                return jax.tree.map(trees.widen, found)
-
-            def plain():
-                return *value_and_grad(step.params), step.memory
-
-            def method():
-                parts_of_loss = value_and_grad
-                if given is not None:
-                    parts_of_loss = given(step, key, chunk)
-                return gradients(
-                    parts_of_loss,
-                    step.params,
-                    radius,
-                    key,
-                    step.memory,
-                    step.count,
-                    *whole_of(step),
-                )
-
-            if isinstance(options.start_step, int) and options.start_step == 0:
-                return _split(method())
-            return _split(loops.cond(step.count >= options.start_step, method, plain))
-
-        total, counts = layout.sum_samples(
-            microbatch, parts, step.chunks, "auto", rematerialize=False
-        )
-        means = jax.tree.map(lambda x: x / parts, total)
-        return jax.tree.map(
-            lambda mean, count: mean if count is None else count[0],
-            means,
-            counts,
-            is_leaf=lambda x: x is None,
-        )
 
     return _link.link(
         name,
         AdversarialState,
-        estimate,
+        _estimator(rho, gradients, options, parts, given, is_given_whole),
         mask=options.mask,
         key=options.key,
         num_chunks=parts,
@@ -117,6 +72,49 @@ def adversarial(
         rho_near_minimum=rho_at if is_linear and parts == 1 else None,
         size_at=rho_at,
     )
+
+
+def _estimator(rho, gradients, options, parts, given, is_given_whole):
+    """``estimate(step)``: the mean over microbatches of what a method returns."""
+
+    def of_microbatch(step, radius, index, chunk):
+        key = random.fold_in(step.key, index)
+
+        def value_and_grad(params):
+            found = jax.value_and_grad(lambda p: step.value(p, key, chunk))(params)
+            return jax.tree.map(trees.widen, found)
+
+        def plain():
+            return *value_and_grad(step.params), step.memory
+
+        def method():
+            state = step.params, radius, key, step.memory, step.count
+            whole = (step.whole[1],) if is_given_whole else ()
+            of_loss = value_and_grad if given is None else given(step, key, chunk)
+            return gradients(of_loss, *state, *whole)
+
+        if isinstance(options.start_step, int) and options.start_step == 0:
+            return _split(method())
+        return _split(loops.cond(step.count >= options.start_step, method, plain))
+
+    def estimate(step):
+        radius = _link.at_step(rho, step.count, "rho")
+        total, counts = layout.sum_samples(
+            lambda index, chunk: of_microbatch(step, radius, index, chunk),
+            parts,
+            step.chunks,
+            "auto",
+            rematerialize=False,
+        )
+        means = jax.tree.map(lambda x: x / parts, total)
+        return jax.tree.map(
+            lambda mean, count: mean if count is None else count[0],
+            means,
+            counts,
+            is_leaf=lambda x: x is None,
+        )
+
+    return estimate
 
 
 def _split(tree):

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import count_compilations
 from test_curvature import SPECTRA, spectrum
 from test_parts import BATCHES, DATA, KEY, OF_OUT, _dense, _operator
 
 from flatopt import curvature
+from flatopt._core import host, risk
 
 
 def _quadratic(params, batch):
@@ -180,6 +182,86 @@ def _page(matrix, eigenvalue, bound=0.01):
         {"w": 1},
         curvature.SpectralDensity(nodes, np.ones((2, 1))),
     )
+
+
+def test_a_page_says_whether_the_search_was_complete():
+    whole = _page("Hessian", 3.0)
+    short = whole._replace(is_complete=False)
+    words = (
+        "the search was complete",
+        "the search was cut short, so some may be missing",
+    )
+    for found, said, unsaid in ((whole, *words), (short, *words[::-1])):
+        for text in (" ".join(str(found).split()), found._repr_html_()):
+            assert said in text
+            assert unsaid not in text
+        assert found.to_dict()["is_complete"] is found.is_complete
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ((1.0, 0.0), "curvature.report will take about 8 minutes more"),
+        ((0.0, 0.5), "curvature.report will take about 10 seconds more"),
+        ((0.0, 0.0), ""),
+    ],
+)
+def test_a_page_says_beforehand_how_long_it_takes(monkeypatch, capfd, seconds, said):
+    monkeypatch.setattr(risk.Risk, "time_gradient", lambda self: seconds)
+    monkeypatch.setattr(risk.Risk, "gradient", property(_stop))
+    for progress in (None, False):
+        with pytest.raises(InterruptedError):
+            curvature.report(_of("step")[1], KEY, progress=progress)
+        text = capfd.readouterr().err
+        assert said in text if progress is None else "will take" not in text
+
+
+def _stop(self):
+    raise InterruptedError
+
+
+def test_a_page_compiles_little_and_another_one_of_its_shape_nothing():
+    def loss_fn(params, batch):
+        return jnp.mean(jnp.cos(batch @ params["w"])) + jnp.sum(params["b"] ** 4)
+
+    params = {"w": jnp.arange(6.0), "b": jnp.ones(5)}
+    other, batch = jax.tree.map(lambda x: x + 1, params), jnp.eye(9, 6)
+    with count_compilations() as compiled:
+        curvature.report(curvature.hessian(loss_fn, params, batch), KEY)
+    # The loss, its gradient, one product, eight; draws, keys and other small things.
+    assert len(compiled) <= 30
+    with count_compilations() as compiled:
+        curvature.report(curvature.hessian(loss_fn, other, batch), KEY)
+    assert not compiled
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("data", [DATA, BATCHES], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ["hessian", "gradient_covariance"])
+def test_small_problems_on_the_host_have_the_numbers_of_the_device(
+    monkeypatch, name, data
+):
+    def numbers():
+        operator = _operator(name, data)
+        pairs = curvature.eigenpairs(operator, KEY, 3)
+        density = curvature.spectral_density(operator, KEY, num_draws=2, num_steps=6)
+        return {
+            "probe": curvature.probe(operator, KEY, 9, num_deflated=2),
+            "diagonal": curvature.diagonal(operator, KEY, 6),
+            "values": pairs.values,
+            "again": curvature.eigenpairs(operator, KEY, 2, start=pairs).values,
+            "nodes": (density.nodes, density.weights),
+        }
+
+    found = numbers()
+    monkeypatch.setattr(host, "SMALL", 0)
+    truth = numbers()
+    assert jax.tree.structure(found) == jax.tree.structure(truth)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        assert type(x) is type(y)
+        assert jnp.result_type(x) == jnp.result_type(y)
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("eigenvalue", [0.0, -3.0, 0.005])

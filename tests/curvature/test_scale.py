@@ -9,12 +9,20 @@ import pytest
 import scipy.stats
 
 from flatopt import curvature
+from flatopt._core import host
 from flatopt.curvature import Estimate
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(24, 30))
 SCALES = [1e-25, 1e-18, 1.0, 1e18, 1e25]
+
+
+@pytest.fixture(autouse=True, params=["host", "device"])
+def _place(request, monkeypatch):
+    """Where the algebra is done: on the host, as for all small problems, or not."""
+    if request.param == "device":
+        monkeypatch.setattr(host, "SMALL", 0)
 
 
 def _model(params, batch):

@@ -1,0 +1,54 @@
+"""Algebra of small problems on the host, in NumPy: it compiles nothing.
+
+The functions of ``blocks`` and those marked :func:`compiled` take arrays of NumPy and of
+JAX alike. What was measured of a small network costs more to compile than to compute; on
+the host only the products with its matrix are compiled.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SMALL = 1 << 18  # numbers in a vector: beyond, compiling is not most of the time
+
+
+def suits(tree):
+    """Whether vectors like these concrete arrays are small, and on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size for x in leaves) <= SMALL and all(
+        not isinstance(x, jax.core.Tracer)
+        and isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
+        for x in leaves
+    )
+
+
+def fetch(tree):
+    """The arrays in NumPy."""
+    return jax.tree.map(np.asarray, tree)
+
+
+def send(tree):
+    """The arrays in JAX."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def namespace(values):
+    """``numpy`` for what is of NumPy, ``jax.numpy`` for all else."""
+    return np if isinstance(values, np.ndarray | np.generic) else jnp
+
+
+def compiled(function, **options):
+    """``jax.jit`` of a function, which is called as it is for arrays of NumPy."""
+    jitted = jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def call(*args):
+        leaves = jax.tree.leaves(args)
+        if not any(namespace(x) is np for x in leaves):
+            return jitted(*args)
+        with np.errstate(all="ignore"):  # as in JAX: what is not finite shows
+            return function(*args)
+
+    return call
