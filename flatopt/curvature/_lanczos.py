@@ -8,8 +8,14 @@ import numpy as np
 
 from flatopt._core import blocks, checks
 from flatopt._core.types import SpectrumEnd
-from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
-from flatopt.curvature._operator import products
+from flatopt.curvature._krylov import (
+    DEPENDENT,
+    Krylov,
+    check_eigen,
+    check_host,
+    order_from,
+)
+from flatopt.curvature._operator import product_errors, products
 from flatopt.curvature._probes import check_share
 
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
@@ -27,7 +33,7 @@ class Eigenpairs(NamedTuple):
       values: shape (k,), from the wanted end inwards.
       vectors: a tree like the parameters with a leading axis of k; each vector has norm 1.
       residuals: shape (k,): some eigenvalue of the matrix lies within this distance of
-        the value. An allowance for the rounding of the products is added.
+        the value. An allowance for the error of the products is added.
       is_complete: whether a run from a fresh random vector found nothing that was missing;
         False: ``max_matvecs`` was spent before, and copies of repeated eigenvalues, or
         what has overtaken a start, may be missing.
@@ -40,14 +46,14 @@ class Eigenpairs(NamedTuple):
       (1, 2)
     """
 
-    values: np.ndarray
+    values: np.ndarray | jax.Array
     vectors: Any
-    residuals: np.ndarray
+    residuals: np.ndarray | jax.Array
     is_complete: bool = True
 
 
 @jax.jit
-def _residuals(vectors, found):
+def residuals_of(vectors, found):
     """Rayleigh quotients of unit vectors, residual vectors and their norms.
 
     All in units of the powers of two that come last, one a row.
@@ -61,6 +67,12 @@ def _residuals(vectors, found):
         vectors,
     )
     return values, rest, jnp.sqrt(jnp.diagonal(blocks.gram(rest, rest))), units
+
+
+def rounding_of(params, dtype):
+    """The error of a product by rounding to allow for, over the norm of the matrix."""
+    narrow = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params))
+    return max(20 * float(jnp.finfo(dtype).eps), narrow)
 
 
 class _Goal(NamedTuple):
@@ -132,6 +144,7 @@ def eigenpairs(
       10.0
     """
     size = check_eigen(operator, key, k, which)
+    check_host(operator, key, "call it outside")
     check_share(rtol, "write rtol=1e-3, in units of the largest magnitude")
     checks.check_count(max_matvecs, "max_matvecs", "it counts the products to spend")
     if start is not None and not isinstance(start, Eigenpairs):
@@ -191,23 +204,20 @@ def _kept(krylov, goal):
 
 def _verify(krylov, vectors, goal, scale, is_complete):
     """The pairs with bounds from products of their own, or the worst residual vector."""
-    values, rest, residuals, units = _residuals(
-        vectors, products(krylov.operator, vectors)
-    )
+    found = products(krylov.operator, vectors)
+    values, rest, residuals, units = residuals_of(vectors, found)
+    errors = np.asarray(product_errors(krylov.operator, vectors, found), "f8")
     krylov.used += goal.count
     dtype = values.dtype
     units = np.asarray(units, "f8")
     values, residuals = (units * np.asarray(x, "f8") for x in (values, residuals))
-    is_done = residuals.max() <= goal.rtol * scale or krylov.size == goal.dimension
+    is_met = (residuals - errors).max() <= goal.rtol * scale
+    is_done = is_met or krylov.size == goal.dimension
     if not (is_done or krylov.used >= goal.max_matvecs):
         return None, blocks.single(blocks.row(rest, int(residuals.argmax())))
-    like = jax.tree.leaves(krylov.operator.like)
-    narrow = max(float(jnp.finfo(p.dtype).eps) for p in like)
-    rounding = max(20 * float(jnp.finfo(dtype).eps), narrow) * scale
-    pairs = Eigenpairs(
-        values.astype(dtype), vectors, residuals + rounding, bool(is_complete)
-    )
-    return pairs, None
+    rounding = rounding_of(krylov.operator.like, dtype) * scale
+    bounds = residuals + errors + rounding
+    return Eigenpairs(values.astype(dtype), vectors, bounds, bool(is_complete)), None
 
 
 def _warm_start(krylov, start, which):

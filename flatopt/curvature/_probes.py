@@ -16,8 +16,9 @@ from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_
 from flatopt.curvature._moments import start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
     Operator,
+    cast_for,
+    check_once,
     drawn,
-    like_params,
     products,
     quadratics,
 )
@@ -317,7 +318,7 @@ class _Observe:
         def step(moments, key):
             signs = draw(key)
             vector = blocks.project_out(blocks.single(signs), basis)
-            found = product(like_params(blocks.row(vector, 0), params))
+            found = product(cast_for(self.kind, blocks.row(vector, 0), params))
             found = blocks.single(blocks.widen(found))
             found = self.kind.finish(found, shared, vector)
             return update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
@@ -334,6 +335,7 @@ def _observe_rows(moments, signs, vectors, found):
 
 
 def observe(operator, keys, basis, moments):
+    check_once(operator, keys)
     if operator.stream is None:
         return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
     for start in range(0, len(keys), GROUP):
