@@ -10,6 +10,7 @@ a loop on the host.
 """
 
 from flatopt._core.estimates import Estimate
+from flatopt.curvature._block_lanczos import block_lanczos
 from flatopt.curvature._density import SpectralDensity, spectral_density
 from flatopt.curvature._diagonal import diagonal
 from flatopt.curvature._lanczos import Eigenpairs, eigenpairs
@@ -33,6 +34,7 @@ __all__ = [
     "Probe",
     "Report",
     "SpectralDensity",
+    "block_lanczos",
     "diagonal",
     "eigenpairs",
     "empirical_fisher",

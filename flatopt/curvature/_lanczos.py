@@ -27,7 +27,9 @@ TANGENT = 30.0  # of the angle to a missing vector over root d: larger once in 4
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues with vectors and bounds, from :func:`eigenpairs`.
+    """Eigenvalues with vectors and bounds.
+
+    From :func:`eigenpairs` or :func:`block_lanczos`.
 
     Attributes:
       values: shape (k,), from the wanted end inwards.
@@ -110,7 +112,8 @@ def eigenpairs(
 
     Cost: some 10 to 20 products of 2 to 3 gradients each for the largest eigenvalue; for
     k > 1 as many again for each run, one more than there are copies. Memory: 2k + 25
-    vectors. Runs on the host, not inside ``jax.jit``.
+    vectors. Runs on the host; inside ``jax.jit`` and ``jax.vmap`` use
+    :func:`block_lanczos`.
 
     Args:
       operator: the matrix.
@@ -144,7 +147,7 @@ def eigenpairs(
       10.0
     """
     size = check_eigen(operator, key, k, which)
-    check_host(operator, key, "call it outside")
+    check_host(operator, key, "use curvature.block_lanczos there, or call this outside")
     check_share(rtol, "write rtol=1e-3, in units of the largest magnitude")
     checks.check_count(max_matvecs, "max_matvecs", "it counts the products to spend")
     if start is not None and not isinstance(start, Eigenpairs):
