@@ -146,7 +146,8 @@ class _BlockLanczos:
             found = blocks.divide(found, unit)
             inside = blocks.gram(blocks.single(found), basis)[0]
             rest = blocks.subtract(found, blocks.combine(inside, basis))
-            scale = jnp.maximum(scale, unit * _length(found))
+            length = _length(found)
+            scale = jnp.maximum(scale, unit * length)
             place = index + self.block
             adds = unit * _length(rest) > noise * scale
             rest = jax.tree.map(lambda x, y: jnp.where(adds, x, y), rest, draw(place))
@@ -155,12 +156,14 @@ class _BlockLanczos:
                 lambda b, x: b.at[place].set(x, mode="drop"), basis, rest
             )
             projection = projection.at[:, index].set(inside)
-            return basis, projection, units.at[index].set(unit), scale
+            units = units.at[index].set(jnp.where(length == 0, 0.0, unit))
+            return basis, projection, units, scale
 
         zeros = jnp.zeros((size, size), zero.dtype)
         start = basis, zeros, jnp.zeros(size, zero.dtype), zero - zero
         basis, projection, units, _ = loops.repeat(step, start, size)
-        unit = jnp.max(units)
+        unit = jnp.max(units)  # zeros set no scale
+        unit = jnp.where(unit == 0, 1.0, unit)
         # A column is known down to its own row: later ones were not yet there.
         upper = jnp.triu(projection * (units / unit)[None])
         return basis, upper + jnp.triu(upper, 1).T, unit

@@ -253,6 +253,10 @@ def test_sharded_batches_and_parameters():
         traced = jax.jit(lambda o: curvature.block_lanczos(o, KEY, 3))
         found = traced(operator)
         assert not whole.vectors["w"].sharding.is_fully_replicated
+        differences = curvature.finite_difference_hessian(loss_fn, params, batch)
+        product, exact = differences.matvec(params), operator.matvec(params)
+        assert product["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
+    assert_close(product, exact, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(
         whole.values, _wanted(expected, 3, "magnitude"), rtol=1e-4
     )
