@@ -61,6 +61,22 @@ def has_primitive(jaxpr, name, platform=platforms.CPU):
     )
 
 
+def float_dtypes(jaxpr):
+    """The floating dtypes of all values that depend on the arguments."""
+    core = _extend()
+    depends = set(jaxpr.invars)
+    found = {getattr(x.aval, "dtype", None) for x in jaxpr.invars}
+    for equation in jaxpr.eqns:
+        inputs = [x for x in equation.invars if not isinstance(x, core.Literal)]
+        if depends.isdisjoint(inputs):
+            continue
+        depends.update(equation.outvars)
+        found.update(getattr(x.aval, "dtype", None) for x in equation.outvars)
+        for inner in _inner_jaxprs(equation):
+            found |= float_dtypes(inner)
+    return {x for x in found if x is not None and jnp.issubdtype(x, jnp.floating)}
+
+
 def num_convolutions(jaxpr):
     """How many convolutions a jaxpr holds, those of a loop's body once."""
     return sum(

@@ -7,7 +7,7 @@ import numpy as np
 
 from flatopt._core import checks
 from flatopt._core.estimates import Estimate
-from flatopt.curvature._krylov import Krylov, check_eigen
+from flatopt.curvature._krylov import Krylov, check_eigen, check_host
 
 STOPPED = 1e-5  # a rest that is noise: more than for few steps, 64 let rounding add up
 
@@ -101,6 +101,7 @@ def spectral_density(
       2.0
     """
     size = check_eigen(operator, key, 1, "largest")
+    check_host(operator, key, "call it outside")
     checks.check_count(num_draws, "num_draws")
     checks.check_count(num_steps, "num_steps")
     capacity = min(num_steps, size)

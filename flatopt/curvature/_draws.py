@@ -33,10 +33,15 @@ def signs_like(params):
     return lambda key: like_wide(draw(key), params)
 
 
+def normal_like(params):
+    """``draw(key)`` of standard normal values, float32 or as wide as the parameters."""
+    draw = binding.bind(kernels.isotropic(), jax.random.key(0), params)
+    return lambda key: like_wide(draw(key), params)
+
+
 @jax.jit
 def _draw_normal_rows(params, keys):
-    draw = binding.bind(kernels.isotropic(), keys[0], params)
-    return jax.vmap(lambda key: like_wide(draw(key), params))(keys)
+    return jax.vmap(normal_like(params))(keys)
 
 
 def draw_normal(operator, keys):

@@ -1,13 +1,10 @@
-"""What a curvature operator does on one batch.
-
-A kind is a hashable description, so that compiled code is kept by it.
-"""
+"""What a curvature operator does on one batch; hashable, so that compiled code is kept."""
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +18,11 @@ class Kind(abc.ABC):
 
     looks_at_data: ClassVar[bool] = False  # whether check() does anything
     is_centered: ClassVar[bool] = False  # whether batches are compared with a reference
+    # Whether products are differences: of float32 vectors or wider, sharing no work.
+    is_differenced: ClassVar[bool] = False
+    coarser: ClassVar[Any] = (
+        None  # the kind with larger errors of products, where not of rounding
+    )
 
     @property
     @abc.abstractmethod
@@ -376,7 +378,7 @@ def forward_or_reverse(forward, reverse, function, params):
         jaxpr = jax.make_jaxpr(push)(params).jaxpr
         if jaxprs.has_primitive(jaxpr, "custom_lin"):
             reason = "a custom_vjp has no rule for it"
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         reason = _first_line(error)
     if reason is None:
         return forward()
@@ -384,12 +386,12 @@ def forward_or_reverse(forward, reverse, function, params):
         return reverse()
     except (TypeError, ValueError, NotImplementedError) as error:
         second = _first_line(error)
-        if second == reason:
-            raise  # an error of the loss itself
+        jax.eval_shape(function, params)  # an error of the loss itself comes as it is
         raise TypeError(
             f"the loss can be differentiated twice neither in forward mode ({reason}) nor "
             f"in reverse mode ({second}); give its custom_vjp rules that are themselves "
-            "differentiable, or use a plain implementation for the analysis."
+            "differentiable, use a plain implementation for the analysis, or take "
+            "curvature.finite_difference_hessian."
         ) from error
 
 

@@ -87,9 +87,7 @@ class Krylov:
         self.projection = np.zeros((capacity, capacity))
         self.size = self.used = 0
         self.draws = 0
-        dtypes = [x.dtype for x in jax.tree.leaves(self.basis)]
-        # Some ten roundings: of a product what is less is noise, not a direction.
-        self.noise = 8 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+        self.noise = noise_of(self.basis)
 
     def products(self, block):
         """Products with few vectors; on one batch by the code of a single one.
@@ -161,14 +159,24 @@ class Krylov:
         return _combine(self.bring(jnp.asarray(padded)), self.basis)
 
 
+def noise_of(basis):
+    """Of a product what is less is noise, not a direction: some ten roundings."""
+    dtypes = [x.dtype for x in jax.tree.leaves(basis)]
+    return 8 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def check_host(operator, key, advice):
+    """Reject a call inside of jax.jit or jax.vmap."""
+    if is_traced((operator, key)):
+        raise TypeError(
+            "operator and key must be concrete arrays, got a call inside jax.jit or "
+            f"jax.vmap; the Lanczos method decides on the host, so {advice}."
+        )
+
+
 def check_eigen(operator, key, k, which):
     check_operator(operator)
     checks.check_random_key(key)
-    if is_traced(operator):
-        raise TypeError(
-            "operator must hold concrete arrays, got a call inside jax.jit; the Lanczos "
-            "method decides on the host, so call it outside."
-        )
     checks.check_count(k, "k")
     size = blocks.size(operator.like)
     if k > size:

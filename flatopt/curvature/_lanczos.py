@@ -8,7 +8,18 @@ import numpy as np
 
 from flatopt._core import blocks, checks, host
 from flatopt._core.types import SpectrumEnd
+<<<<<<< HEAD
 from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
+=======
+from flatopt.curvature._krylov import (
+    DEPENDENT,
+    Krylov,
+    check_eigen,
+    check_host,
+    order_from,
+)
+from flatopt.curvature._operator import product_errors, products
+>>>>>>> eig
 from flatopt.curvature._probes import check_share
 
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
@@ -20,13 +31,15 @@ TANGENT = 30.0  # of the angle to a missing vector over root d: larger once in 4
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues with vectors and bounds, from :func:`eigenpairs`.
+    """Eigenvalues with vectors and bounds.
+
+    From :func:`eigenpairs` or :func:`block_lanczos`.
 
     Attributes:
       values: shape (k,), from the wanted end inwards.
       vectors: a tree like the parameters with a leading axis of k; each vector has norm 1.
       residuals: shape (k,): some eigenvalue of the matrix lies within this distance of
-        the value. An allowance for the rounding of the products is added.
+        the value. An allowance for the error of the products is added.
       is_complete: whether a run from a fresh random vector found nothing that was missing;
         False: ``max_matvecs`` was spent before, and copies of repeated eigenvalues, or
         what has overtaken a start, may be missing.
@@ -39,14 +52,19 @@ class Eigenpairs(NamedTuple):
       (1, 2)
     """
 
-    values: np.ndarray
+    values: np.ndarray | jax.Array
     vectors: Any
-    residuals: np.ndarray
+    residuals: np.ndarray | jax.Array
     is_complete: bool = True
 
 
+<<<<<<< HEAD
 @host.compiled
 def _residuals(vectors, found):
+=======
+@jax.jit
+def residuals_of(vectors, found):
+>>>>>>> eig
     """Rayleigh quotients of unit vectors, residual vectors and their norms.
 
     All in units of the powers of two that come last, one a row.
@@ -61,6 +79,12 @@ def _residuals(vectors, found):
     )
     squares = blocks.gram(rest, rest).diagonal()
     return values, rest, host.namespace(squares).sqrt(squares), units
+
+
+def rounding_of(params, dtype):
+    """The error of a product by rounding to allow for, over the norm of the matrix."""
+    narrow = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params))
+    return max(20 * float(jnp.finfo(dtype).eps), narrow)
 
 
 class _Goal(NamedTuple):
@@ -98,7 +122,8 @@ def eigenpairs(
 
     Cost: some 10 to 20 products of 2 to 3 gradients each for the largest eigenvalue; for
     k > 1 as many again for each run, one more than there are copies. Memory: 2k + 25
-    vectors. Runs on the host, not inside ``jax.jit``.
+    vectors. Runs on the host; inside ``jax.jit`` and ``jax.vmap`` use
+    :func:`block_lanczos`.
 
     Args:
       operator: the matrix.
@@ -132,6 +157,7 @@ def eigenpairs(
       10.0
     """
     size = check_eigen(operator, key, k, which)
+    check_host(operator, key, "use curvature.block_lanczos there, or call this outside")
     check_share(rtol, "write rtol=1e-3, in units of the largest magnitude")
     checks.check_count(max_matvecs, "max_matvecs", "it counts the products to spend")
     if start is not None and not isinstance(start, Eigenpairs):
@@ -191,14 +217,22 @@ def _kept(krylov, goal):
 
 def _verify(krylov, vectors, goal, scale, is_complete):
     """The pairs with bounds from products of their own, or the worst residual vector."""
+<<<<<<< HEAD
     values, rest, residuals, units = _residuals(vectors, krylov.products(vectors))
+=======
+    found = products(krylov.operator, vectors)
+    values, rest, residuals, units = residuals_of(vectors, found)
+    errors = np.asarray(product_errors(krylov.operator, vectors, found), "f8")
+>>>>>>> eig
     krylov.used += goal.count
     dtype = values.dtype
     units = np.asarray(units, "f8")
     values, residuals = (units * np.asarray(x, "f8") for x in (values, residuals))
-    is_done = residuals.max() <= goal.rtol * scale or krylov.size == goal.dimension
+    is_met = (residuals - errors).max() <= goal.rtol * scale
+    is_done = is_met or krylov.size == goal.dimension
     if not (is_done or krylov.used >= goal.max_matvecs):
         return None, blocks.single(blocks.row(rest, int(residuals.argmax())))
+<<<<<<< HEAD
     like = jax.tree.leaves(krylov.operator.like)
     narrow = max(float(jnp.finfo(p.dtype).eps) for p in like)
     rounding = max(20 * float(jnp.finfo(dtype).eps), narrow) * scale
@@ -209,6 +243,11 @@ def _verify(krylov, vectors, goal, scale, is_complete):
         bool(is_complete),
     )
     return pairs, None
+=======
+    rounding = rounding_of(krylov.operator.like, dtype) * scale
+    bounds = residuals + errors + rounding
+    return Eigenpairs(values.astype(dtype), vectors, bounds, bool(is_complete)), None
+>>>>>>> eig
 
 
 def _warm_start(krylov, start, which):

@@ -16,8 +16,9 @@ from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_
 from flatopt.curvature._moments import start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
     Operator,
+    cast_for,
+    check_once,
     drawn,
-    like_params,
     products,
     quadratics,
 )
@@ -325,7 +326,7 @@ class _Observe:
         def step(moments, key):
             signs = draw(key)
             vector = blocks.project_out(blocks.single(signs), basis)
-            found = product(like_params(blocks.row(vector, 0), params))
+            found = product(cast_for(self.kind, blocks.row(vector, 0), params))
             found = blocks.single(blocks.widen(found))
             found = self.kind.finish(found, shared, vector)
             return update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
@@ -354,6 +355,7 @@ def moments_within(operator, key, basis):
 
 def observe(operator, keys, basis, moments):
     """Moments after some more probes; outside of a trace by the code of the products."""
+    check_once(operator, keys)
     if operator.stream is None and is_traced((operator, keys)):
         return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
     bring = bringing(operator, keys)

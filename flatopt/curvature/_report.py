@@ -21,6 +21,7 @@ MOST_LEAVES = 12  # shown one by one
 
 NAMES = {
     "Hessian": "Hessian",
+    "FiniteDifferenceHessian": "Hessian",
     "GaussNewton": "Gauss-Newton matrix",
     "EmpiricalFisher": "empirical Fisher matrix",
     "GradientCovariance": "covariance of gradient noise",

@@ -197,3 +197,18 @@ def test_what_cannot_be_rewritten_runs_as_jax_traced_it(monkeypatch):
     sums = np.arange(16.0).reshape(4, 4)
     expected = sums[:3, :3] + sums[1:, :3] + sums[:3, 1:] + sums[1:, 1:]
     np.testing.assert_array_equal(result[0, 0], expected)
+
+
+def test_the_precision_is_that_of_what_depends_on_the_parameters():
+    def narrow_inside(x):
+        return jax.jit(lambda y: jnp.sin(y.astype(jnp.bfloat16)))(x).astype(x.dtype)
+
+    def narrow_beside(x):
+        table = jnp.ones(3, jnp.bfloat16) * jnp.bfloat16(2)
+        return x * table.astype(x.dtype)
+
+    def dtypes(function):
+        return jaxprs.float_dtypes(jax.make_jaxpr(function)(jnp.ones(3)).jaxpr)
+
+    assert dtypes(narrow_inside) == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+    assert dtypes(narrow_beside) == {jnp.dtype("float32")}

@@ -1,0 +1,356 @@
+"""Products by differences of gradients against exact ones, and the error they report."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close
+
+from flatopt import curvature
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def _cross_entropy(outputs, labels):
+    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def _normal(*shape, scale=1.0):
+    return scale * RNG.normal(size=shape)
+
+
+def _mlp(params, inputs):
+    return jnp.tanh(inputs @ params["in"] + params["bias"]) @ params["out"]
+
+
+def _cnn(params, inputs):
+    x = jax.lax.conv(inputs, params["kernel"], (2, 2), "SAME")
+    return jax.nn.gelu(x).reshape(len(x), -1) @ params["head"]
+
+
+def _norm(x, scale):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-5)
+    return wide.astype(x.dtype) * scale
+
+
+def _transformer(params, tokens):
+    x = params["embed"][tokens]
+    query, key, value = jnp.split(_norm(x, params["first"]) @ params["qkv"], 3, -1)
+    scores = query @ key.swapaxes(1, 2) / x.shape[-1] ** 0.5
+    x = x + jax.nn.softmax(scores, -1) @ value @ params["mix"]
+    x = x + jax.nn.gelu(_norm(x, params["second"]) @ params["up"]) @ params["down"]
+    return x @ params["embed"].T
+
+
+NETWORKS = {
+    "MLP": (
+        _mlp,
+        {
+            "in": _normal(6, 10, scale=6**-0.5),
+            "bias": _normal(10, scale=0.1),
+            "out": _normal(10, 4, scale=10**-0.5),
+        },
+        (_normal(64, 6), RNG.integers(0, 4, 64)),
+    ),
+    "CNN": (
+        _cnn,
+        {
+            "kernel": _normal(4, 1, 3, 3, scale=1 / 3),
+            "head": _normal(64, 4, scale=1 / 8),
+        },
+        (_normal(64, 1, 8, 8), RNG.integers(0, 4, 64)),
+    ),
+    "Transformer": (
+        _transformer,
+        {
+            "embed": _normal(8, 8, scale=0.5),
+            "qkv": _normal(8, 24, scale=8**-0.5),
+            "mix": _normal(8, 8, scale=8**-0.5),
+            "up": _normal(8, 16, scale=8**-0.5),
+            "down": _normal(16, 8, scale=1 / 4),
+            "first": np.ones(8),
+            "second": np.ones(8),
+        },
+        (RNG.integers(0, 8, (16, 6)), RNG.integers(0, 8, (16, 6))),
+    ),
+}
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, None if x.dtype.kind == "i" else dtype), tree
+    )
+
+
+def _narrow(tree):
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if is_float(x) else x, tree)
+
+
+@functools.cache
+def _losses(name):
+    """The loss of a network, and that of one which computes in bfloat16."""
+    model_fn = NETWORKS[name][0]
+
+    def loss_fn(params, batch):
+        return _cross_entropy(model_fn(params, batch[0]), batch[1])
+
+    def loss_in_bfloat16(params, batch):
+        return loss_fn(_narrow(params), _narrow(batch))
+
+    return loss_fn, loss_in_bfloat16
+
+
+@functools.cache
+def _problem(name):
+    """Parameters and data, without a rounding error in bfloat16."""
+    problem = _narrow(_cast(NETWORKS[name][1:], "f4"))
+    return jax.tree.map(np.asarray, problem)
+
+
+@functools.cache
+def _truth(name):
+    """Vectors, and their products from second derivatives in float64."""
+    loss_fn, _ = _losses(name)
+    with jax.enable_x64(True):
+        params, data = _cast(_problem(name), "f8")
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
+        rng = np.random.default_rng(1)
+        rows = np.sign(rng.normal(size=(5, flat.size)))
+        rows = np.concatenate([rng.normal(size=(2, flat.size)), rows])
+
+        @jax.jit
+        def products(rows):
+            gradient = jax.grad(lambda p: loss_fn(unravel(p), data))
+            push = lambda v: jax.jvp(gradient, (flat,), (v,))[1]  # noqa: E731
+
+            def toward_top(_, row):
+                top = push(row)
+                return top / jnp.linalg.norm(top)
+
+            top = jax.lax.fori_loop(0, 12, toward_top, rows[-1])
+            rows = rows.at[-1].set(top)
+            return rows, jax.lax.map(push, rows)
+
+        found = products(jnp.asarray(rows))
+    return tuple(np.asarray(x) for x in found)
+
+
+def _measured(operator, rows):
+    """Products with flat rows, and the errors they report."""
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), operator.like
+    )
+    _, unravel = jax.flatten_util.ravel_pytree(wide)
+    found, errors = [], []
+    for row in rows:
+        vector = unravel(jnp.asarray(row, jnp.float32))
+        found.append(jax.flatten_util.ravel_pytree(operator.matvec(vector))[0])
+        errors.append(operator.product_error(vector))
+    return np.asarray(found, "f8"), np.asarray(errors, "f8")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 inside"])
+def test_errors_are_small_and_within_what_is_reported(name, dtype, standard_promotion):
+    rows, truth = _truth(name)
+    params, data = _cast(_problem(name), jnp.bfloat16 if dtype == "bfloat16" else "f4")
+    loss_fn, loss_in_bfloat16 = _losses(name)
+    loss_fn = loss_in_bfloat16 if dtype == "bfloat16 inside" else loss_fn
+    operator = curvature.finite_difference_hessian(loss_fn, params, data)
+    found, reported = _measured(operator, rows)
+    wrong = np.linalg.norm(found - truth, axis=1)
+    size = np.linalg.norm(truth, axis=1)
+    assert (wrong <= reported).all()
+    if dtype == "bfloat16 inside":  # along the leading direction what is reported holds
+        assert (wrong <= 0.1 * size)[:-1].all()
+    else:
+        assert (wrong <= 1e-3 * size).all()
+
+
+@jax.custom_vjp
+def _kernel(x):
+    return jnp.tanh(x)
+
+
+def _backward(x, grads):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    rule = lambda x, g: (g / np.cosh(x) ** 2).astype(x.dtype)  # noqa: E731
+    CALLS.append(1)
+    return (jax.pure_callback(rule, shape, x, grads, vmap_method="sequential"),)
+
+
+CALLS: list[int] = []
+_kernel.defvjp(lambda x: (jnp.tanh(x), x), _backward)
+PARAMS = {"in": jnp.asarray(_normal(3, 4), "f4"), "out": jnp.asarray(_normal(4), "f4")}
+DATA = tuple(jnp.asarray(x, jnp.float32) for x in (_normal(10, 3), _normal(10)))
+BATCHES = [(DATA[0][:3], DATA[1][:3]), (DATA[0][3:], DATA[1][3:])]
+
+
+def _loss(params, batch, shift=0.0, activation=_kernel):
+    hidden = activation((batch[0] - shift) @ params["in"])
+    return jnp.mean((hidden @ params["out"] - batch[1]) ** 2)
+
+
+_plain = functools.partial(_loss, activation=jnp.tanh)
+
+
+def _dense(**options):
+    return np.asarray(curvature.hessian(_plain, PARAMS, DATA, **options).dense())
+
+
+@pytest.mark.heart
+def test_a_kernel_without_a_second_derivative():
+    with pytest.raises(TypeError, match=r"take curvature\.finite_difference_hessian\."):
+        curvature.hessian(_loss, PARAMS, DATA).matvec(PARAMS)
+    truth = _dense()
+    values, size = np.linalg.eigvalsh(truth), np.abs(truth).max()
+    for data in (DATA, BATCHES):
+        operator = curvature.finite_difference_hessian(_loss, PARAMS, data)
+        assert_close(operator.dense(), truth, rtol=0, atol=1e-3 * size)
+        found = curvature.eigenpairs(operator, KEY, 2)
+        distance = np.abs(np.asarray(found.values)[:, None] - values).min(axis=1)
+        assert (distance <= found.residuals).all()
+        assert_close(found.values, values[::-1][:2], rtol=1e-3)
+        probed = curvature.probe(operator, KEY, 32)
+        for estimate, true in (
+            (probed.trace, np.trace(truth)),
+            (probed.frobenius_norm, np.linalg.norm(truth)),
+        ):
+            allowed = 4 * estimate.standard_error + 1e-3 * np.abs(values).sum()
+            assert abs(estimate.value - true) <= allowed
+    form = operator.quadratic_form(PARAMS)
+    flat = np.asarray(jax.flatten_util.ravel_pytree(PARAMS)[0])
+    assert_close(form, flat @ truth @ flat, rtol=2e-3)
+
+
+def test_inside_jit_and_vmap():
+    scales = jnp.array([1.0, 0.5])
+
+    def measure(scale, loss_fn, make):
+        params = jax.tree.map(lambda x: scale * x, PARAMS)
+        operator = make(loss_fn, params, DATA)
+        pairs = curvature.block_lanczos(operator, KEY, 2)
+        trace = curvature.trace(operator, KEY, 4, num_deflated=2)
+        return pairs.values, pairs.residuals, trace.value
+
+    found, exact = (
+        jax.jit(jax.vmap(functools.partial(measure, loss_fn=f, make=make)))(scales)
+        for f, make in (
+            (_plain, curvature.finite_difference_hessian),
+            (_plain, curvature.hessian),
+        )
+    )
+    assert_close(found[0], exact[0], rtol=1e-3, atol=1e-3)
+    assert_close(found[2], exact[2], rtol=1e-2)
+    assert (np.abs(found[0] - exact[0]) <= found[1]).all()
+
+
+def test_a_part_of_the_parameters_and_constants():
+    shift = jnp.full((1, 3), 0.3)
+    options = {"mask": "out", "constants": shift}
+    operator = curvature.finite_difference_hessian(_loss, PARAMS, BATCHES, **options)
+    truth = _dense(**options)
+    assert operator.like["in"] is None
+    assert_close(operator.dense(), truth, rtol=0, atol=1e-3 * np.abs(truth).max())
+
+
+def test_two_gradients_a_product():
+    calls = []
+
+    @jax.custom_vjp
+    def counted(x):
+        return jnp.sum(x**2)
+
+    def backward(x, grads):
+        jax.debug.callback(lambda: calls.append(1))
+        return (2 * x * grads,)
+
+    counted.defvjp(lambda x: (counted(x), x), backward)
+    operator = curvature.finite_difference_hessian(counted, jnp.ones(3))
+    operator.matvec(jnp.ones(3))
+    jax.effects_barrier()
+    assert len(calls) == 2
+    operator.dense()
+    jax.effects_barrier()
+    assert len(calls) == 2 + 2 * 3
+
+
+@pytest.mark.parametrize("of_vector", [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize("of_params", [1e-9, 1.0, 1e9])
+def test_scales_of_parameters_and_vectors(of_params, of_vector):
+    x = RNG.normal(size=(8, 3))
+    point, vector = np.array([1.0, -2.0, 0.5]), np.array([1.0, 0.3, -1.0])
+
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ (params["w"] / scale)) ** 3)
+
+    scale = jnp.float32(of_params)
+    operator = curvature.finite_difference_hessian(
+        loss_fn, {"w": jnp.asarray(of_params * point, "f4")}, jnp.asarray(x, "f4")
+    )
+    found = operator.matvec({"w": jnp.asarray(of_vector * vector, "f4")})["w"]
+    found = np.asarray(found, "f8") / of_vector * of_params**2
+    truth = 6 * np.mean((x @ point)[:, None, None] * x[:, :, None] * x[:, None], axis=0)
+    size = np.linalg.norm(truth @ vector)
+    np.testing.assert_allclose(found, truth @ vector, rtol=0, atol=1e-3 * size)
+
+
+def test_no_parameters_but_zero_and_vectors_of_zeros():
+    operator = curvature.finite_difference_hessian(
+        lambda p: jnp.sum(jnp.cosh(p)), jnp.zeros(3)
+    )
+    assert_close(operator.dense(), np.eye(3), rtol=1e-3, atol=1e-6)
+    assert_close(operator.matvec(jnp.zeros(3)), np.zeros(3), atol=0)
+    assert operator.product_error(jnp.zeros(3)) == 0
+
+
+def test_exact_operators_report_no_error_beyond_rounding():
+    operator = curvature.hessian(_plain, PARAMS, DATA)
+    assert operator.product_error(PARAMS) == 0
+
+
+def test_products_of_matrices_have_the_highest_precision():
+    operator = curvature.finite_difference_hessian(_plain, PARAMS, DATA)
+    program = str(jax.make_jaxpr(operator.matvec)(PARAMS))
+    # Two in the gradient's forward pass, three in its backward pass; the loss itself,
+    # by which data is compared between passes, is as the user has it.
+    assert program.count("precision=(Precision.HIGHEST") == 5
+    assert program.count("dot_general[") == 7
+
+
+def test_memory_is_that_of_one_gradient():
+    params = [jnp.ones((32, 32)) for _ in range(6)]
+    data = jnp.ones((2048, 32))
+
+    def loss_fn(params, batch):
+        for kernel in params:
+            batch = jnp.tanh(batch @ kernel)
+        return jnp.mean(batch**2)
+
+    def temporary(function):
+        compiled = jax.jit(function).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def product(params):
+        operator = curvature.finite_difference_hessian(loss_fn, params, data)
+        return operator.matvec(params)
+
+    gradient = temporary(lambda params: jax.grad(loss_fn)(params, data))
+    assert temporary(product) < 1.3 * gradient
+
+
+def test_not_finite():
+    operator = curvature.finite_difference_hessian(
+        lambda p: jnp.nan * jnp.sum(p), jnp.ones(2)
+    )
+    with pytest.raises(ValueError, match="the loss must be finite|is not finite"):
+        operator.matvec(jnp.ones(2))
