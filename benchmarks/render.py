@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,6 +35,11 @@ measure on yours.
   own generator).
 """
 
+NEXT = """
+**Next**: [which layout to choose](strategies.md), what a [TPU's compiler](accelerators.md) says
+of the same steps, and what a [large model](scale.md) needs.
+"""
+
 
 def write(results, page):
     """Render the page and the figure of growth."""
@@ -50,7 +56,15 @@ def write(results, page):
     stability = pathlib.Path(results).with_name("stability_cpu.json")
     if stability.exists():
         lines += [_stability(json.loads(stability.read_text()))]
-    pathlib.Path(page).write_text("\n".join(lines))
+    pathlib.Path(page).write_text(_wrapped("\n".join([*lines, NEXT])))
+
+
+def _wrapped(text):
+    """Lines of prose of at most 96 characters; tables, figures and lists as they are."""
+    return "\n".join(
+        line if line.startswith(("|", "!", "#", "-", " ")) else textwrap.fill(line, 96)
+        for line in text.split("\n")
+    )
 
 
 CURVATURE_TARGETS = {
