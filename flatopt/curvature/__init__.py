@@ -9,6 +9,7 @@ same, or as ``weight_fn(batch)`` says. On one batch everything but ``rtol=`` and
 """
 
 from flatopt._core.estimates import Estimate
+from flatopt.curvature._cross_entropy import cross_entropy
 from flatopt.curvature._density import SpectralDensity, spectral_density
 from flatopt.curvature._diagonal import diagonal
 from flatopt.curvature._lanczos import Eigenpairs, eigenpairs
@@ -31,6 +32,7 @@ __all__ = [
     "Probe",
     "Report",
     "SpectralDensity",
+    "cross_entropy",
     "diagonal",
     "eigenpairs",
     "empirical_fisher",
