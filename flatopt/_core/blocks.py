@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import trees
+from flatopt._core import sharding, trees
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -73,9 +73,20 @@ def set_row(block, index, tree):
 
 
 def zeros(params, count):
-    return jax.tree.map(
-        lambda p: jnp.zeros((count, *p.shape), trees.wide(p.dtype)), params
-    )
+    """A block of zeros; concrete parameters say on which devices each row lies."""
+    leaves, treedef = jax.tree.flatten(params)
+    placement = sharding.placement_of(params)
+    devices = [None] * len(leaves)
+    if isinstance(placement, tuple):  # no device ever holds a whole one
+        devices = [sharding.with_rows(s, 1) for s in placement]
+    found = [
+        jnp.zeros((count, *p.shape), trees.wide(p.dtype), device=device)
+        for p, device in zip(leaves, devices, strict=True)
+    ]
+    block = treedef.unflatten(found)
+    if placement == sharding.ALIKE:
+        return sharding.lay_out(block, params, placement)
+    return block
 
 
 def subtract(block, other):

@@ -86,9 +86,9 @@ def diagonal(
             basis = leading_basis(operator, basis_key, third, num_steps=1)
         else:  # random directions may all but depend on each other, these do not
             basis = unit_vectors(like_wide(operator.like, operator.like))
-        moments = start_moments(basis, products(operator, basis))
+        moments = start_moments(operator.like, basis, products(operator, basis))
         keys = probe_keys(probe_key, 0, count)
         moments = observe(operator, keys, basis, moments)
-    found = summarize(moments, count, 1.0)
+    found = summarize(operator.like, moments, count, 1.0)
     check_finite(operator, found.trace.value)
     return found.diagonal

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, checks, vectors
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
 from flatopt.curvature._probes import check_operator, is_traced
@@ -39,10 +40,17 @@ def _expand(basis, found):
     return coefficients, rest, length, unit
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _append(basis, index, direction):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _append(placement, params, basis, index, direction):
     """The basis with one more direction, and that direction as a block of one."""
-    return blocks.set_row(basis, index, direction), blocks.single(direction)
+    basis = blocks.set_row(basis, index, direction)
+    found = basis, blocks.single(direction)
+    return tuple(lay_out(block, params, placement) for block in found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _combine(placement, params, coefficients, basis):
+    return lay_out(blocks.combine(coefficients, basis), params, placement)
 
 
 class Krylov:
@@ -50,6 +58,7 @@ class Krylov:
 
     def __init__(self, operator, key, capacity):
         self.operator, self.key = operator, key
+        self.place = placement_of(operator.like), operator.like
         self.basis = blocks.zeros(operator.like, capacity)
         self.projection = np.zeros((capacity, capacity))
         self.size = self.used = 0
@@ -86,7 +95,7 @@ class Krylov:
     def step(self, rest):
         """Add a direction; return the next one, and its length."""
         index = self.size
-        self.basis, block = _append(self.basis, index, rest)
+        self.basis, block = _append(*self.place, self.basis, index, rest)
         found = products(self.operator, block)
         coefficients, rest, length, unit = _expand(self.basis, found)
         unit = float(unit)
@@ -115,7 +124,7 @@ class Krylov:
         padded = np.zeros((coefficients.shape[1], len(self.projection)))
         padded[:, : self.size] = coefficients.T
         dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        return blocks.combine(jnp.asarray(padded, dtype), self.basis)
+        return _combine(*self.place, jnp.asarray(padded, dtype), self.basis)
 
 
 def check_eigen(operator, key, k, which):

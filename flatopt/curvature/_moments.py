@@ -1,11 +1,15 @@
 """Running moments of probes, in units of powers of two."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flatopt._core import blocks
+from flatopt._core.sharding import lay_out, placement_of
+
+VECTORS = ("diagonal", "rows")  # of a sample: shaped like the parameters
 
 
 class Moments(NamedTuple):
@@ -21,16 +25,32 @@ class Moments(NamedTuple):
     deviation: Any
 
 
-@jax.jit
-def start_moments(basis, found):
+def start_moments(params, basis, found):
     """Moments before the first probe: what lies within the span of the basis, exactly."""
+    return _start_moments(placement_of(params), params, basis, found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start_moments(placement, params, basis, found):
     units = jax.tree.map(_unit, found)
     found = jax.tree.map(_over, found, units)
     diagonal = jax.tree.map(lambda q, h: jnp.sum(q * h, axis=0), basis, found)
     rows = jax.tree.map(lambda h: jnp.sum(h * h, axis=0), found)
     exact = _samples(units, diagonal, rows, jax.tree.map(jnp.sum, diagonal))
     zeros = jax.tree.map(jnp.zeros_like, exact)
-    return Moments(jnp.zeros(()), units, exact, zeros, zeros)
+    moments = Moments(jnp.zeros(()), units, exact, zeros, zeros)
+    return placed(moments, params, placement)
+
+
+def placed(moments, params, placement):
+    """The same moments; what is shaped like the parameters lies where they do."""
+
+    def one(sample):
+        vectors = {name: lay_out(sample[name], params, placement) for name in VECTORS}
+        return sample | vectors
+
+    exact, mean, deviation = map(one, moments[2:])
+    return moments._replace(exact=exact, mean=mean, deviation=deviation)
 
 
 def _unit(x):
@@ -105,9 +125,14 @@ def update(moments, signs, vector, found):
     return Moments(count, units, exact, mean, deviation)
 
 
-@jax.jit
-def values_and_errors(moments):
+def values_and_errors(params, moments):
     """Values and standard errors out of their units."""
+    return _values_and_errors(placement_of(params), params, moments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values_and_errors(placement, params, moments):
+    moments = placed(moments, params, placement)
     count = moments.count
     value = jax.tree.map(jnp.add, moments.exact, moments.mean)
     error = jax.tree.map(
@@ -127,6 +152,8 @@ def values_and_errors(moments):
             jax.tree.map(lambda x, u: x * u.astype(x.dtype), tree, units)
             for tree in pair
         )
+    for name in VECTORS:
+        found[name] = tuple(lay_out(x, params, placement) for x in found[name])
     return found
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from flatopt._core import blocks, checks, loops
 from flatopt._core.estimates import Estimate
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
-from flatopt.curvature._moments import start_moments, update, values_and_errors
+from flatopt.curvature._moments import placed, start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
     Operator,
     drawn,
@@ -185,9 +186,8 @@ def probe(
     passes = 3 * bool(num_deflated) + -(-num_probes // GROUP)
     with operator.risk.watched(progress, passes, "probe"):
         basis = leading_basis(operator, basis_key, num_deflated)
-        moments = start_moments(
-            basis, products(operator, basis) if num_deflated else basis
-        )
+        found = products(operator, basis) if num_deflated else basis
+        moments = start_moments(operator.like, basis, found)
         count = look = 0
         while True:
             new = count or num_probes
@@ -195,7 +195,7 @@ def probe(
             moments = observe(operator, keys, basis, moments)
             count += new
             factor = _look_factor(count, look, rtol)
-            found = summarize(moments, count, factor)
+            found = summarize(operator.like, moments, count, factor)
             check_finite(operator, found.trace.value)
             if _is_met([found.trace, found.frobenius_norm], rtol):
                 return found
@@ -308,6 +308,7 @@ class _Observe:
     """Moments after some more probes of one batch that is all the data."""
 
     kind: Any
+    placement: Any  # of the parameters, see sharding.placement_of
 
     def __call__(self, params, batch, keys, basis, moments):
         loss, shared, product = self.kind.linearize(params, batch)
@@ -317,10 +318,14 @@ class _Observe:
         def step(moments, key):
             signs = draw(key)
             vector = blocks.project_out(blocks.single(signs), basis)
+            vector = lay_out(vector, params, self.placement)
             found = product(like_params(blocks.row(vector, 0), params))
+            found = lay_out(found, params, self.placement)
             found = blocks.single(blocks.widen(found))
             found = self.kind.finish(found, shared, vector)
-            return update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
+            vector, found = blocks.row(vector, 0), blocks.row(found, 0)
+            new = update(moments, signs, vector, found)
+            return placed(new, params, self.placement)
 
         return loss, loops.fold_rows(step, moments, keys)
 
@@ -335,7 +340,8 @@ def _observe_rows(moments, signs, vectors, found):
 
 def observe(operator, keys, basis, moments):
     if operator.stream is None:
-        return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
+        function = _Observe(operator.kind, placement_of(operator.like))
+        return operator.risk.mean(function, keys, basis, moments)
     for start in range(0, len(keys), GROUP):
         signs = draw_signs(operator, keys[start : start + GROUP])
         vectors = _project_out(signs, basis)
@@ -344,9 +350,9 @@ def observe(operator, keys, basis, moments):
     return moments
 
 
-def summarize(moments, count, factor):
+def summarize(params, moments, count, factor):
     found = {}
-    for name, (value, error) in values_and_errors(moments).items():
+    for name, (value, error) in values_and_errors(params, moments).items():
         error = jax.tree.map(lambda e: e * jnp.asarray(factor, e.dtype), error)
         found[name] = Estimate(value, error, count)
     norms = found["rows"]
