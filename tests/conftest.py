@@ -23,6 +23,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA runs independent collectives of a program at once, each of which holds a thread of all
+# eight devices: with eight threads two of them may wait for each other forever.
+os.environ.setdefault("NPROC", "32")
 # What one test, one worker or one run has compiled serves the others: `make clean` forgets.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",

@@ -116,6 +116,10 @@ PAIRS = {"data": (BATCH, jnp.zeros(8))}
 OF_SQUARES = {"loss_fn": _squares}
 CHANGES = {
     "curvature.gauss_newton": PAIRS | OF_SQUARES,
+    "curvature.cross_entropy": {
+        "logits": jnp.zeros((8, 3)),
+        "labels": jnp.zeros(8, int),
+    },
     "sharpness.fisher_rao_gauss_newton": PAIRS | OF_SQUARES,
     "stability.linearize_gauss_newton": OF_SQUARES,
     "stability.estimate_alignment": PAIRS,

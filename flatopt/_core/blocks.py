@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import host, trees
+from flatopt._core import host, sharding, trees
 
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -84,9 +84,24 @@ def set_row(block, index, tree):
 
 
 def zeros(params, count, xp=jnp):
-    return jax.tree.map(
-        lambda p: xp.zeros((count, *p.shape), trees.wide(p.dtype)), params
-    )
+    """A block of zeros; concrete parameters say on which devices each row lies."""
+    if xp is np:
+        return jax.tree.map(
+            lambda p: np.zeros((count, *p.shape), trees.wide(p.dtype)), params
+        )
+    leaves, treedef = jax.tree.flatten(params)
+    placement = sharding.placement_of(params)
+    devices = [None] * len(leaves)
+    if isinstance(placement, tuple):  # no device ever holds a whole one
+        devices = [sharding.with_rows(s, 1) for s in placement]
+    found = [
+        jnp.zeros((count, *p.shape), trees.wide(p.dtype), device=device)
+        for p, device in zip(leaves, devices, strict=True)
+    ]
+    block = treedef.unflatten(found)
+    if placement == sharding.ALIKE:
+        return sharding.lay_out(block, params, placement)
+    return block
 
 
 def subtract(block, other):

@@ -144,16 +144,12 @@ class Risk:
         for batch, weight in self.batches(function.__class__.__name__.strip("_")):
             arguments = self.params, batch, *rows
             weights.append(weight)
-            if total is None:
-                shapes = jax.eval_shape(function, *arguments)
-                total = jax.tree.map(
-                    lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)),
-                    (shapes[0], *shapes),
-                )
-                eps = float(jnp.finfo(shapes[0].dtype).eps)
             weight = jnp.float32(weight)
             start = time.monotonic()
-            total = _add_weighted(function, total, weight, *arguments)
+            if total is None:
+                total, eps = _first_weighted(function, weight, *arguments)
+            else:
+                total = _add_weighted(function, total, weight, *arguments)
             if len(weights) == 1 and self.bar is not None:
                 jax.block_until_ready(total)
                 self._announce(start, function, total, weight, arguments)
@@ -249,6 +245,28 @@ def _add_weighted(function, total, weight, params, batch, *rows):
     return jax.tree.map(
         lambda t, x: t + weight.astype(t.dtype) * x.astype(t.dtype), total, found
     )
+
+
+def _first_weighted(function, weight, params, *arguments):
+    """The sum of the first batch, and the rounding of its loss.
+
+    On a mesh it is not added to zeros: these would lie whole on one device.
+    """
+    shapes = jax.eval_shape(function, params, *arguments)
+    eps = float(jnp.finfo(shapes[0].dtype).eps)
+    if sharding.placement_of(params) is not None:
+        return _weighted(function, weight, params, *arguments), eps
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)), (shapes[0], *shapes)
+    )
+    return _add_weighted(function, zeros, weight, params, *arguments), eps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted(function, weight, params, batch, *rows):
+    loss, asked = function(params, batch, *rows)
+    found = blocks.widen((jnp.abs(loss), loss, asked))
+    return jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,9 @@ import contextvars
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
+
+ALIKE = "alike"  # a placement: as the parameters, which the compiler alone knows
 
 _AVERAGED = contextvars.ContextVar("axes that links averaged over", default=None)
 
@@ -79,16 +82,47 @@ def mean_over(tree, axis_name):
     )
 
 
-def block_shardings(params):
-    """The shardings of concrete parameters on a mesh, for static use; else None."""
+def placement_of(params):
+    """Where parameters lie, for static use: the sharding of each leaf, or ``ALIKE``.
+
+    None where they are on no mesh.
+    """
     leaves = jax.tree.leaves(params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return None
+        return ALIKE
     shardings = [leaf.sharding for leaf in leaves]
     if not all(isinstance(s, jax.sharding.NamedSharding) for s in shardings):
         return None
-    rows = jax.sharding.PartitionSpec
-    return tuple(s.update(spec=rows(None, *s.spec)) for s in shardings)
+    return tuple(shardings)
+
+
+def lay_out(tree, params, placement):
+    """A vector, or a block of them, that lies over devices as the parameters do."""
+    if placement is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    like = jax.tree.leaves(params)
+    if placement == ALIKE:
+        return treedef.unflatten(map(_alike, leaves, like))
+    found = [
+        jax.lax.with_sharding_constraint(x, with_rows(sharding, x.ndim - p.ndim))
+        for x, p, sharding in zip(leaves, like, placement, strict=True)
+    ]
+    return treedef.unflatten(found)
+
+
+def with_rows(sharding, count):
+    """The sharding of arrays with so many axes more, which come first."""
+    spec = jax.sharding.PartitionSpec(*[None] * count, *sharding.spec)
+    return sharding.update(spec=spec)
+
+
+def _alike(leaf, param):
+    if not param.ndim or not leaf.size or explicit_sharding(jax.typeof(param)):
+        return leaf
+    if leaf.ndim == param.ndim:
+        return shard_alike(leaf, param)[0]
+    return jax.vmap(_alike, in_axes=(0, None))(leaf, param)
 
 
 def explicit_sharding(aval):

@@ -11,6 +11,7 @@ a loop on the host.
 
 from flatopt._core.estimates import Estimate
 from flatopt.curvature._block_lanczos import block_lanczos
+from flatopt.curvature._cross_entropy import cross_entropy
 from flatopt.curvature._density import SpectralDensity, spectral_density
 from flatopt.curvature._diagonal import diagonal
 from flatopt.curvature._lanczos import Eigenpairs, eigenpairs
@@ -35,6 +36,7 @@ __all__ = [
     "Report",
     "SpectralDensity",
     "block_lanczos",
+    "cross_entropy",
     "diagonal",
     "eigenpairs",
     "empirical_fisher",

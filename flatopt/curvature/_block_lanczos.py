@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flatopt._core import blocks, checks, loops, random, vectors
-from flatopt._core.sharding import block_shardings
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt._core.types import SpectrumEnd
 from flatopt.curvature._draws import normal_like
 from flatopt.curvature._krylov import check_eigen, noise_of
@@ -81,8 +81,8 @@ def block_lanczos(
         )
     check_once(operator, key)
     columns = min(k * num_steps, size)
-    shardings = block_shardings(operator.like)
-    method = _BlockLanczos(operator.kind, k, k, columns, which, shardings)
+    placement = placement_of(operator.like)
+    method = _BlockLanczos(operator.kind, k, k, columns, which, placement)
     values, vectors, residuals = operator.risk.mean(method, key)
     check_finite(operator, values[0])
     return Eigenpairs(values, vectors, residuals, is_complete=columns == size)
@@ -97,7 +97,7 @@ class _BlockLanczos:
     block: int  # of start vectors
     columns: int
     which: str
-    shardings: Any
+    placement: Any  # of the parameters, see sharding.placement_of
 
     def __call__(self, params, batch, key):
         """``(loss, (values, vectors, residuals))``."""
@@ -119,12 +119,7 @@ class _BlockLanczos:
 
     def _start(self, params, draw):
         """An orthonormal block of random vectors, in a basis with room for all."""
-        basis = blocks.zeros(params, self.columns)
-        if self.shardings is not None:
-            leaves, treedef = jax.tree.flatten(basis)
-            basis = treedef.unflatten(
-                map(jax.lax.with_sharding_constraint, leaves, self.shardings)
-            )
+        basis = lay_out(blocks.zeros(params, self.columns), params, self.placement)
 
         def add(index, basis):
             return blocks.set_row(basis, index, _direction(draw(index), basis))

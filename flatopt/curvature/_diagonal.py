@@ -89,6 +89,6 @@ def diagonal(
         moments = moments_within(operator, basis_key, basis)
         keys = probe_keys(probe_key, 0, count)
         moments = observe(operator, keys, basis, moments)
-    found = summarize(moments, count, 1.0)
+    found = summarize(operator.like, moments, count, 1.0)
     check_finite(operator, found.trace.value)
     return found.diagonal

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flatopt import kernels
 from flatopt._core import binding, random
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._operator import like_wide
 
 
@@ -17,14 +18,14 @@ def probe_keys(key, start, count):
     return jax.vmap(lambda i: random.fold_in(key, i))(indices)
 
 
-@jax.jit
-def _draw_rows(params, keys):
-    return jax.vmap(signs_like(params))(keys)
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_rows(placement, params, keys):
+    return lay_out(jax.vmap(signs_like(params))(keys), params, placement)
 
 
 def draw_signs(operator, keys):
     """A block of random signs, one row a key."""
-    return _draw_rows(operator.like, keys)
+    return _draw_rows(placement_of(operator.like), operator.like, keys)
 
 
 def signs_like(params):
@@ -39,11 +40,11 @@ def normal_like(params):
     return lambda key: like_wide(draw(key), params)
 
 
-@jax.jit
-def _draw_normal_rows(params, keys):
-    return jax.vmap(normal_like(params))(keys)
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_normal_rows(placement, params, keys):
+    return lay_out(jax.vmap(normal_like(params))(keys), params, placement)
 
 
 def draw_normal(operator, keys):
     """A block of standard normal values, one row a key."""
-    return _draw_normal_rows(operator.like, keys)
+    return _draw_normal_rows(placement_of(operator.like), operator.like, keys)

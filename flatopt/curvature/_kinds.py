@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, checks, jaxprs, parts, risk, trees, vectors
+from flatopt.curvature._cross_entropy import lean
 
 
 class Kind(abc.ABC):
@@ -123,7 +124,9 @@ class GaussNewton(Kind):
         return checks.check_value(self.loss_fn(outputs, targets), "loss_fn")
 
     def output_product(self, outputs, batch, tangent):
-        gradient = jax.grad(lambda o: self.output_loss(o, batch))
+        _, targets = parts.batch_of(batch)
+        loss_fn = lean(self.loss_fn, outputs, targets)
+        gradient = jax.grad(lambda o: loss_fn(o, targets))
         return jax.jvp(gradient, (outputs,), (tangent,))[1]
 
     def linearize(self, params, batch):

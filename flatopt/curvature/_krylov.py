@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, checks, host, vectors
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
 from flatopt.curvature._probes import GROUP, bringing, check_operator, is_traced
@@ -41,10 +42,17 @@ def _expand(basis, found):
     return coefficients, rest, length, unit
 
 
-@functools.partial(host.compiled, donate_argnums=0)
-def _append(basis, index, direction):
+@functools.partial(host.compiled, static_argnums=0, donate_argnums=2)
+def _append(placement, params, basis, index, direction):
     """The basis with one more direction, and that direction as a block of one."""
-    return blocks.set_row(basis, index, direction), blocks.single(direction)
+    basis = blocks.set_row(basis, index, direction)
+    found = basis, blocks.single(direction)
+    return tuple(lay_out(block, params, placement) for block in found)
+
+
+@functools.partial(host.compiled, static_argnums=0)
+def _combine(placement, params, coefficients, basis):
+    return lay_out(blocks.combine(coefficients, basis), params, placement)
 
 
 @functools.partial(host.compiled, donate_argnums=0)
@@ -69,9 +77,6 @@ def _join(rows):
     return jax.tree.map(lambda *x: host.namespace(x[0]).concatenate(x), *rows)
 
 
-_combine = host.compiled(blocks.combine)
-
-
 class Krylov:
     """A growing orthonormal basis with the operator's projection on it.
 
@@ -82,6 +87,7 @@ class Krylov:
         self.operator, self.key = operator, key
         self.bring = bringing(operator, key)
         self.is_on_host = self.bring is host.fetch
+        self.place = placement_of(operator.like), operator.like
         xp = np if self.is_on_host else jnp
         self.basis = blocks.zeros(operator.like, capacity, xp)
         self.projection = np.zeros((capacity, capacity))
@@ -128,7 +134,7 @@ class Krylov:
     def step(self, rest):
         """Add a direction; return the next one, and its length."""
         index = self.size
-        self.basis, block = _append(self.basis, index, rest)
+        self.basis, block = _append(*self.place, self.basis, index, rest)
         found = self.products(block)
         coefficients, rest, length, unit = _expand(self.basis, found)
         unit = float(unit)
@@ -156,7 +162,9 @@ class Krylov:
         """Combinations of the basis, from columns of coefficients."""
         padded = np.zeros((coefficients.shape[1], len(self.projection)))
         padded[:, : self.size] = coefficients.T
-        return _combine(self.bring(jnp.asarray(padded)), self.basis)
+        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        coefficients = self.bring(jnp.asarray(padded, dtype))
+        return _combine(*self.place, coefficients, self.basis)
 
 
 def noise_of(basis):

@@ -8,9 +8,6 @@ import numpy as np
 
 from flatopt._core import blocks, checks, host
 from flatopt._core.types import SpectrumEnd
-<<<<<<< HEAD
-from flatopt.curvature._krylov import DEPENDENT, Krylov, check_eigen, order_from
-=======
 from flatopt.curvature._krylov import (
     DEPENDENT,
     Krylov,
@@ -18,8 +15,7 @@ from flatopt.curvature._krylov import (
     check_host,
     order_from,
 )
-from flatopt.curvature._operator import product_errors, products
->>>>>>> eig
+from flatopt.curvature._operator import product_errors
 from flatopt.curvature._probes import check_share
 
 ROOM = 24  # vectors beyond 2k: most spectra converge within, some 2k stay at restarts
@@ -58,13 +54,8 @@ class Eigenpairs(NamedTuple):
     is_complete: bool = True
 
 
-<<<<<<< HEAD
 @host.compiled
-def _residuals(vectors, found):
-=======
-@jax.jit
 def residuals_of(vectors, found):
->>>>>>> eig
     """Rayleigh quotients of unit vectors, residual vectors and their norms.
 
     All in units of the powers of two that come last, one a row.
@@ -217,13 +208,9 @@ def _kept(krylov, goal):
 
 def _verify(krylov, vectors, goal, scale, is_complete):
     """The pairs with bounds from products of their own, or the worst residual vector."""
-<<<<<<< HEAD
-    values, rest, residuals, units = _residuals(vectors, krylov.products(vectors))
-=======
-    found = products(krylov.operator, vectors)
+    found = krylov.products(vectors)
     values, rest, residuals, units = residuals_of(vectors, found)
     errors = np.asarray(product_errors(krylov.operator, vectors, found), "f8")
->>>>>>> eig
     krylov.used += goal.count
     dtype = values.dtype
     units = np.asarray(units, "f8")
@@ -232,22 +219,10 @@ def _verify(krylov, vectors, goal, scale, is_complete):
     is_done = is_met or krylov.size == goal.dimension
     if not (is_done or krylov.used >= goal.max_matvecs):
         return None, blocks.single(blocks.row(rest, int(residuals.argmax())))
-<<<<<<< HEAD
-    like = jax.tree.leaves(krylov.operator.like)
-    narrow = max(float(jnp.finfo(p.dtype).eps) for p in like)
-    rounding = max(20 * float(jnp.finfo(dtype).eps), narrow) * scale
-    pairs = Eigenpairs(
-        values.astype(dtype),
-        host.send(vectors),
-        residuals + rounding,
-        bool(is_complete),
-    )
-    return pairs, None
-=======
     rounding = rounding_of(krylov.operator.like, dtype) * scale
     bounds = residuals + errors + rounding
+    vectors = host.send(vectors)
     return Eigenpairs(values.astype(dtype), vectors, bounds, bool(is_complete)), None
->>>>>>> eig
 
 
 def _warm_start(krylov, start, which):

@@ -1,5 +1,6 @@
 """Running moments of probes, in units of powers of two."""
 
+import functools
 import operator
 from typing import Any, NamedTuple
 
@@ -7,6 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from flatopt._core import blocks, host
+from flatopt._core.sharding import lay_out, placement_of
+
+VECTORS = ("diagonal", "rows")  # of a sample: shaped like the parameters
 
 
 class Moments(NamedTuple):
@@ -22,9 +26,13 @@ class Moments(NamedTuple):
     deviation: Any
 
 
-@host.compiled
-def start_moments(basis, found):
+def start_moments(params, basis, found):
     """Moments before the first probe: what lies within the span of the basis, exactly."""
+    return _start_moments(placement_of(params), params, basis, found)
+
+
+@functools.partial(host.compiled, static_argnums=0)
+def _start_moments(placement, params, basis, found):
     units = jax.tree.map(_unit, found)
     found = jax.tree.map(_over, found, units)
     diagonal = jax.tree.map(lambda q, h: (q * h).sum(axis=0), basis, found)
@@ -32,7 +40,18 @@ def start_moments(basis, found):
     exact = _samples(units, diagonal, rows, _sums(diagonal))
     zeros = jax.tree.map(lambda x: host.namespace(x).zeros_like(x), exact)
     count = host.namespace(exact["trace"]).zeros((), "float32")
-    return Moments(count, units, exact, zeros, zeros)
+    return placed(Moments(count, units, exact, zeros, zeros), params, placement)
+
+
+def placed(moments, params, placement):
+    """The same moments; what is shaped like the parameters lies where they do."""
+
+    def one(sample):
+        vectors = {name: lay_out(sample[name], params, placement) for name in VECTORS}
+        return sample | vectors
+
+    exact, mean, deviation = map(one, moments[2:])
+    return moments._replace(exact=exact, mean=mean, deviation=deviation)
 
 
 def _sums(tree):
@@ -116,9 +135,14 @@ def update(moments, signs, vector, found):
     return Moments(count, units, exact, mean, deviation)
 
 
-@host.compiled
-def values_and_errors(moments):
+def values_and_errors(params, moments):
     """Values and standard errors out of their units."""
+    return _values_and_errors(placement_of(params), params, moments)
+
+
+@functools.partial(host.compiled, static_argnums=0)
+def _values_and_errors(placement, params, moments):
+    moments = placed(moments, params, placement)
     count = moments.count
     value = jax.tree.map(operator.add, moments.exact, moments.mean)
     error = jax.tree.map(
@@ -137,6 +161,8 @@ def values_and_errors(moments):
             jax.tree.map(lambda x, u: x * u.astype(x.dtype), tree, units)
             for tree in pair
         )
+    for name in VECTORS:
+        found[name] = tuple(lay_out(x, params, placement) for x in found[name])
     return found
 
 

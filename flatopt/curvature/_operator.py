@@ -12,7 +12,7 @@ import numpy as np
 
 from flatopt import kernels
 from flatopt._core import blocks, loops, trees
-from flatopt._core.sharding import block_shardings
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt._core.types import Params, ParamsT
 
 if TYPE_CHECKING:
@@ -239,24 +239,27 @@ class Products:
     """Products with the matrix of one batch, and what finishing them needs."""
 
     kind: Any
+    placement: Any = None  # of the parameters, see sharding.placement_of
 
     def __call__(self, params, batch, block, reference=()):
         """``(loss, (products, shared))``."""
         loss, shared, product = self.kind.linearize(params, batch, *reference)
+
+        def placed(vector):
+            found = product(cast_for(self.kind, vector, params))
+            return lay_out(found, params, self.placement)
+
         unroll = 1 if self.kind.is_differenced else 2
-        found = loops.map_rows(
-            lambda v: product(cast_for(self.kind, v, params)), block, unroll
-        )
-        return loss, (blocks.widen(found), blocks.widen(shared))
+        found = loops.map_rows(placed, block, unroll)
+        if jax.tree.leaves(shared):
+            shared = lay_out(blocks.widen(shared), params, self.placement)
+        return loss, (blocks.widen(found), shared)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def finish_products(kind, shardings, products, shared, block):
+def finish_products(kind, placement, params, products, shared, block):
     products = kind.finish(products, shared, blocks.widen(block))
-    if shardings is None:
-        return products
-    leaves, treedef = jax.tree.flatten(products)
-    return treedef.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
+    return lay_out(products, params, placement)
 
 
 def check_once(operator, rows):
@@ -285,8 +288,10 @@ def products(operator, block):
     """Products with every row of a block, one pass over the data."""
     check_once(operator, block)
     kind, params = operator.kind, operator.like
-    found, shared = operator.risk.mean(Products(kind), block, operator.reference)
-    return finish_products(kind, block_shardings(params), found, shared, block)
+    placement = placement_of(params)
+    function = Products(kind, placement)
+    found, shared = operator.risk.mean(function, block, operator.reference)
+    return finish_products(kind, placement, params, found, shared, block)
 
 
 def product_errors(operator, block, found):
@@ -329,6 +334,7 @@ class Quadratics:
 
     kind: Any
     make: Callable
+    placement: Any = None  # of the parameters, see sharding.placement_of
 
     def __call__(self, params, batch, rows, basis, reference=()):
         """``(loss, moments)``."""
@@ -337,6 +343,7 @@ class Quadratics:
         def moments(row):
             vector = self.make(row, basis, params)
             vector = cast_for(self.kind, vector, params)
+            vector = lay_out(vector, params, self.placement)
             return self.kind.quadratic(params, batch, vector, *reference)
 
         unroll = 1 if self.kind.is_differenced else 4
@@ -348,4 +355,5 @@ def quadratics(operator, rows, make=_given, basis=None):
     check_once(operator, rows)
     kind = operator.kind
     arguments = rows, basis, operator.reference
-    return kind.finish_quadratic(operator.risk.mean(Quadratics(kind, make), *arguments))
+    function = Quadratics(kind, make, placement_of(operator.like))
+    return kind.finish_quadratic(operator.risk.mean(function, *arguments))

@@ -8,6 +8,7 @@ import numpy as np
 
 from flatopt._core import blocks, checks, streams
 from flatopt._core.estimates import Estimate
+from flatopt._core.sharding import placement_of
 from flatopt.curvature._draws import draw_signs, probe_keys
 from flatopt.curvature._moments import root_of
 from flatopt.curvature._operator import Operator, Products, finish_products
@@ -76,7 +77,8 @@ def _cross_products(operator, signs):
     total, squares, losses, weights = None, 0.0, 0.0, []
     for batch, weight in operator.risk.batches("probes"):
         arguments = (operator.like, batch, signs, jnp.float32(weight))
-        loss, part, square = _weighted_products(operator.kind, *arguments)
+        placement = placement_of(operator.like)
+        loss, part, square = _weighted_products(operator.kind, placement, *arguments)
         total = part if total is None else _add_trees(total, part)
         squares, weights = squares + _host(square), [*weights, weight]
         losses += weight * float(loss)
@@ -95,10 +97,10 @@ def _host(scaled):
     return values * units**2
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weighted_products(kind, params, batch, block, weight):
-    loss, (found, shared) = Products(kind)(params, batch, block)
-    found = finish_products(kind, None, found, shared, block)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _weighted_products(kind, placement, params, batch, block, weight):
+    loss, (found, shared) = Products(kind, placement)(params, batch, block)
+    found = finish_products(kind, placement, params, found, shared, block)
     found = jax.tree.map(lambda x: weight.astype(x.dtype) * x, found)
     return loss, found, _square_norms(found)
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from flatopt._core import blocks, checks, host, loops
 from flatopt._core.estimates import Estimate
+from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
-from flatopt.curvature._moments import start_moments, update, values_and_errors
+from flatopt.curvature._moments import placed, start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
     Operator,
     cast_for,
@@ -194,7 +195,7 @@ def probe(
             moments = observe(operator, keys, basis, moments)
             count += new
             factor = _look_factor(count, look, rtol)
-            found = summarize(moments, count, factor)
+            found = summarize(operator.like, moments, count, factor)
             check_finite(operator, found.trace.value)
             if _is_met([found.trace, found.frobenius_norm], rtol):
                 return found
@@ -317,6 +318,7 @@ class _Observe:
     """Moments after some more probes of one batch that is all the data, in one trace."""
 
     kind: Any
+    placement: Any  # of the parameters, see sharding.placement_of
 
     def __call__(self, params, batch, keys, basis, moments):
         loss, shared, product = self.kind.linearize(params, batch)
@@ -326,10 +328,14 @@ class _Observe:
         def step(moments, key):
             signs = draw(key)
             vector = blocks.project_out(blocks.single(signs), basis)
+            vector = lay_out(vector, params, self.placement)
             found = product(cast_for(self.kind, blocks.row(vector, 0), params))
+            found = lay_out(found, params, self.placement)
             found = blocks.single(blocks.widen(found))
             found = self.kind.finish(found, shared, vector)
-            return update(moments, signs, blocks.row(vector, 0), blocks.row(found, 0))
+            vector, found = blocks.row(vector, 0), blocks.row(found, 0)
+            new = update(moments, signs, vector, found)
+            return placed(new, params, self.placement)
 
         return loss, loops.fold_rows(step, moments, keys)
 
@@ -348,16 +354,16 @@ def moments_within(operator, key, basis):
     """Moments before the first probe, from the products with a basis."""
     bring = bringing(operator, key)
     count = len(jax.tree.leaves(basis)[0])
-    return start_moments(
-        bring(basis), bring(products(operator, basis) if count else basis)
-    )
+    found = products(operator, basis) if count else basis
+    return start_moments(operator.like, bring(basis), bring(found))
 
 
 def observe(operator, keys, basis, moments):
     """Moments after some more probes; outside of a trace by the code of the products."""
     check_once(operator, keys)
     if operator.stream is None and is_traced((operator, keys)):
-        return operator.risk.mean(_Observe(operator.kind), keys, basis, moments)
+        function = _Observe(operator.kind, placement_of(operator.like))
+        return operator.risk.mean(function, keys, basis, moments)
     bring = bringing(operator, keys)
     basis = bring(basis)
     for start in range(0, len(keys), GROUP):
@@ -368,9 +374,9 @@ def observe(operator, keys, basis, moments):
     return moments
 
 
-def summarize(moments, count, factor):
+def summarize(params, moments, count, factor):
     found = {}
-    for name, (value, error) in values_and_errors(moments).items():
+    for name, (value, error) in values_and_errors(params, moments).items():
         error = jax.tree.map(lambda e: e * _like(e, factor), error)
         if name == "rows":
             error = jax.tree.map(
