@@ -196,6 +196,7 @@ def _operator(kind, case, params, data, **options):
     return getattr(curvature, kind)(*functions, params, data, **options)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_has_its_dense_truth(name, x64, standard_promotion):
     case = CASES[name]

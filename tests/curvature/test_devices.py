@@ -216,7 +216,7 @@ def test_the_basis_of_lanczos_lies_as_the_parameters(layout):
     krylov.restart(rows, np.arange(3.0))
     _assert_lies_as(krylov.basis, operator.like)
     # What moves when a vector is made orthogonal: the products with the basis.
-    moved = _moved(_krylov._expand.lower(krylov.basis, _row_of(krylov.basis)))
+    moved = _moved(jax.jit(_krylov._expand).lower(krylov.basis, _row_of(krylov.basis)))
     assert {kind for kind, _ in moved} == {"all-reduce"}
     assert max(size for _, size in moved) <= 5 * len(SHAPES)
 
