@@ -30,8 +30,10 @@ def fetch(tree):
 
 
 def send(tree):
-    """The arrays in JAX."""
-    return jax.tree.map(jnp.asarray, tree)
+    """The arrays in JAX; those of NumPy are put there, where asarray would compile."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x) if namespace(x) is np else jnp.asarray(x), tree
+    )
 
 
 def namespace(values):
