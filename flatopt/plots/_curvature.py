@@ -257,7 +257,8 @@ def _draw_limits(ax, steps, limits, top):
     """The line, unless it is so far above that it would flatten what is below."""
     label, is_near = "2 / learning rate", limits.min() <= FAR * top
     if not is_near:
-        label += f": {limits.min():.3g} or more, above the figure"
+        lowest = np.format_float_positional(limits.min(), 3, fractional=False, trim="-")
+        label += f": {lowest} or more, above the figure"
     bottom, ceiling = ax.get_ylim()
     ax.plot(steps, limits, "--", color="C3", label=label, gid="limit")
     if not is_near:
