@@ -171,7 +171,7 @@ def test_errors_are_small_and_within_what_is_reported(name, dtype, standard_prom
     size = np.linalg.norm(truth, axis=1)
     assert (wrong <= reported).all()
     if dtype == "bfloat16 inside":  # along the leading direction what is reported holds
-        assert (wrong <= 0.1 * size)[:-1].all()
+        assert (wrong <= 0.15 * size)[:-1].all()
     else:
         assert (wrong <= 1e-3 * size).all()
 
