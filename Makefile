@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-programs test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-gpu bench-accelerators reproduce clean
+.PHONY: help demo test test-programs test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-language bench-gpu bench-accelerators reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
+	@echo "make bench-language   plan the curvature of a language model for a TPU; no TPU is needed"
 	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed"
 	@echo "make bench-gpu    measure on a GPU, in at most 8 minutes; DATA=FOLDER trains on CIFAR-10 too"
 	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (three hours);"
@@ -139,6 +140,7 @@ bench-planning: $(VENV)/.bench
 
 TPU := $(VENV)-tpu
 ROWS ?=
+LANGUAGE_ARGS ?=
 
 # jax[tpu] compiles without a TPU; it needs Python 3.12. Nothing is run where there is none.
 define with_tpu_compiler
@@ -155,6 +157,9 @@ test-tpu: pyproject.toml
 
 bench-accelerators: pyproject.toml
 	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.accelerators $(ROWS)
+
+bench-language: pyproject.toml
+	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.language $(LANGUAGE_ARGS)
 
 GPU := $(VENV)-gpu
 DATA ?=

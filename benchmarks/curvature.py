@@ -25,7 +25,7 @@ from flatopt._core import blocks
 from flatopt.curvature import _draws, _operator
 
 ROOT = pathlib.Path(__file__).parent.parent
-BATCH = {"mlp": 256, "cnn": 64}
+BATCH = {"mlp": 256, "cnn": 64, "words": 256}
 PROBES = 8
 RTOL = 0.02
 
@@ -34,6 +34,8 @@ RTOL = 0.02
 class Config:
     """Settings of a run."""
 
+    networks: tuple[str, ...] = tuple(BATCH)
+    """Which to measure; the others keep their figures."""
     repeats: int = 8
     """Rounds of each network."""
     training_steps: int = 60
@@ -60,22 +62,24 @@ def train(problem, steps):
 def save(problem, path):
     """Weights in the order of the layers, for PyTorch."""
     params = problem.params
-    if problem.name == "mlp":
+    if problem.name in ("mlp", "words"):
         layers = [params["layers"][i] for i in sorted(params["layers"])]
+        layers = [params["embed"]] * ("embed" in params) + layers
     else:
         layers = []
         for i in sorted(params["convolutions"]):
             layers += [params["convolutions"][i], params["norms"][i]]
     arrays = {}
     for index, layer in enumerate([*layers, params["head"]]):
-        weight = layer["kernel"] if "kernel" in layer else layer["scale"]
-        arrays |= {f"weight{index}": weight, f"bias{index}": layer["bias"]}
+        (kind,) = layer.keys() - {"bias"}
+        arrays[f"weight{index}"] = layer[kind]
+        if "bias" in layer:
+            arrays[f"bias{index}"] = layer["bias"]
     np.savez(path, **arrays, **problem.batch)
 
 
 def contenders(problem):
-    network = {"mlp": problems.MLP, "cnn": problems.CNN}[problem.name]
-    graphdef, _ = nnx.split(network(nnx.Rngs(0)))
+    graphdef, _ = nnx.split(problems.NETWORKS[problem.name](nnx.Rngs(0)))
 
     def loss_fn(params, batch):
         return problem.value_fn(params, **batch)
@@ -177,7 +181,10 @@ def memory(hessian):
 
 
 def main(config: Config) -> None:
-    report = {name: measure(name, config) for name in BATCH}
+    report = {}
+    if config.results.exists():
+        report = json.loads(config.results.read_text())
+    report |= {name: measure(name, config) for name in config.networks}
     config.results.parent.mkdir(parents=True, exist_ok=True)
     config.results.write_text(json.dumps(report, indent=1) + "\n")
     render.write(ROOT / "docs/results/benchmarks_cpu.json", ROOT / "docs/benchmarks.md")

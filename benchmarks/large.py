@@ -47,15 +47,23 @@ class Decoder:
         return leaves | {name: jnp.ones(shape) for name, shape in norms.items()}
 
     def value_fn(self, params, inputs, labels):
-        """Mean cross-entropy of the next token; logits and losses in float32."""
+        """Mean cross-entropy of the next token."""
+        return self.loss_fn(self.model_fn(params, inputs), labels)
+
+    def loss_fn(self, logits, labels):
+        """Losses in float32."""
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), labels
+        ).mean()
+
+    def model_fn(self, params, inputs):
+        """The logits in bfloat16."""
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         ends = ("embedding", "position", "head", "norm")
         layers = {name: leaf for name, leaf in params.items() if name not in ends}
         x = params["embedding"][inputs] + params["position"][None]
         x, _ = jax.lax.scan(lambda x, w: (self._layer(x, w), None), x, layers)
-        logits = (_norm(x, params["norm"]) @ params["head"]).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
+        return _norm(x, params["norm"]) @ params["head"]
 
     def _layer(self, x, w):
         count, length, _ = x.shape

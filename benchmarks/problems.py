@@ -148,10 +148,33 @@ class TransformerBlock(nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
 
 
+class Words(nnx.Module):
+    """Two dense layers between an embedding and a head of 50,000 words, token by token."""
+
+    def __init__(self, rngs, width=32, vocabulary=50_000):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.head(x)
+
+
+NETWORKS = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet18": ResNet18,
+    "transformer": Transformer,
+    "words": Words,
+}
+
+
 def make_problem(name, batch_size=64, dtype=jnp.float32, **options):
-    """One of "mlp", "cnn", "resnet18", "transformer" with a random batch."""
-    network = {"mlp": MLP, "cnn": CNN, "resnet18": ResNet18, "transformer": Transformer}
-    model = network[name](nnx.Rngs(0), **options)
+    """One of :data:`NETWORKS` with a random batch."""
+    model = NETWORKS[name](nnx.Rngs(0), **options)
     graphdef, params = nnx.split(model)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(params))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -159,6 +182,10 @@ def make_problem(name, batch_size=64, dtype=jnp.float32, **options):
         length = options.get("length", 64)
         inputs = jax.random.randint(keys[0], (batch_size, length), 0, 256)
         labels = jnp.roll(inputs, -1, axis=1)
+    elif name == "words":
+        words = options.get("vocabulary", 50_000)
+        inputs = jax.random.randint(keys[0], (batch_size,), 0, words)
+        labels = jax.random.randint(keys[1], (batch_size,), 0, words)
     else:
         side = 32 if name == "resnet18" else 24
         inputs = jax.random.normal(keys[0], (batch_size, side, side, 3), dtype)

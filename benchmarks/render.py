@@ -13,6 +13,7 @@ TITLES = {
     "cnn": "CNN with GroupNorm",
     "transformer": "Transformer language model",
     "resnet18": "ResNet-18, CIFAR shapes",
+    "words": "50,000 words, token by token",
 }
 LAYOUTS = {"cnn": "unroll", "mlp": "scan", "transformer": "scan", "resnet18": "scan"}
 HEADER = """# Benchmarks

@@ -15,7 +15,7 @@ import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace
 from torch import nn
 
-from benchmarks.torch_loops import cnn, mlp
+from benchmarks.torch_loops import cnn, mlp, words
 
 PROBES = 8
 
@@ -38,8 +38,8 @@ class GroupNorm(nn.Module):
 def load(name, path):
     """The network with the saved weights, and the batch."""
     saved = np.load(path)
-    model = {"mlp": mlp, "cnn": cnn}[name]()
-    layers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d | nn.GroupNorm)]
+    model = {"mlp": mlp, "cnn": cnn, "words": words}[name]()
+    layers = [m for m in model if hasattr(m, "weight")]
     with torch.no_grad():
         for index, layer in enumerate(layers):
             weight = torch.tensor(saved[f"weight{index}"])
@@ -48,34 +48,38 @@ def load(name, path):
             elif isinstance(layer, nn.Conv2d):
                 weight = weight.permute(3, 2, 0, 1)
             layer.weight.copy_(weight)
-            layer.bias.copy_(torch.tensor(saved[f"bias{index}"]))
+            if not isinstance(layer, nn.Embedding):
+                layer.bias.copy_(torch.tensor(saved[f"bias{index}"]))
     model = nn.Sequential(
         *[GroupNorm(m) if isinstance(m, nn.GroupNorm) else m for m in model]
     )
-    images = torch.tensor(saved["inputs"])
-    images = images if name == "mlp" else images.permute(0, 3, 1, 2).contiguous()
-    return model, images, torch.tensor(saved["labels"], dtype=torch.long)
+    inputs = torch.tensor(saved["inputs"])
+    if name == "cnn":
+        inputs = inputs.permute(0, 3, 1, 2).contiguous()
+    if name == "words":
+        inputs = inputs.long()
+    return model, inputs, torch.tensor(saved["labels"], dtype=torch.long)
 
 
 def main(name, path, repeats):
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(0)
-    model, images, labels = load(name, path)
+    model, inputs, labels = load(name, path)
     loss_fn = nn.CrossEntropyLoss()
     parameters = list(model.parameters())
-    data = [(images, labels)]
+    data = [(inputs, labels)]
     options = {"check_deterministic": False}
     hessian = HessianLinearOperator(model, loss_fn, parameters, data, **options)
     newton = GGNLinearOperator(model, loss_fn, parameters, data, **options)
     size = hessian.shape[1]
 
     def gradient():
-        return torch.autograd.grad(loss_fn(model(images), labels), parameters)
+        return torch.autograd.grad(loss_fn(model(inputs), labels), parameters)
 
     from pyhessian import hessian as PyHessian  # noqa: N812, its use of torch warns
 
     def pyhessian_trace():
-        operator = PyHessian(model, loss_fn, data=(images, labels), cuda=False)
+        operator = PyHessian(model, loss_fn, data=(inputs, labels), cuda=False)
         return operator.trace(maxIter=PROBES, tol=-float("inf"))  # never stop early
 
     vector = torch.randn(size)
@@ -96,7 +100,7 @@ def main(name, path, repeats):
             run()
             if repeat:
                 times[contender].append((time.perf_counter() - start) / count)
-    loss = loss_fn(model(images), labels).item()
+    loss = loss_fn(model(inputs), labels).item()
     packages = ("torch", "curvlinops-for-pytorch", "PyHessian")
     versions = {package: importlib.metadata.version(package) for package in packages}
     print(json.dumps({"versions": versions, "times": times, "loss": loss}))

@@ -38,6 +38,13 @@ def cnn():
     )
 
 
+def words():
+    layers = [nn.Embedding(50_000, 32)]
+    for _ in range(2):
+        layers += [nn.Linear(32, 32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(32, 50_000))
+
+
 def filter_norms(parameters):
     for p in parameters:
         if p.ndim > 1:

@@ -19,10 +19,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     .. math:: \nabla^2 \ell\; u = p \odot u - p\, (p^\top u)
 
     is written so that XLA needs no array beside the logits and their tangent: use it, by
-    itself or with weights of tokens, in the loss of :func:`gauss_newton` and
-    :func:`hessian` where there are many words. :func:`gauss_newton` does so by itself for
-    a loss that is nothing but optax's function, ``.mean()`` of it, on logits as they are
-    or cast to float32.
+    itself or with weights of tokens, in the loss of :func:`gauss_newton` where there are
+    many words. :func:`gauss_newton` does so by itself for a loss that is nothing but
+    ``.mean()`` of optax's function, on logits as they are or cast to float32.
 
     Args:
       logits: shape (..., words).

@@ -275,8 +275,11 @@ def test_inside_jit_vectors_lie_as_the_parameters(layout):
     operator = _operator_of(layout, "gauss_newton")
     probe = jax.jit(lambda operator, key: curvature.probe(operator, key, 4))
     found = probe(operator, KEY)
+    # What is whole on every device the compiler may split, too.
+    split = [name for name, spec in LAYOUTS[layout].items() if spec != P()]
     for estimate in (found.diagonal, found.row_norms):
-        _assert_lies_as(estimate.value, operator.like)
+        value = {name: estimate.value[name] for name in split}
+        _assert_lies_as(value, operator.like)
     alone = curvature.probe(_operator_of(None, "gauss_newton"), KEY, 4)
     assert_close(found.trace, alone.trace, rtol=1e-3)
     assert_close(found.diagonal, alone.diagonal, rtol=2e-3, atol=1e-5)
