@@ -128,10 +128,13 @@ DIFFERENCES = (
 
 
 def _whole_loss(case):
-    def loss_fn(params, batch):
-        return case.loss_fn(case.model_fn(params, batch[0]), batch[1])
+    return _composed(case.model_fn, case.loss_fn)
 
-    return loss_fn
+
+@functools.cache
+def _composed(model_fn, loss_fn):
+    """One function for all tests: compiled code is kept by it."""
+    return lambda params, batch: loss_fn(model_fn(params, batch[0]), batch[1])
 
 
 def _problem(case):

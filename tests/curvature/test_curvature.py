@@ -62,10 +62,6 @@ def _cross_entropy(outputs, labels):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
-def _binary(outputs, labels):
-    return optax.sigmoid_binary_cross_entropy(outputs, labels).mean()
-
-
 def _square(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
@@ -153,15 +149,9 @@ def _normal(shape):
     return lambda key: jax.random.normal(key, shape, jnp.float64)
 
 
-def _uniform(shape):
-    return lambda key: jax.random.uniform(key, shape, jnp.float64)
-
-
+# Other losses and reductions are in test_case_matrix.py.
 CASES = {
     "cross-entropy": lambda: _dense_case(_cross_entropy, 3, _labels(3)),
-    "binary, one output": lambda: _dense_case(_binary, 1, _uniform((9, 1))),
-    "binary, two outputs": lambda: _dense_case(_binary, 2, _uniform((9, 2))),
-    "mean square": lambda: _dense_case(_square, 2, _normal((9, 2))),
     "half sum of squares": lambda: _dense_case(_half_square_sum, 2, _normal((9, 2))),
     "token mean of sequences": _sequences,
     "CNN with BatchNorm": lambda: _flax(_CNN(nnx.Rngs(0)), (9, 4, 4, 1)),
@@ -567,36 +557,6 @@ def test_splitting_and_ordering_the_data_changes_nothing(kind):
             assert one.num_probes == other.num_probes
     trace = curvature.trace(_make(kind, case, batches), KEY)
     np.testing.assert_allclose(trace.value, whole.trace.value, rtol=1e-3)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto])
-def test_eight_devices_give_the_result_of_one(axis_type):
-    params, data, loss_fn = _network()
-    operator = curvature.hessian(loss_fn, params, data)
-    alone = curvature.probe(operator, KEY)
-    pairs = curvature.eigenpairs(operator, KEY, 2)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    with jax.set_mesh(mesh):
-        spread = jax.tree.map(
-            lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), data
-        )
-        params = jax.tree.map(
-            lambda x: jax.device_put(
-                x, NamedSharding(mesh, P("data") if x.shape[0] == 8 else P())
-            ),
-            params,
-        )
-        operator = curvature.hessian(loss_fn, params, spread)
-        found = curvature.probe(operator, KEY)
-        for one, other in zip(found, alone, strict=True):
-            assert_close(one.value, other.value, rtol=2e-4, atol=1e-5)
-        sharded = curvature.eigenpairs(operator, KEY, 2)
-        np.testing.assert_allclose(sharded.values, pairs.values, rtol=1e-4)
-        product = operator.matvec(params)
-        kernel = product["layer1"]["kernel"]
-        assert kernel.sharding.is_equivalent_to(
-            params["layer1"]["kernel"].sharding, kernel.ndim
-        )
 
 
 def test_new_parameters_and_second_sweeps_compile_nothing():

@@ -140,7 +140,6 @@ MEASURES = {
 @pytest.mark.parametrize(
     ("layout", "kind", "streamed", "name"),
     [
-        ("fsdp", "hessian", False, "trace"),
         ("fsdp", "hessian", False, "probe"),
         ("tensor", "gauss_newton", True, "probe"),
         ("fsdp", "gradient_covariance", True, "trace"),
