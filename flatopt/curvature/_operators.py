@@ -89,7 +89,7 @@ def finite_difference_hessian(
     float32 or wider, where the loss takes them so, and products of matrices have the
     highest precision.
 
-    :meth:`Operator.product_error` estimates the error of a product: some 1e-4 of it in
+    :meth:`Operator.product_error` estimates the error of a product, some 1e-4 of it in
     float32, 0.1 where a network computes in bfloat16. Bounds of eigenpairs contain it;
     standard errors of :func:`trace` and :func:`probe` do not.
 
