@@ -1,6 +1,8 @@
 """Cross-entropy over many words: dense truths, and no array beyond the logits."""
 
+import json
 import math
+import pathlib
 import re
 
 import jax
@@ -245,6 +247,26 @@ def test_the_matrix_of_all_words_would_be_seen():
     dense = jax.hessian(lambda logits: _mean_loss(logits[None], jnp.zeros(1, int)))
     jaxpr = jax.make_jaxpr(dense)(jax.ShapeDtypeStruct((WORDS,), jnp.float32))
     assert max(_sizes(str(jaxpr))) == WORDS**2
+
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results" / "language.json"
+
+
+def test_a_product_of_a_transformer_takes_little_beyond_a_gradient():
+    """As compiled by ``make bench-language``: 12 layers, 50,000 words, 8 x 512 tokens."""
+    report = json.loads(RESULTS.read_text())
+    allowed = 1.5 * 4 * report["num_logits"]
+    for target in ("cpu", "v5e, 1 chip"):
+        part = report["targets"][target]
+        rows = {
+            name: row["temporary_bytes"]
+            for name, row in part["rows"].items()
+            if "error" not in row
+        }
+        names = [name for name in rows if "Gauss" in name or "Fisher" in name]
+        assert "Gauss-Newton product" in names
+        for name in names:
+            assert rows[name] <= rows["gradient"] + allowed, (target, name)
 
 
 def test_wrong_logits_and_labels():
