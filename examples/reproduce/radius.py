@@ -41,6 +41,8 @@ class Config(common.Config):
     text_dir: pathlib.Path | None = None
     """Folder of tinyshakespeare.txt. Without it the Transformer is left out; with --smoke,
     Python's standard library as text."""
+    methods: tuple[str, ...] = tuple(GRIDS)
+    """Methods."""
     data: tuple[str, ...] = ("digits", "breast cancer")
     """Data sets."""
     networks: tuple[str, ...] = tuple(radii.WIDTHS)
@@ -81,6 +83,8 @@ class Config(common.Config):
 
 
 SMOKE = {
+    "methods": ("LPF-SGD",),
+    "added": ("ResNet", "Transformer"),
     "data": ("breast cancer",),
     "networks": ("one layer of 32",),
     "seeds": 1,
@@ -199,7 +203,7 @@ def measure_together(training, method):
     return by_share(training, fixed | found | {"held": loops | runs | {"cap": caps}})
 
 
-def measured(piece, training, label, method):
+def runs_of(piece, training, label, method):
     """Runs of each share of wrong labels, those of the loop as ``"held"``."""
     if training.together:
         return piece(label, lambda: measure_together(training, method), size=2)
@@ -215,7 +219,7 @@ def costs(training):
             "gradients_a_step": training.cost(training.links[method]),
             "gradients_a_measurement": training.gradients_a_measurement(method),
         }
-        for method in GRIDS
+        for method in training.config.methods
     }
 
 
@@ -276,15 +280,15 @@ def compute(config, piece):
     todo = list(trainings(config))
     earlier, sources = left_out(config)
     tasks = {}
-    with common.shown(piece, total=2 * len(todo) * len(GRIDS)) as piece:
+    with common.shown(piece, total=2 * len(todo) * len(config.methods)) as piece:
         for network, data, make in todo:
             training = make()
             sources |= {data: getattr(training, "sha256", "scikit-learn")}
             labels = np.asarray(training.splits[0][1]).ravel()
             guess = np.bincount(labels).max() / len(labels)
-            for method in GRIDS:
+            for method in config.methods:
                 label = f"{network}, {data}, {method}"
-                for share, runs in measured(piece, training, label, method).items():
+                for share, runs in runs_of(piece, training, label, method).items():
                     task = tasks.setdefault(
                         f"{network}, {data}, {share} wrong",
                         {"network": network, "data": data, "guess": guess},
@@ -295,7 +299,7 @@ def compute(config, piece):
     dense = [task for task in tasks.values() if task["network"] in radii.WIDTHS]
     others = [task for task in tasks.values() if task["network"] not in radii.WIDTHS]
     return {"tasks": tasks, "sources": sources, "cost": cost} | {
-        method: strategies.summarize(method, dense, others) for method in GRIDS
+        method: strategies.summarize(method, dense, others) for method in config.methods
     }
 
 
@@ -328,7 +332,8 @@ PARTS = {
 def draw(report):
     results = report["results"]
     figure, axes = plt.subplots(1, 4, figsize=(17, 5), layout="constrained")
-    for axis, method in zip(axes, GRIDS, strict=False):
+    measured = [method for method in GRIDS if method in results]
+    for axis, method in zip(axes, measured, strict=False):
         found = results[method]["regret"]["accuracy"]
         names = [name for name in SHOWN if name in found]
         for index, (label, (part, tasks)) in enumerate(PARTS.items()):
@@ -340,11 +345,11 @@ def draw(report):
             errors = np.array([100 * x["error"] for x in own])
             rows = np.arange(len(names)) + 0.2 * index
             axis.errorbar(means, rows, xerr=errors, fmt="o", label=label)
-        figures.set_rows(axis, names if method == "NSO" else [""] * len(names))
+        figures.set_rows(axis, names if axis is axes[0] else [""] * len(names))
         axis.axvline(0, color="black", linestyle=":")
         axis.set(title=method, xlabel="points lost against the whole grid")
     axes[0].legend(loc="lower right", fontsize=8)
-    for method in GRIDS:
+    for method in measured:
         bins = [x for x in results[method]["cliff"]["bins"] if x["runs"]]
         shares = [100 * x["collapsed"] / x["runs"] for x in bins]
         ticks = [EDGES.index(x["from"]) for x in bins]
@@ -360,7 +365,8 @@ def draw(report):
 
 def lines(report):
     yield f"flatopt {flatopt.__version__}: points (or nats) lost against the whole grid"
-    for method, part, goal in itertools.product(GRIDS, ("regret", "added"), GOALS):
+    measured = [method for method in GRIDS if method in report["results"]]
+    for method, part, goal in itertools.product(measured, ("regret", "added"), GOALS):
         scale = 1 if goal == "loss" else 100
         for name, found in report["results"][method][part].get(goal, {}).items():
             cells = (
@@ -370,7 +376,7 @@ def lines(report):
             )
             row = f"{method}, {part}, {goal}, {name:34}"
             yield "   ".join([row, *cells, f"{scale * found['worst']:.1f}"])
-    for method in GRIDS:
+    for method in measured:
         yield f"{method}: {report['results'][method]['cliff']}"
         yield f"{method}: {report['results'][method]['loop']}"
 
