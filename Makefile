@@ -175,10 +175,12 @@ bench-gpu:
 		$$python -m pip install --quiet --disable-pip-version-check -e '.[gpu]'; }; \
 	set -x; $$python -m benchmarks.gpu $(if $(DATA),--data-dir $(DATA)) $(GPU_ARGS)
 
-REPRODUCE := $(filter-out %/cifar10 %_cifar %_text,$(basename $(wildcard examples/reproduce/*.py)))
+REPRODUCE := $(filter-out %/cifar10 %_cifar %_text %/radius,$(basename $(wildcard examples/reproduce/*.py)))
 
 reproduce: $(VENV)/.examples
 	set -e; for name in $(REPRODUCE); do $(BIN)/python $$name.py; done
+	$(BIN)/python examples/reproduce/radius.py $(if $(CIFAR10),--data-dir $(CIFAR10)) \
+		$(if $(SHAKESPEARE),--text-dir $(SHAKESPEARE))
 ifdef CIFAR10
 	set -e; for name in cifar10 rounding_cifar forgetting_cifar; do \
 		$(BIN)/python examples/reproduce/$$name.py --data-dir $(CIFAR10); done

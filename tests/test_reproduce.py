@@ -1,5 +1,6 @@
 """The evidence: commands run, figures come from JSON, pages quote what was measured."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -625,7 +626,7 @@ def test_every_method_of_the_transformer_has_as_many_settings(monkeypatch):
 
 def test_a_strategy_keeps_the_best_on_validation_and_ties_share(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
-    import radius as study
+    from common import strategies as study
 
     grid, rule = study.places_of("SAM")
     assert grid == list(range(2, 11))
@@ -665,7 +666,7 @@ def test_a_strategy_keeps_the_best_on_validation_and_ties_share(monkeypatch):
 
 def test_a_constant_is_chosen_on_other_tasks_alone(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
-    import radius as study
+    from common import strategies as study
 
     def task(network, best):
         values = np.zeros((1, 15))
@@ -711,6 +712,192 @@ def test_the_network_of_the_demo_is_the_same_function(monkeypatch):
     np.testing.assert_allclose(
         radii.demo_cnn(params, images), expected, rtol=2e-4, atol=1e-4
     )
+
+
+def test_the_loop_takes_its_place_behind_the_radii(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import strategies as study
+
+    def runs(*values):
+        return {goal: np.array([values]) for goal in study.GOALS}
+
+    none, radius = [0.5], [0.6] * 14  # all radii alike
+    loop = {"validation": runs(0.7, 0.2, 0.65), "test": runs(0.65, 0.1, 0.8)}
+    loop |= {"last": [[0.1] * 3], "largest": [[0.2] * 3], "share": [[0.1] * 3]}
+    plain = runs(*none, *radius)
+    task = {"network": "a", "data": "digits", "guess": 0.1, "wrong": 0.0}
+    task["SAM"] = {"validation": plain, "test": plain, "held": loop, "start": [0.1]}
+    task["SAM"] |= {"rise": np.zeros((1, 15)), "guess": [2.3]}
+    found = study.regrets("SAM", "accuracy", task, [task])
+    expected = {
+        "loop at 0.05": 0.6 - 0.65,
+        "loop at 0.1": 0.6 - 0.1,
+        "loop at 0.2": 0.6 - 0.8,
+        "loop at 0.1, or none": 0.6 - 0.5,
+        "loop at 0.05 and 0.2, or none": 0.6 - 0.65,
+        "loop at all three, or none": 0.6 - 0.65,
+        "whole grid": 0,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-12, err_msg=name)
+    # 0.2 has a quarter of what none has above a guess; 0.1 has none of it.
+    assert study.collapsed(task, "SAM", [[0.21, 0.2 - 1e-9, 0.1]]).tolist() == [
+        [False, True, True]
+    ]
+    failed = study.failures(task, "SAM")
+    assert failed["collapsed"].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(failed["largest"], 2.0)
+    summary = study.summarize("SAM", [task, task], [task])
+    gain = summary["loop"]["gains"]["bracket of two less loop at 0.05 and 0.2, or none"]
+    np.testing.assert_allclose(gain["dense"]["accuracy"]["mean"], 0.05)
+    assert summary["added"]["accuracy"]["loop at 0.2"]["worst"] == pytest.approx(-0.2)
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_the_loop_follows_the_share_of_what_was_learned(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import held
+
+    share = held.share_undone
+    np.testing.assert_allclose(share(1.0, 1.2, 3.0), 0.1)
+    for here, there in ((3.0, 3.2), (4.0, 3.5), (1.0, np.nan), (np.nan, 1.0)):
+        assert share(jnp.float32(here), jnp.float32(there), 3.0) == np.inf
+    np.testing.assert_allclose(
+        held.follow(0.0, 0.2, 0.1, 9.0), 0.5 * np.log(0.5) / 2, rtol=1e-6
+    )
+    limits = [held.follow(0.0, x, 0.1, 9.0) for x in (np.inf, 0.0, -1.0)]
+    np.testing.assert_allclose(limits, [-0.35, 0.35, 0.35], rtol=1e-6)
+    assert held.follow(0.0, 0.0, 0.1, 0.2) == np.float32(0.2)  # the largest radius
+
+    class Task(held.Held):
+        kernels = {"SAM": None, "noise": lambda key, params: jnp.ones(2)}
+        num_classes = np.exp(4.0)
+
+        def loss_fn(self, params, batch):
+            return 1 + batch * jnp.sum(params**2)
+
+    params, radius = jnp.array([0.3, 0.4]), 0.1
+    key, task = jax.random.key(0), Task()
+    found = task.share("SAM", params, 2.0, radius, key)  # from a norm of 0.5 to 0.6
+    np.testing.assert_allclose(found, (1.72 - 1.5) / (4 - 1.5), rtol=1e-5)
+    found = task.share("noise", params, 2.0, radius, key)
+    np.testing.assert_allclose(found, (1.82 - 1.5) / (4 - 1.5), rtol=1e-5)
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_radii_beside_the_loop_are_those_of_a_run_without_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import radius as study
+    from common import held, radii
+
+    settings = {"steps": 21, "seeds": 1, "tumours": 16, "batch_size": 8}
+    config = study.Config(shares=(0.4,), **settings)
+    training = radii.Training(config, "one layer of 32", "breast cancer")
+    rows = np.array([[0.0, 0.2]])
+    alone = training.at_radii("SAM", rows, [(1, 0.4)])
+    beside = training.hold("SAM", [(1, 0.4)], [0.1], [0.15], rows)
+    count = len(held.TARGETS)
+    np.testing.assert_allclose(
+        beside["validation"]["loss"][:, count:], alone["validation"]["loss"], rtol=1e-4
+    )
+    np.testing.assert_allclose(beside["last"][:, count:], rows, rtol=1e-6)
+    steps = np.log(beside["largest"][0, :count] / 0.1)
+    assert (np.abs(steps) < 2 * 0.35 + 1e-6).all()  # it moves twice
+    assert (beside["largest"][0, :count] <= 0.15 + 1e-7).all()
+    assert len(set(beside["validation"]["loss"].ravel().tolist())) > 2
+
+
+def test_the_largest_radius_is_where_the_first_loss_rises_by_half(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import radius as study
+
+    radii = np.array([0.0, 0.4, 0.1, 0.2])
+    found = study.cap_of(radii, 50 * radii**2, 2.0)  # 50 r^2 = 1
+    np.testing.assert_allclose(found, 0.02**0.5, rtol=2e-3)
+    assert study.cap_of(radii, radii**2, 2.0) == pytest.approx(0.4)
+
+
+def test_what_has_no_data_is_left_out_and_its_rows_stay(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    import common
+    import radius as study
+
+    config = study.Config(output=tmp_path, data_dir=tmp_path)
+    rows = {
+        name: {"network": name, "data": f"data of {name}"}
+        for name in ("ResNet", "Transformer", "one layer of 32")
+    }
+    sources = {row["data"]: name for name, row in rows.items()}
+    report = {"settings": common.settings(config)}
+    report["results"] = {"tasks": rows, "sources": sources}
+    path = tmp_path / "radius.json"
+    assert study.left_out(config) == ({}, {})  # nothing was measured before
+    path.write_text(json.dumps(report))
+    tasks, sources = study.left_out(config)
+    assert [*tasks] == ["Transformer"]
+    assert sources == {"data of Transformer": "Transformer"}
+    assert "Transformer left out: give --data-dir" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds Transformer with other settings"):
+        study.left_out(dataclasses.replace(config, seeds=5))
+    capsys.readouterr()
+    whole = dataclasses.replace(config, text_dir=tmp_path)
+    assert study.left_out(whole) == ({}, {})
+    assert not capsys.readouterr().out
+    names = [network for network, _, _ in study.trainings(config)]
+    assert names.count("ResNet") == 1
+    assert "Transformer" not in names
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_the_residual_network_of_photographs_is_that_of_other_convolutions(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import added
+
+    rng = np.random.default_rng(0)
+    params = {
+        name: {"kernel": rng.normal(size=s) / 5, "bias": rng.normal(size=s[-1])}
+        for name, s in added.RESIDUAL.items()
+    }
+    images = rng.normal(size=(2, 16, 16, 3))
+    params, images = jax.tree.map(jnp.float32, (params, images))
+
+    def layer(name, x, stride):
+        kernel = params[name]["kernel"]
+        pad = ((len(kernel) // 2,) * 2,) * 2
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        mean, std = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
+        return (x - mean) / std + params[name]["bias"]
+
+    x = jax.nn.relu(layer("stem", images, 2))
+    for name in ("first", "second"):
+        inner = layer(f"{name} 2", jax.nn.relu(layer(f"{name} 1", x, 2)), 1)
+        x = jax.nn.relu(inner + layer(f"{name} shortcut", x, 2))
+    expected = x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(
+        added.residual(params, images), expected, rtol=1e-3, atol=1e-3
+    )
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_text_is_split_apart_and_targets_follow_inputs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "reproduce")
+    from common import added
+
+    parts = {name: jnp.arange(i, i + 90) for i, name in enumerate(("train", "test"))}
+    parts["validation"] = parts["test"]
+    found = added.split_text(parts, 8, 3, 20, 0.4)
+    inputs, targets = found["train"]
+    assert inputs.shape == targets.shape == (20, 8)
+    np.testing.assert_array_equal(targets, inputs + 1)
+    other = added.split_text(parts, 8, 4, 20, 0.0)
+    assert (other["train"][0] != inputs).any()
+    np.testing.assert_array_equal(other["test"][0], found["test"][0])
 
 
 # Pages

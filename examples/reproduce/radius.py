@@ -1,95 +1,104 @@
-"""Which radius without a grid: what rules, brackets and constants lose against a search.
+"""Which radius without a grid: what rules, brackets, constants and a loop lose to a search.
 
 Four dense networks learn digits and breast cancer, with clean and with wrong labels: 16
-tasks; the small CNN of examples/digits.py can be added. NSO, SAM and LPF-SGD train each at
-no radius, at a grid by factors of two, at the papers' default, and at the radii that
-`flatopt.radius` suggests from the first batch. Every strategy keeps, among the radii that it
+tasks. A small CNN, a residual network on photographs and a Transformer on characters are
+tasks of another kind; the last two need a folder of CIFAR-10 and of Shakespeare's plays.
+NSO, SAM and LPF-SGD train each at no radius, at a grid by factors of two, at the papers'
+default, at the radii that `flatopt.radius` suggests from the first batch, and in a loop that
+holds what the noise undoes of what was learned. Every strategy keeps, among the runs that it
 may try, the one that is best on validation data; what counts is what it then loses on test
 data against the whole grid: in accuracy, loss, and accuracy at 3 bits. Constants are chosen
-on the other tasks. The same runs show where training collapses.
+on other tasks, of dense networks alone. The same runs show where training collapses.
 """
 
 import dataclasses
 import itertools
+import json
+import pathlib
+import sys
 
 import common
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from common import figures, radii, statistics
-from common.links import METHODS
+from common import added, figures, held, radii, strategies
 from common.radii import GOALS
+from common.strategies import DEFAULTS, EDGES, FACTORS, GRIDS
 
 import flatopt
+
+sys.path.append(str(common.ROOT / "examples"))
+import cifar10_data
 
 
 @dataclasses.dataclass
 class Config(common.Config):
     """Settings of the comparison."""
 
+    data_dir: pathlib.Path | None = None
+    """Folder of CIFAR-10: binary files, Python pickles or parquet files. Without it the
+    residual network is left out; with --smoke, scikit-learn's digits enlarged."""
+    text_dir: pathlib.Path | None = None
+    """Folder of tinyshakespeare.txt. Without it the Transformer is left out; with --smoke,
+    Python's standard library as text."""
+    methods: tuple[str, ...] = tuple(GRIDS)
+    """Methods."""
     data: tuple[str, ...] = ("digits", "breast cancer")
     """Data sets."""
     networks: tuple[str, ...] = tuple(radii.WIDTHS)
-    """Networks; "CNN", that of examples/digits.py, learns digits alone."""
+    """Dense networks."""
+    added: tuple[str, ...] = ("small CNN", "ResNet", "Transformer")
+    """Networks of another kind: on digits, photographs and text. "CNN", that of
+    examples/digits.py, can be added."""
     shares: tuple[float, ...] = (0.0, 0.4)
-    """Shares of training labels replaced by random ones."""
+    """Shares of training labels replaced by random ones; none of the text."""
     seeds: int = 3
     """Runs of each radius: examples, start, batches and noise change."""
+    added_seeds: int = 2
+    """The same, of networks of another kind."""
     steps: int = 400
     """Steps of each run, by every method."""
+    added_steps: int = 100
+    """The same, of networks of another kind."""
     batch_size: int = 32
     """Examples of a batch."""
     train_images: int = 256
     """Number of training images of digits."""
     tumours: int = 128
     """Number of training examples of breast cancer."""
+    photographs: int = 512
+    """Number of training photographs."""
+    pieces: int = 2048
+    """Number of pieces of text to train on."""
+    length: int = 16
+    """Characters of a piece."""
+    width: int = 16
+    """Width of the Transformer."""
     learning_rate: float = 0.05
     """At the start; it falls to zero along a cosine, with momentum 0.9."""
+    text_rate: float = 0.01
+    """The same, of the Transformer, by AdamW."""
     weight_decay: float = 1e-3
     """Decay of the weights."""
 
 
 SMOKE = {
+    "methods": ("LPF-SGD",),
+    "added": ("ResNet", "Transformer"),
     "data": ("breast cancer",),
     "networks": ("one layer of 32",),
     "seeds": 1,
+    "added_seeds": 1,
     "steps": 2,
+    "added_steps": 2,
     "batch_size": 8,
     "train_images": 16,
     "tumours": 16,
+    "photographs": 16,
+    "pieces": 16,
+    "length": 8,
+    "width": 8,
 }
-
-
-# Radii and strategies, fixed before the runs
-
-GRIDS = {
-    "NSO": 0.005 * 2.0 ** np.arange(8),
-    "SAM": 0.0125 * 2.0 ** np.arange(9),
-    "LPF-SGD": 0.005 * 2.0 ** np.arange(8),
-}
-DEFAULTS = {"NSO": 0.01, "SAM": 0.05, "LPF-SGD": 5e-4}  # the papers'
-# Of the start value: what the recipe may try, from below to beyond.
-FACTORS = {
-    "NSO": (1 / 3, 1, 3, 9),
-    "SAM": (1 / 3, 1, 3, 9),
-    "LPF-SGD": (1 / 6, 1 / 2, 1, 2, 6),
-}
-BRACKETS = {
-    "NSO": {"bracket of two": (1, 3), "bracket of three": (1 / 3, 1, 3)},
-    "SAM": {"bracket of two": (1, 3), "bracket of three": (1 / 3, 1, 3)},
-    "LPF-SGD": {"bracket of two": (1 / 2, 1), "bracket of three": (1 / 2, 1, 2)},
-}
-RECIPES = {"NSO": (1, 3), "SAM": (1, 3), "LPF-SGD": (1 / 2, 1, 2)}
-CLIFFS = {"NSO": 0.5, "SAM": 2.0, "LPF-SGD": 0.5}  # of what a guess loses
-EDGES = (0, 0.03, 0.1, 0.25, 0.5, 1, 2, 4, 8, np.inf)
-WORST = 10.0  # nats
-NONE, DEFAULT, GRID = 0, 1, 2  # places among the radii of a run
-
-
-def places_of(method):
-    """Where the grid and each factor of the start value stand among a run's radii."""
-    grid = list(range(GRID, GRID + len(GRIDS[method])))
-    rule = {factor: grid[-1] + 1 + i for i, factor in enumerate(FACTORS[method])}
-    return grid, rule
 
 
 def start_of(method, found):
@@ -104,26 +113,32 @@ def start_of(method, found):
 def rises_at(found, wanted):
     """The rise at other radii, along powers between those of the table."""
     rise = np.nan_to_num(np.asarray(found.rise.value, float), nan=np.inf)
-    logs = np.log(np.clip(rise, 1e-9, 1e9))
-    return np.exp(np.interp(np.log(wanted), np.log(found.radii), logs))
+    return interpolated(found.radii, rise, wanted)
 
 
-def measure(config, training, method):
-    """All radii, seeds and shares of wrong labels of one network and method."""
-    problems = list(itertools.product(range(1, 1 + config.seeds), config.shares))
-    rows, rises, starts, guesses = [], [], [], []
-    for problem in problems:
-        found = training.effects(method, *problem)
-        start = start_of(method, found)
-        rule = start * np.array(FACTORS[method])
-        row = np.concatenate([[0.0, DEFAULTS[method]], GRIDS[method], rule])
-        guess = max(float(found.loss), np.log(training.num_classes))
-        rows.append(row)
-        starts.append(start)
-        guesses.append(guess)
-        rises.append(np.concatenate([[0.0], rises_at(found, row[1:])]))
-    found = training.at_radii(METHODS[method], np.array(rows), problems)
-    found |= {"radii": rows, "start": starts, "rise": rises, "guess": guesses}
+def interpolated(radii, rises, wanted):
+    logs = np.log(np.clip(rises, 1e-9, 1e9))
+    return np.exp(np.interp(np.log(wanted), np.log(radii), logs))
+
+
+def cap_of(radii, rises, guess):
+    """Where the loss first rises by half of what a guess loses; else the largest radius."""
+    order = np.argsort(radii)
+    radii, rises = np.array(radii)[order], np.array(rises)[order]
+    wanted = np.geomspace(radii[radii > 0][0], radii[-1], 1000)
+    found = interpolated(radii[radii > 0], rises[radii > 0], wanted)
+    above = found >= held.ROOM * guess
+    return wanted[np.argmax(above) if above.any() else -1]
+
+
+def problems_of(training):
+    config = training.config
+    return list(itertools.product(range(1, 1 + config.seeds), config.shares))
+
+
+def by_share(training, found):
+    """Results of all problems apart for each share of wrong labels, seeds first."""
+    config = training.config
     shape = config.seeds, len(config.shares)
 
     def of_share(tree, index):
@@ -134,179 +149,157 @@ def measure(config, training, method):
     return {str(share): of_share(found, i) for i, share in enumerate(config.shares)}
 
 
-def compute(config, piece):
-    pairs = [
-        pair
-        for pair in itertools.product(config.networks, config.data)
-        if pair[0] != "CNN" or pair[1] == "digits"
+def first_look(training, method):
+    """What is known before training: radii, start values, rises, the loss of a guess."""
+    rows, rises, starts, guesses = [], [], [], []
+    for problem in problems_of(training):
+        found = training.effects(method, *problem)
+        start = start_of(method, found)
+        rule = start * np.array(FACTORS[method])
+        row = np.concatenate([[0.0, DEFAULTS[method]], GRIDS[method], rule])
+        guess = max(float(found.loss), np.log(training.num_classes))
+        rows.append(row)
+        starts.append(start)
+        guesses.append(guess)
+        rises.append(np.concatenate([[0.0], rises_at(found, row[1:])]))
+    return {"radii": rows, "start": starts, "rise": rises, "guess": guesses}
+
+
+def measure(training, method):
+    """All radii, seeds and shares of wrong labels of one network and method."""
+    found = first_look(training, method)
+    rows = np.array(found["radii"])
+    return by_share(
+        training, training.at_radii(method, rows, problems_of(training)) | found
+    )
+
+
+def measure_loop(training, method, measured):
+    """The same problems in the loop, at each of its targets."""
+    problems, seen = problems_of(training), []
+    for seed, share in problems:
+        runs = measured[str(share)]
+        own = {name: runs[name][seed - 1] for name in ("radii", "rise", "guess")}
+        seen.append(
+            own | {"cap": cap_of(*own.values()), "start": runs["start"][seed - 1]}
+        )
+    starts, caps = ([own[name] for own in seen] for name in ("start", "cap"))
+    found = training.hold(method, problems, starts, caps)
+    return by_share(training, found | {"cap": caps})
+
+
+def measure_together(training, method):
+    """Both in one program, which compiles once."""
+    found = first_look(training, method)
+    caps = list(map(cap_of, found["radii"], found["rise"], found["guess"]))
+    problems, rows = problems_of(training), np.array(found["radii"])
+    runs = training.hold(method, problems, found["start"], caps, rows)
+    fixed = {name: runs.pop(name) for name in ("validation", "test")}
+    fixed, loops = (
+        jax.tree.map(lambda x, part=part: x[:, part], fixed)
+        for part in (np.s_[len(held.TARGETS) :], np.s_[: len(held.TARGETS)])
+    )
+    runs = {name: x[:, : len(held.TARGETS)] for name, x in runs.items()}
+    return by_share(training, fixed | found | {"held": loops | runs | {"cap": caps}})
+
+
+def runs_of(piece, training, label, method):
+    """Runs of each share of wrong labels, those of the loop as ``"held"``."""
+    if training.together:
+        return piece(label, lambda: measure_together(training, method), size=2)
+    found = piece(label, lambda: measure(training, method))
+    loops = piece(f"{label}, loop", lambda: measure_loop(training, method, found))
+    return {share: runs | {"held": loops[share]} for share, runs in found.items()}
+
+
+def costs(training):
+    """Gradients of a batch that a step takes, and a measurement of the loop."""
+    return {
+        method: {
+            "gradients_a_step": training.cost(training.links[method]),
+            "gradients_a_measurement": training.gradients_a_measurement(method),
+        }
+        for method in training.config.methods
+    }
+
+
+def trainings(config):
+    """Network, data and how to make the training, for all whose data are there."""
+    for network, data in itertools.product(config.networks, config.data):
+        yield network, data, lambda n=network, d=data: radii.Training(config, n, d)
+    own = added.of_added(config)
+    for network in config.added:
+        if network in radii.CNNS:
+            yield network, "digits", lambda n=network: added.Digits(own, n, "digits")
+    if "ResNet" in config.added and (config.data_dir or config.smoke):
+        yield (
+            "ResNet",
+            "photographs",
+            lambda: added.Photographs(config, cifar10_data.load),
+        )
+    if "Transformer" in config.added and (config.text_dir or config.smoke):
+        folder = config.text_dir
+        path = folder / "tinyshakespeare.txt" if folder else added.LIBRARY
+        yield "Transformer", "text", lambda: added.Text(config, path)
+
+
+def left_out(config):
+    """Tasks of an earlier report whose data are not there, and where those came from."""
+    missing = [
+        network
+        for network, folder in (
+            ("ResNet", config.data_dir),
+            ("Transformer", config.text_dir),
+        )
+        if network in config.added and not (folder or config.smoke)
     ]
+    if not missing:
+        return {}, {}
+    print(
+        f"{' and '.join(missing)} left out: give --data-dir, a folder of CIFAR-10, and "
+        "--text-dir, one of tinyshakespeare.txt."
+    )
+    path = config.output / "radius.json"
+    report = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    earlier = report["results"]
+    tasks = {
+        name: task
+        for name, task in earlier.get("tasks", {}).items()
+        if task["network"] in missing
+    }
+    if tasks and report["settings"] != common.settings(config):
+        raise SystemExit(
+            f"{path} holds {' and '.join(missing)} with other settings: give --output, "
+            "another folder."
+        )
+    places = {task["data"] for task in tasks.values()}
+    return tasks, {name: earlier["sources"][name] for name in places}
+
+
+def compute(config, piece):
+    todo = list(trainings(config))
+    earlier, sources = left_out(config)
     tasks = {}
-    with common.shown(piece, total=len(pairs) * len(GRIDS)) as piece:
-        for network, data in pairs:
-            training = radii.Training(config, network, data)
-            labels = np.asarray(training.splits[0][1])
+    with common.shown(piece, total=2 * len(todo) * len(config.methods)) as piece:
+        for network, data, make in todo:
+            training = make()
+            sources |= {data: getattr(training, "sha256", "scikit-learn")}
+            labels = np.asarray(training.splits[0][1]).ravel()
             guess = np.bincount(labels).max() / len(labels)
-            for method in GRIDS:
-                found = piece(
-                    f"{network}, {data}, {method}",
-                    lambda t=training, m=method: measure(config, t, m),
-                )
-                for share, runs in found.items():
+            for method in config.methods:
+                label = f"{network}, {data}, {method}"
+                for share, runs in runs_of(piece, training, label, method).items():
                     task = tasks.setdefault(
                         f"{network}, {data}, {share} wrong",
                         {"network": network, "data": data, "guess": guess},
                     )
                     task |= {"wrong": float(share), method: runs}
-    return {"tasks": tasks} | {
-        method: summarize(method, list(tasks.values())) for method in GRIDS
-    }
-
-
-# What strategies lose
-
-
-def scores(task, method, goal):
-    """Validation and test scores, (seeds, radii); a loss above 10 nats counts as 10."""
-    found = []
-    for split in ("validation", "test"):
-        values = np.array(task[method][split][goal], float)
-        if goal == "loss":
-            values = -np.minimum(np.nan_to_num(values, nan=WORST, posinf=WORST), WORST)
-        found.append(values)
-    return found
-
-
-def kept(validation, test, places):
-    """Test score of the radius that is best on validation data, a mean over ties."""
-    own = validation[:, places]
-    best = own == own.max(axis=1, keepdims=True)
-    return (test[:, places] * best).sum(axis=1) / best.sum(axis=1)
-
-
-def by_recipe(method, task, validation, test):
-    """None and the rule's radii; then one more beyond the end that won."""
-    _, rule = places_of(method)
-    factors = RECIPES[method]
-    low, high = rule[factors[0]], rule[factors[-1]]
-    few = [NONE, *(rule[factor] for factor in factors)]
-    found = []
-    for seed, own in enumerate(validation):
-        best = few[int(np.argmax(own[few]))]
-        tried = list(few)
-        if best in (NONE, low):
-            tried.append(min(rule.values()))
-        if best == high:
-            farthest = max(rule.values())
-            rise = task[method]["rise"][seed][farthest]
-            if rise < CLIFFS[method] * task[method]["guess"][seed]:
-                tried.append(farthest)
-        found.append(kept(validation[[seed]], test[[seed]], tried)[0])
-    return np.array(found)
-
-
-def constant(method, goal, others, sets):
-    """The set of places whose best validation score is highest, a mean of other tasks."""
-    tables = [scores(task, method, goal)[0] for task in others]
-    means = [
-        np.mean([table[:, s].max(axis=1).mean() for table in tables]) for s in sets
-    ]
-    return sets[int(np.argmax(means))]
-
-
-def regrets(method, goal, task, tasks):
-    """What each strategy loses against the whole grid on one task, a mean over seeds."""
-    validation, test = scores(task, method, goal)
-    grid, rule = places_of(method)
-    best = {"whole grid": [NONE, *grid], "none": [NONE], "paper's default": [DEFAULT]}
-    singles = [[place] for place in grid]
-    pairs = [[NONE, *pair] for pair in itertools.combinations(grid, 2)]
-    for left_out in ("task", "network", "data"):
-        others = [
-            other
-            for other in tasks
-            if other is not task
-            and (left_out == "task" or other[left_out] != task[left_out])
-        ]
-        name = {"data": "data set"}.get(left_out, left_out)
-        if others:
-            one = constant(method, goal, others, singles)
-            two = constant(method, goal, others, pairs)
-            best |= {
-                f"one constant, {name} left out": one,
-                f"two constants, {name} left out": two,
-            }
-    best["start value alone"] = [rule[1]]
-    for name, factors in BRACKETS[method].items():
-        best[name] = [NONE, *(rule[factor] for factor in factors)]
-    found = {name: kept(validation, test, places) for name, places in best.items()}
-    found["recipe"] = by_recipe(method, task, validation, test)
-    found["best on test data"] = test[:, [NONE, *grid]].mean(axis=0).max()
-    return {name: np.mean(found["whole grid"] - x) for name, x in found.items()}
-
-
-def summarize(method, tasks):
-    regret = {}
-    for goal in GOALS:
-        rows = [regrets(method, goal, task, tasks) for task in tasks]
-        regret[goal] = {
-            strategy: summary([row[strategy] for row in rows], tasks)
-            for strategy in rows[0]
-            if all(strategy in row for row in rows)
-        }
-    return {"regret": regret, "cliff": cliff(method, tasks)}
-
-
-def summary(values, tasks):
-    """Over all tasks, and apart for clean and wrong labels."""
-    values = np.array(values)
-    wrong = np.array([task["wrong"] > 0 for task in tasks])
-    found = {"all": values, "clean": values[~wrong], "wrong": values[wrong]}
-    found = {name: statistics.with_interval(x) for name, x in found.items()}
-    return found | {"worst": values.max(), "each": values}
-
-
-def cliff(method, tasks):
-    """Where training collapses, by the rise at the start over what a guess loses.
-
-    A run has collapsed where three quarters of the validation accuracy that it has without
-    perturbation, above that of the most frequent class, are lost.
-    """
-    rises, collapsed, changes = [], [], []
-    for task in tasks:
-        runs = task[method]
-        accuracy = np.array(runs["validation"]["accuracy"], float)
-        rise = np.array(runs["rise"]) / np.array(runs["guess"])[:, None]
-        limit = task["guess"] + (accuracy[:, NONE] - task["guess"]) / 4
-        rises.append(rise[:, 1:].ravel())
-        collapsed.append((accuracy < limit[:, None])[:, 1:].ravel())
-        test = np.array(runs["test"]["accuracy"], float)
-        changes.append((test - test[:, [NONE]])[:, 1:].ravel())
-    rises, collapsed, changes = map(np.concatenate, (rises, collapsed, changes))
-    bins = [
-        {"from": low, "runs": int(inside.sum()), "collapsed": int(own.sum())}
-        for low, high in itertools.pairwise(EDGES)
-        for inside in [(rises >= low) & (rises < high)]
-        for own in [collapsed[inside]]
-    ]
-
-    def wrong_calls(limit):
-        return int(((rises >= limit) != collapsed).sum())
-
-    limits = np.geomspace(0.03, 30, 61)
-    best = limits[int(np.argmin([wrong_calls(limit) for limit in limits]))]
-    nothing = rises < 1e-4
-    return {
-        "runs": len(rises),
-        "collapsed": int(collapsed.sum()),
-        "bins": bins,
-        "limit": CLIFFS[method],
-        "wrong_at_limit": wrong_calls(CLIFFS[method]),
-        "best_limit": best,
-        "wrong_at_best": wrong_calls(best),
-        "nothing": {
-            "runs": int(nothing.sum()),
-            "change": np.abs(changes[nothing]).mean() if nothing.any() else 0.0,
-        },
+            cost = piece("cost", lambda t=training: costs(t), size=0)
+    tasks |= earlier
+    dense = [task for task in tasks.values() if task["network"] in radii.WIDTHS]
+    others = [task for task in tasks.values() if task["network"] not in radii.WIDTHS]
+    return {"tasks": tasks, "sources": sources, "cost": cost} | {
+        method: strategies.summarize(method, dense, others) for method in config.methods
     }
 
 
@@ -324,27 +317,39 @@ SHOWN = (
     "bracket of two",
     "bracket of three",
     "recipe",
+    "loop at 0.1",
+    "loop at 0.05 and 0.2, or none",
     "whole grid",
 )
+NOTHING = {"mean": np.nan, "error": np.nan}
+PARTS = {
+    "dense networks, clean labels": ("regret", "clean"),
+    "dense networks, wrong labels": ("regret", "wrong"),
+    "networks of another kind": ("added", "all"),
+}
 
 
 def draw(report):
     results = report["results"]
     figure, axes = plt.subplots(1, 4, figsize=(17, 5), layout="constrained")
-    for axis, method in zip(axes, GRIDS, strict=False):
+    measured = [method for method in GRIDS if method in results]
+    for axis, method in zip(axes, measured, strict=False):
         found = results[method]["regret"]["accuracy"]
         names = [name for name in SHOWN if name in found]
-        for index, labels in enumerate(("clean", "wrong")):
-            own = [found[name][labels] for name in names]
+        for index, (label, (part, tasks)) in enumerate(PARTS.items()):
+            lost = results[method][part].get("accuracy")
+            if not lost:
+                continue
+            own = [lost.get(name, {}).get(tasks, NOTHING) for name in names]
             means = np.array([100 * x["mean"] for x in own])
             errors = np.array([100 * x["error"] for x in own])
             rows = np.arange(len(names)) + 0.2 * index
-            axis.errorbar(means, rows, xerr=errors, fmt="o", label=f"{labels} labels")
-        figures.set_rows(axis, names if method == "NSO" else [""] * len(names))
+            axis.errorbar(means, rows, xerr=errors, fmt="o", label=label)
+        figures.set_rows(axis, names if axis is axes[0] else [""] * len(names))
         axis.axvline(0, color="black", linestyle=":")
         axis.set(title=method, xlabel="points lost against the whole grid")
-    axes[0].legend(loc="lower right")
-    for method in GRIDS:
+    axes[0].legend(loc="lower right", fontsize=8)
+    for method in measured:
         bins = [x for x in results[method]["cliff"]["bins"] if x["runs"]]
         shares = [100 * x["collapsed"] / x["runs"] for x in bins]
         ticks = [EDGES.index(x["from"]) for x in bins]
@@ -360,17 +365,20 @@ def draw(report):
 
 def lines(report):
     yield f"flatopt {flatopt.__version__}: points (or nats) lost against the whole grid"
-    for method, goal in itertools.product(GRIDS, GOALS):
-        for name, found in report["results"][method]["regret"][goal].items():
-            scale = 1 if goal == "loss" else 100
+    measured = [method for method in GRIDS if method in report["results"]]
+    for method, part, goal in itertools.product(measured, ("regret", "added"), GOALS):
+        scale = 1 if goal == "loss" else 100
+        for name, found in report["results"][method][part].get(goal, {}).items():
             cells = (
                 f"{key} {scale * found[key]['mean']:.2f} ± {scale * found[key]['error']:.2f}"
                 for key in ("all", "clean", "wrong")
+                if key in found
             )
-            worst = scale * found["worst"]
-            yield "   ".join([f"{method}, {goal}, {name:34}", *cells, f"{worst:.1f}"])
-        if goal == GOALS[-1]:
-            yield f"{method}: {report['results'][method]['cliff']}"
+            row = f"{method}, {part}, {goal}, {name:34}"
+            yield "   ".join([row, *cells, f"{scale * found['worst']:.1f}"])
+    for method in measured:
+        yield f"{method}: {report['results'][method]['cliff']}"
+        yield f"{method}: {report['results'][method]['loop']}"
 
 
 if __name__ == "__main__":

@@ -11,10 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import kernels
-from flatopt._core import binding, blocks, checks, loops, random, trees, vectors
+from flatopt._core import (
+    binding,
+    blocks,
+    checks,
+    loops,
+    parts,
+    random,
+    trees,
+    vectors,
+)
 from flatopt._core.estimates import Estimate
-from flatopt._core.risk import Risk, along, check_hashable, check_model, loss_of
-from flatopt._core.types import KernelFn, LossFn, ModelFn, WeightFn
+from flatopt._core.risk import (
+    Risk,
+    along,
+    check_hashable,
+    check_loss,
+    check_model,
+    loss_of,
+)
+from flatopt._core.types import KernelFn, LossFn, Mask, ModelFn, WeightFn
 from flatopt.sharpness._radius_table import Radius
 
 METHODS = ("noise", "sam")
@@ -35,6 +51,8 @@ def radius(
     model_fn: ModelFn | None = None,
     num_samples: int = 8,
     weight_fn: WeightFn | None = None,
+    mask: Mask = None,
+    constants: Any = None,
     progress: Any = None,
 ) -> Radius:
     r"""Tell what each radius does to the loss, and which few to train with.
@@ -67,6 +85,11 @@ def radius(
         change of the predictions; data are then pairs ``(inputs, targets)``.
       num_samples: number of pairs of draws; SAM has one step.
       weight_fn: weight of a batch; default: its number of examples.
+      mask: the leaves that are moved: those that training will perturb. The others are
+        constant; gradients and lengths are those of the moved leaves. In the forms of
+        :func:`flatopt.curvature.hessian`.
+      constants: arrays that ``loss_fn`` and ``model_fn`` take last and that are not moved,
+        such as running statistics; networks that differ in them share compiled code.
       progress: True for a bar, a function ``progress(done, total, description)``, or False;
         None: a bar of passes over a re-iterable where they take long.
 
@@ -92,10 +115,13 @@ def radius(
     if method == "noise":
         kernel = ISOTROPIC if kernel is None else kernel
         checks.check_kernel(kernel)
-    _check_model(model_fn, data)
-    risk = Risk.of(loss_fn, params, data, weight_fn)
+    _check_model(model_fn, data, constants)
+    check_loss(loss_fn, data, constants)
+    part = parts.choose(params, mask, constants)
+    risk = Risk.of_part(part.wrap(loss_fn), part, data, weight_fn)
     # In float32 or wider: bfloat16 would round small moves away.
     risk = risk.at(blocks.widen(risk.params))
+    model_fn = None if model_fn is None else part.wrap(model_fn)
     effects = Effects(risk.loss_fn, model_fn, kernel)
     dtype = jnp.result_type(*jax.tree.leaves(risk.params))
     is_noise = method == "noise"
@@ -131,10 +157,10 @@ def _check_method(method, kernel):
         )
 
 
-def _check_model(model_fn, data):
+def _check_model(model_fn, data, constants):
     if model_fn is None:
         return
-    check_model(model_fn)
+    check_model(model_fn, constants)
     check_hashable(model_fn)
     if data is None:
         raise ValueError(
@@ -194,24 +220,28 @@ class Effects:
             found = jax.tree.map(lambda x: x[None], found)
         else:
             found = loops.map_rows(
-                lambda key: along_direction(self.draw(key, params)), keys
+                lambda key: along_direction(
+                    self.draw(key, params, parts.whole_of(batch))
+                ),
+                keys,
             )
         return here["loss"], (here["loss"], found)
 
-    def draw(self, key, params):
+    def draw(self, key, params, whole=None):
         """One draw of the noise."""
-        return blocks.widen(binding.bind(self.kernel, key, params)(key))
+        return blocks.widen(binding.bind(self.kernel, key, params, whole)(key))
 
     def logits(self, params, batch):
         """Predictions, None without a model."""
         if self.model_fn is None:
             return None
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        pair = parts.batch_of(batch)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(
                 "data must be pairs (inputs, targets) where model_fn is given, got a batch "
-                f"of type {type(batch).__name__}; wrap loss_fn to take such a pair."
+                f"of type {type(pair).__name__}; wrap loss_fn to take such a pair."
             )
-        return check_logits(self.model_fn(params, batch[0]))
+        return check_logits(self.model_fn(params, parts.replaced(batch, pair[0])))
 
     def at(self, params, batch, logits=None):
         """The loss and its gradient; with logits the change of the predictions, too."""
@@ -272,7 +302,7 @@ def compare(here, there, params, direction, step):
 def _in_one_go(risk, effects, keys, steps):
     """All effects on one batch, in one program."""
     loss, found = risk.mean(effects, keys, steps)
-    logits = jax.eval_shape(effects.logits, risk.params, risk.batch)
+    logits = jax.eval_shape(effects.logits, risk.params, risk.given(risk.batch))
     return loss, None if logits is None else logits.shape[-1], found
 
 
@@ -294,9 +324,10 @@ def _in_passes(risk, effects, keys, steps):
     loss, gradient = risk.value_and_gradient()
     here = {"loss": loss, "gradient": gradient}
     params, draw = risk.params, jax.jit(effects.draw)
+    whole = risk.whole
     climb = [vectors.normalize(gradient)[0]] if keys is None else None
     rows = []
-    for direction in climb or (draw(key, params) for key in keys):
+    for direction in climb or (draw(key, params, whole) for key in keys):
         row = [
             _compare(
                 here,
@@ -312,7 +343,8 @@ def _in_passes(risk, effects, keys, steps):
     if effects.model_fn is None:
         return loss, None, found
     batch = jax.tree.map(jnp.asarray, next(iter(risk.stream.batches)))
-    return loss, jax.eval_shape(effects.logits, params, batch).shape[-1], found
+    logits = jax.eval_shape(effects.logits, params, risk.given(batch))
+    return loss, logits.shape[-1], found
 
 
 _compare = jax.jit(compare)

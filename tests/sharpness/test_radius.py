@@ -220,6 +220,131 @@ def test_inside_of_jit_the_effects_are_traced():
     np.testing.assert_allclose(found.value, rises(params).value, rtol=1e-3)
 
 
+# A part of the parameters, and constants
+
+
+def test_a_mask_on_a_quadratic_is_the_closed_form_of_its_leaves():
+    params = {"a": jnp.asarray(THETA[:2], jnp.float32), "b": jnp.float32([5.0, 7.0])}
+
+    def loss_fn(params):
+        return quadratic(jnp.concatenate([params["a"], params["b"]]))
+
+    options = {"radii": RADII, "mask": "a"}
+    found = flatopt.radius(loss_fn, params, KEY, kernel=SIGNS, **options)
+    np.testing.assert_allclose(found.rise.value, RADII**2 / 2 * H[:2].sum(), rtol=2e-3)
+    norm = np.linalg.norm(THETA[:2])
+    share = RADII * np.sqrt(2) / norm
+    np.testing.assert_allclose(found.noise_over_weight.value, share, rtol=1e-5)
+    climb = flatopt.radius(loss_fn, params, KEY, method="sam", **options)
+    gradient = H[:2] * THETA[:2]
+    unit = gradient / np.linalg.norm(gradient)
+    rise = RADII * np.linalg.norm(gradient) + RADII**2 / 2 * (H[:2] * unit**2).sum()
+    np.testing.assert_allclose(climb.rise.value, rise, rtol=1e-4)
+    cosines = [_cosine(gradient, H[:2] * (THETA[:2] + r * unit)) for r in RADII]
+    np.testing.assert_allclose(climb.cosine.value, cosines, rtol=1e-5)
+
+
+FROZEN = {"kernel": jnp.asarray(RNG.normal(size=(4, 4)), jnp.float32)}
+SHIFT = {"mean": jnp.float32([[0.5, -1.0, 0.0, 2.0]])}
+
+
+def two_layers(params, inputs, constants):
+    hidden = jnp.tanh((inputs - constants["mean"]) @ params["body"]["kernel"])
+    return model_fn(params["head"], hidden)
+
+
+def two_layer_loss(params, batch, constants):
+    inputs, labels = batch
+    log_p = jax.nn.log_softmax(two_layers(params, inputs, constants))
+    return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], 1))
+
+
+def frozen_model(params, inputs):
+    return two_layers(params | {"body": FROZEN}, inputs, SHIFT)
+
+
+def frozen_loss(params, batch):
+    return two_layer_loss(params | {"body": FROZEN}, batch, SHIFT)
+
+
+ONLY_HEAD = {"body": False, "head": True}
+
+
+@pytest.mark.parametrize("data", [DATA, SPLIT], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        ("head", {}),
+        (ONLY_HEAD, {"kernel": kernels.filterwise()}),
+        (lambda params: ONLY_HEAD, {"method": "sam"}),
+    ],
+    ids=["isotropic", "filterwise", "sam"],
+)
+def test_a_mask_gives_what_leaves_frozen_by_hand_give(mask, options, data):
+    options = {"radii": [0.1, 1.0], "num_samples": 2, "data": data} | options
+    found = flatopt.radius(
+        two_layer_loss,
+        {"body": FROZEN, "head": PARAMS},
+        KEY,
+        model_fn=two_layers,
+        mask=mask,
+        constants=SHIFT,
+        **options,
+    )
+    by_hand = flatopt.radius(
+        frozen_loss, {"head": PARAMS}, KEY, model_fn=frozen_model, **options
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        _all_of(found),
+        _all_of(by_hand),
+    )
+    assert found.num_classes == 3
+    assert found.loss == pytest.approx(by_hand.loss, rel=1e-6)
+
+
+def test_other_constants_and_frozen_leaves_compile_nothing():
+    calls = []
+
+    def loss_fn(params, batch, constants):
+        calls.append(None)
+        return two_layer_loss(params, batch, constants)
+
+    def rises(body, constants):
+        params = {"body": body, "head": PARAMS}
+        options = {"mask": "head", "constants": constants, "num_samples": 1}
+        found = flatopt.radius(loss_fn, params, KEY, radii=[1.0], data=DATA, **options)
+        return np.asarray(found.rise.value)
+
+    first, count = rises(FROZEN, SHIFT), len(calls)
+    other = rises(FROZEN, {"mean": SHIFT["mean"] + 1})
+    third = rises({"kernel": 2 * FROZEN["kernel"]}, SHIFT)
+    assert len(calls) == count
+    assert abs(other - first) > 1e-4
+    assert abs(third - first) > 1e-4
+
+
+def test_constants_alone_are_given_last():
+    params = {"body": FROZEN, "head": PARAMS}
+
+    def closed_model(params, inputs):
+        return two_layers(params, inputs, SHIFT)
+
+    def closed_loss(params, batch):
+        return two_layer_loss(params, batch, SHIFT)
+
+    options = {"radii": [0.5], "data": DATA, "num_samples": 1}
+    found = flatopt.radius(
+        two_layer_loss, params, KEY, model_fn=two_layers, constants=SHIFT, **options
+    )
+    closed = flatopt.radius(closed_loss, params, KEY, model_fn=closed_model, **options)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        {name: getattr(found, name) for name in FIELDS},
+        {name: getattr(closed, name) for name in FIELDS},
+    )
+
+
 def _made(rises, kl=None, recipe="nso", loss=2.0, radii=(0.01, 0.1, 1.0)):
     def estimate(x):
         return None if x is None else Estimate(np.array(x), np.zeros(len(x)), 4)
@@ -311,6 +436,18 @@ def test_wrong_models_are_one_sentence(model, words):
         flatopt.radius(cross_entropy, PARAMS, KEY, data=DATA, model_fn=model)
 
 
+def test_constants_that_a_function_does_not_take_are_one_sentence():
+    options = {"data": DATA, "constants": SHIFT}
+    with pytest.raises(TypeError, match=r"loss_fn must take 3 arguments"):
+        flatopt.radius(cross_entropy, PARAMS, KEY, **options)
+    params = {"body": FROZEN, "head": PARAMS}
+    with pytest.raises(TypeError, match=r"model_fn must take 3 arguments"):
+        flatopt.radius(two_layer_loss, params, KEY, model_fn=model_fn, **options)
+    options["constants"] = {"mean": "none"}
+    with pytest.raises(TypeError, match="constants must be arrays, got 'none'"):
+        flatopt.radius(two_layer_loss, params, KEY, **options)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -325,6 +462,8 @@ def test_wrong_models_are_one_sentence(model, words):
             r"two or more classes on the last axis, got \(16, 1\)",
         ),
         ({"radii": [0.2, 0.1]}, "radii must be positive and increase"),
+        ({"mask": {"w": False}}, "mask must be True for at least one leaf"),
+        ({"mask": "b"}, "mask"),
     ],
 )
 def test_wrong_use_is_one_sentence(change, words):

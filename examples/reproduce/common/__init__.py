@@ -27,12 +27,13 @@ networks and label noise), ``data`` and ``figures``. Networks and their training
 forgetting_cifar), ``text`` (edge), ``language`` (transformer, transformer_methods,
 rounding_text, forgetting_text), ``after`` and ``links`` (rounding, forgetting, merging),
 ``goals`` (rounding, rounding_cifar), ``frontiers`` (forgetting, forgetting_cifar,
-forgetting_text), ``again`` (forgetting), ``merge`` (merging), ``radii`` (radius).
+forgetting_text), ``again`` (forgetting), ``merge`` (merging), ``radii``,
+``held``, ``added`` and ``strategies`` (radius).
 """
 
 from .data import split_digits
 from .methods import Method, compare, grid, step
-from .runs import ROOT, Config, main, prepare, run, shown
+from .runs import ROOT, Config, main, prepare, run, settings, shown
 from .statistics import mean_and_error
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "mean_and_error",
     "prepare",
     "run",
+    "settings",
     "shown",
     "split_digits",
     "step",

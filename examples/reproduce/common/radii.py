@@ -8,11 +8,12 @@ import numpy as np
 from sklearn.datasets import load_breast_cancer
 
 import flatopt
-from flatopt import sharpness
+from flatopt import kernels, sharpness
 
 from . import after, networks, side_by_side
 from .data import drawn, parts_of, split_digits
-from .links import FILTERWISE
+from .held import Held
+from .links import FILTERWISE, METHODS
 
 GOALS = ("accuracy", "loss", "3 bits")
 
@@ -52,12 +53,13 @@ WIDTHS = {
 }
 SIZES = {"digits": (64, 10), "breast cancer": (30, 2)}  # of inputs and outputs
 CNN = {"0": (3, 3, 1, 16), "1": (3, 3, 16, 32), "2": (128, 64), "3": (64, 10)}
+CNNS = {"small CNN": networks.NETWORKS["CNN"], "CNN": (demo_cnn, CNN)}  # for digits
 
 
 def network_of(name, data):
     """The function of a network, and the shapes of its layers."""
-    if name == "CNN":
-        return demo_cnn, CNN
+    if name in CNNS:
+        return CNNS[name]
     inputs, outputs = SIZES[data]
     sizes = (inputs, *WIDTHS[name], outputs)
     shapes = {
@@ -83,24 +85,41 @@ def split_cancer(seed, num_train, label_noise=0.0):
 SPLITS = {"digits": split_digits, "breast cancer": split_cancer}
 
 
-class Training(after.Training):
-    """One network on one data set, at many radii, seeds and shares of wrong labels."""
+class Training(Held, after.Training):
+    """One network on one data set, at many radii, seeds and shares of wrong labels.
+
+    Attributes:
+      kernels: the noise of each method; None: SAM.
+      links: what comes before the optimizer.
+      filter_axes: the axes that index filters; None: those of the kernels.
+      together: whether runs of the loop and of fixed radii are one program. Those of dense
+        networks are two: their radii were run before there was a loop.
+    """
+
+    kernels = {"NSO": kernels.isotropic(), "SAM": None, "LPF-SGD": FILTERWISE}
+    links = {name: METHODS[name] for name in kernels}
+    filter_axes = None
+    together = False
 
     def __init__(self, config, network, data):
-        self.config, self.data = config, data
-        self.model_fn, shapes = network_of(network, data)
+        model_fn, shapes = network_of(network, data)
         self.initialize = jax.jit(functools.partial(networks.initialize, shapes))
+        num_train = config.train_images if data == "digits" else config.tumours
+        self.prepare(config, model_fn, SIZES[data][1], SPLITS[data], num_train)
+
+    def prepare(self, config, model_fn, num_classes, split, num_train):
+        """Keep what training needs; ``split(seed, num_train, label_noise)`` gives data."""
+        self.config, self.model_fn, self.num_classes = config, model_fn, num_classes
+        self.split, self.num_train = split, num_train
         self.problem = functools.cache(self._problem)
-        splits = SPLITS[data](0, 0)
-        self.num_classes = SIZES[data][1]
         self.splits = tuple(
-            jax.tree.map(jnp.asarray, splits[name]) for name in ("validation", "test")
+            jax.tree.map(jnp.asarray, split(0, 0, 0.0)[name])
+            for name in ("validation", "test")
         )
 
     def _problem(self, seed, label_noise):
-        config = self.config
-        num_train = config.train_images if self.data == "digits" else config.tumours
-        images, labels = SPLITS[self.data](seed, num_train, label_noise)["train"]
+        config, num_train = self.config, self.num_train
+        images, labels = self.split(seed, num_train, label_noise)["train"]
         passes = -(-config.steps * config.batch_size // num_train)
         rng = np.random.default_rng(seed)
         orders = rng.permuted(np.tile(np.arange(num_train), (passes, 1)), axis=1)
@@ -122,13 +141,14 @@ class Training(after.Training):
             problem["start"],
             side_by_side.noise_key(problem),
             method="sam" if method == "SAM" else "noise",
-            kernel=FILTERWISE if method == "LPF-SGD" else None,
+            kernel=self.kernels[method] if method == "LPF-SGD" else None,
             data=jax.tree.map(jnp.asarray, batch),
             model_fn=self.model_fn,
         )
 
-    def at_radii(self, link, radii, problems):
+    def at_radii(self, name, radii, problems):
         """Train at radii, (problems, radii), and measure on validation and test data."""
+        link = self.links[name]
         config = self.config
         rates = {
             "learning_rate": config.learning_rate,
@@ -148,7 +168,7 @@ class Training(after.Training):
     @functools.partial(jax.jit, static_argnums=0)
     @functools.partial(jax.vmap, in_axes=(None, 0))
     def measure(self, params):
-        rounded = sharpness.round_filters(params, 3)
+        rounded = sharpness.round_filters(params, 3, filter_axes=self.filter_axes)
         return {
             name: {
                 "accuracy": self.accuracy(params, batch),

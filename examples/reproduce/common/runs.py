@@ -122,7 +122,7 @@ def run(name: str, config: Config, compute: Callable, draw: Callable) -> dict:
 def settings(config: Config) -> dict[str, Any]:
     """The settings that decide the results; places of files do not."""
     found = dataclasses.asdict(config)
-    places = "output", "images", "redraw", "smoke", "data_dir"
+    places = "output", "images", "redraw", "smoke", "data_dir", "text_dir"
     return plain({name: value for name, value in found.items() if name not in places})
 
 
