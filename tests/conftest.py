@@ -56,6 +56,18 @@ with contextlib.suppress(ImportError, AttributeError):
 gc.set_threshold(50_000, 10, 10)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs go before a process has mapped what Linux allows, 65,530 pieces.
+
+    Each takes several; at the limit the compiler ends the process.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def standard_promotion():
     """For links of optax that mix dtypes themselves (adam, lookahead and others)."""

@@ -50,7 +50,7 @@ class FiniteDifferenceHessian(Kind):
             # One after the other: both gradients take the memory of one.
             sides = loops.map_rows(side, jnp.array([1.0, -1.0], step.dtype))
             difference = blocks.subtract(blocks.row(sides, 0), blocks.row(sides, 1))
-            return vectors.scale(unit / (2 * step), difference)
+            return vectors.scale(unit, vectors.scale(1 / (2 * step), difference))
 
         return risk.loss_of(self.loss_fn, params, batch), (), product
 
@@ -78,17 +78,33 @@ def _step(params, vector, eps):
     r"""The step at which errors of rounding and of the difference are about equal.
 
     The entries that make up the vector, by their weighted mean
-    :math:`\|v\|^2 / \|v\|_1`, move by a share of the size of a parameter: the root mean
-    square of all, and of those that the vector moves.
+    :math:`\|v\|^2 / \|v\|_1`, move by a share of the size of a parameter: the harmonic
+    mean of the leaves' root mean squares, weighted by what of the vector is in each. So
+    a leaf of large numbers sets no step for the others.
     """
-    unit = blocks.unit(params)
-    params = blocks.divide(blocks.widen(params), unit)
-    share = jax.tree.map(jnp.abs, vector)
-    total = vectors.dot(share, jax.tree.map(jnp.ones_like, share))
-    total = jnp.where(total == 0, 1.0, total)
-    squares = jax.tree.map(jnp.square, params)
-    size = vectors.dot(params, params) / blocks.size(params)
-    size = jnp.sqrt((size + vectors.dot(share, squares) / total) / 2)
-    size = jnp.where(size == 0, 1.0, size * unit.astype(size.dtype))
-    move = vectors.dot(vector, vector) / total
-    return SHARE * eps ** (1 / 3) * size / jnp.where(move == 0, 1.0, move)
+    leaves = jax.tree.leaves(blocks.widen(params))
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    moved = [jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(vector)]
+    moved = jnp.stack([x.astype(dtype) for x in moved])
+    sizes = jnp.stack([_root_mean_square(x).astype(dtype) for x in leaves])
+    counts = jnp.asarray([x.size for x in leaves], dtype)
+    size = _harmonic_mean(sizes, moved)
+    size = jnp.where(size == 0, _harmonic_mean(sizes, counts), size)
+    size = jnp.where(size == 0, 1.0, size)
+    square, total = vectors.dot(vector, vector), jnp.sum(moved)
+    move = jnp.where(total == 0, 1.0, square / jnp.where(total == 0, 1.0, total))
+    least = 1e5 * jnp.finfo(dtype).tiny  # what is less may be flushed to zero
+    return jnp.maximum(SHARE * eps ** (1 / 3) * size / move, least)
+
+
+def _root_mean_square(x):
+    largest = jnp.max(jnp.abs(x), initial=0.0)
+    unit = jnp.where(largest == 0, 1.0, largest)
+    return largest * jnp.sqrt(jnp.sum((x / unit) ** 2) / max(x.size, 1))
+
+
+def _harmonic_mean(sizes, weights):
+    """Of the sizes that are not zero; 0 where none has a weight."""
+    weights = jnp.where(sizes > 0, weights, 0.0)
+    inverses = jnp.sum(weights / jnp.where(sizes > 0, sizes, 1.0))
+    return jnp.where(inverses > 0, jnp.sum(weights) / inverses, 0.0)

@@ -38,7 +38,8 @@ class Eigenpairs(NamedTuple):
         the value. An allowance for the error of the products is added.
       is_complete: whether a run from a fresh random vector found nothing that was missing;
         False: ``max_matvecs`` was spent before, and copies of repeated eigenvalues, or
-        what has overtaken a start, may be missing.
+        what has overtaken a start, may be missing. Of :func:`block_lanczos`: whether the
+        blocks hold the whole space.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -105,7 +105,7 @@ class Operator:
         return product_errors(self, block, products(self, block))[0]
 
     def quadratic_form(self, vector: Params) -> jax.Array:
-        """The product of a vector with the matrix and itself, without a backward pass.
+        """The product of a vector with the matrix and itself.
 
         Example:
           >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The four curvature operators."""
+"""The curvature operators."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def finite_difference_hessian(
     highest precision.
 
     :meth:`Operator.product_error` estimates the error of a product, some 1e-4 of it in
-    float32, 0.1 where a network computes in bfloat16. Bounds of eigenpairs contain it;
+    float32, 0.1 to 0.2 where a network computes in bfloat16. Bounds of eigenpairs contain it;
     standard errors of :func:`trace` and :func:`probe` do not.
 
     Cost: 2 gradients a product, and on streamed data the loss. Memory: that of one

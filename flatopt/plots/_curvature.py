@@ -102,7 +102,7 @@ def layer_traces(
         bars[layer] = bars.get(layer, 0.0) + bar
     places = np.arange(len(bars))
     values, errors = np.array(list(bars.values())).T
-    ax = new_axes(ax, xlabel="trace of the Hessian's block")
+    ax = new_axes(ax, xlabel="trace of the block")
     ax.barh(places, values, xerr=errors, capsize=2, ecolor=ink())
     ax.set_yticks(places, [trees.path_name(layer) for layer in bars])
     ax.invert_yaxis()
@@ -209,6 +209,8 @@ def _values_and_bounds(spectra):
         for x in spectra
     ]
     try:
+        if any(hasattr(x, "_fields") for x, _ in pairs):
+            raise TypeError("numbers of other kinds")
         values = np.stack([np.asarray(x, "f8").reshape(-1) for x, _ in pairs])
     except (TypeError, ValueError) as error:
         raise TypeError(

@@ -87,7 +87,7 @@ def loss_line(
       'barrier 1'
     """
     if to is not None:
-        _check_unused("to", radius=radius, kernel=kernel)
+        _check_unused("to", key=key, radius=radius, kernel=kernel)
         return _line_to(loss_fn, params, to, num_points, data, weight_fn, ax)
     steps = _steps(1.0 if radius is None else radius, num_points)
     rows = steps[:, None].astype("f4")
@@ -212,14 +212,14 @@ def loss_plane(
       >>> ax = plots.loss_plane(
       ...     lambda p: jnp.sum(p ** 2), path[-1], trajectory=path, num_points=5)
       >>> ax.get_xlabel(), ax.get_ylabel()
-      ('step (96 % of the variance)', 'step (4 % of the variance)')
+      ('step (93 % of the variance)', 'step (7 % of the variance)')
     """
     if directions is None and trajectory is None:
         return _random_plane(
             loss_fn, params, key, radius, num_points, kernel, data, weight_fn, ax
         )
     name = "trajectory" if directions is None else "directions"
-    _check_unused(name, kernel=kernel)
+    _check_unused(name, key=key, kernel=kernel)
     risk = Risk.of(loss_fn, params, data, weight_fn)
     plane = plane_of(risk.params, directions, trajectory)
     across, up = _sides(plane.path, radius, num_points)

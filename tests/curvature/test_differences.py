@@ -176,6 +176,45 @@ def test_errors_are_small_and_within_what_is_reported(name, dtype, standard_prom
         assert (wrong <= 1e-3 * size).all()
 
 
+@pytest.mark.parametrize("large", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("start", [0.3, 0.0])
+def test_a_leaf_of_large_numbers_sets_no_step_for_the_others(large, start):
+    def loss_fn(params):
+        far = jnp.sum((params["large"] / large) ** 4)
+        return jnp.sum(jnp.tanh(params["small"]) ** 2) + far
+
+    params = {
+        "large": jnp.full(3, large),
+        "other": jnp.full(3, 0.5),
+        "small": jnp.full(3, start),
+    }
+    operator = curvature.finite_difference_hessian(loss_fn, params)
+    point = np.tanh(start)
+    slope = 1 - point**2
+    truths = {"small": 2 * slope**2 - 4 * point**2 * slope, "large": 12 / large**2}
+    for name, truth in truths.items():
+        vector = jax.tree.map(jnp.zeros_like, params) | {name: jnp.ones(3)}
+        found = operator.matvec(vector)[name]
+        wrong = np.linalg.norm(found - np.full(3, truth))
+        assert wrong <= operator.product_error(vector) + 1e-6 * truth
+        assert wrong <= 2e-3 * truth
+    both = jax.tree.map(jnp.ones_like, params)
+    assert_close(operator.matvec(both)["small"], np.full(3, truths["small"]), rtol=2e-3)
+    values = curvature.eigenpairs(operator, jax.random.key(0), 3)
+    distance = np.abs(np.asarray(values.values) - max(truths.values()))
+    assert (distance <= values.residuals).all()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-37, 1e-35, 1e-20, 1.0, 1e15])
+def test_parameters_and_vectors_of_any_size(size):
+    params = size * jnp.array([1.0, 2.0, 3.0])
+    operator = curvature.finite_difference_hessian(lambda p: jnp.sum(p**2) / 2, params)
+    for scale in (1e-30, 1.0, 1e38):
+        vector = np.full(3, scale, "f4")
+        found = np.asarray(operator.matvec(vector), "f8") / scale
+        np.testing.assert_allclose(found, 1, rtol=2e-3)
+
+
 @jax.custom_vjp
 def _kernel(x):
     return jnp.tanh(x)
