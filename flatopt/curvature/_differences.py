@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flatopt._core import blocks, jaxprs, loops, risk, trees, vectors
 from flatopt.curvature._kinds import Kind
 
-SHARE = 0.2  # of eps^(1/3): what suits three small networks in float32 and bfloat16
+SHARE = 0.25  # of eps^(1/3): what suits three small networks in float32 and bfloat16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def finite_difference_hessian(
     For a loss with a kernel whose backward pass cannot be differentiated, or one whose
     products do not fit into memory. Where :func:`hessian` works, it is nearer.
 
-    The entries of :math:`h v` are about :math:`0.2\, \epsilon^{1/3}` of a typical parameter,
+    The entries of :math:`h v` are about :math:`0.25\, \epsilon^{1/3}` of a typical parameter,
     with :math:`\epsilon` of the narrowest dtype that the gradient goes through: errors of
     rounding and of the difference are then about equal. Parameters and data are given in
     float32 or wider, where the loss takes them so, and products of matrices have the
