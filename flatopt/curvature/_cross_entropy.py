@@ -14,8 +14,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Values and gradients are those of
     ``optax.softmax_cross_entropy_with_integer_labels`` of logits in float32. Labels below
-    0 count from the end, as there: give ignored tokens a weight of 0. The second derivative in the
-    logits of a row,
+    0 count from the end, as there: give ignored tokens a weight of 0. The second
+    derivative in the logits of a row,
 
     .. math:: \nabla^2 \ell\; u = p \odot u - p\, (p^\top u)
 
