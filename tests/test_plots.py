@@ -502,3 +502,17 @@ def test_a_loss_that_is_no_number_is_one_sentence(draw, data):
     with pytest.raises(ValueError, match="finite at none of the .* got nan in the mid"):
         draw(loss_fn, jnp.ones(2), jax.random.key(0), num_points=3, data=data)
     assert plt.get_fignums() == figures
+
+
+def test_what_would_be_ignored_or_drawn_wrongly_is_refused():
+    key, point = jax.random.key(0), jnp.ones(2)
+    square = lambda p: jnp.sum(p**2)  # noqa: E731
+    with pytest.raises(ValueError, match="key belongs to random directions"):
+        plots.loss_line(square, point, key, to=jnp.zeros(2))
+    with pytest.raises(ValueError, match="key belongs to random directions"):
+        plots.loss_plane(square, point, key, directions=jnp.eye(2))
+    with pytest.raises(TypeError, match="to must be floating point, got int"):
+        plots.loss_line(square, point, to=np.zeros(2, int))
+    estimates = [curvature.Estimate(1.0, 0.5, 32), curvature.Estimate(2.0, 0.5, 32)]
+    with pytest.raises(TypeError, match="spectra must all be densities"):
+        plots.spectrum_over_training([1, 2], estimates)

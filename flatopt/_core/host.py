@@ -29,11 +29,17 @@ def fetch(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def send(tree):
-    """The arrays in JAX; those of NumPy are put there, where asarray would compile."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x) if namespace(x) is np else jnp.asarray(x), tree
-    )
+def send(tree, params):
+    """The arrays in JAX, those of NumPy on the device of the parameters.
+
+    They are put there, where asarray would compile.
+    """
+    if not any(namespace(x) is np for x in jax.tree.leaves(tree)):
+        return tree
+    # What is not committed to a device may be used with arrays of any other.
+    placed = [x for x in jax.tree.leaves(params) if x.committed]
+    device = placed[0].sharding if placed else None
+    return jax.tree.map(lambda x: jax.device_put(x, device), tree)
 
 
 def namespace(values):

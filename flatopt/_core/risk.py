@@ -130,8 +130,9 @@ class Risk:
         if not check:
             return found
         loss, asked = found
-        streams.check_finite(float(loss))
-        self.seen = True
+        if not _is_traced(loss):  # as it is by what the loss function holds
+            streams.check_finite(float(loss))
+            self.seen = True
         return asked
 
     def _sweep(self, function, rows, check):

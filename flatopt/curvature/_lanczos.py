@@ -222,7 +222,7 @@ def _verify(krylov, vectors, goal, scale, is_complete):
         return None, blocks.single(blocks.row(rest, int(residuals.argmax())))
     rounding = rounding_of(krylov.operator.like, dtype) * scale
     bounds = residuals + errors + rounding
-    vectors = host.send(vectors)
+    vectors = host.send(vectors, krylov.operator.like)
     return Eigenpairs(values.astype(dtype), vectors, bounds, bool(is_complete)), None
 
 

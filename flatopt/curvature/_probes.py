@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, host, loops
+from flatopt._core import blocks, checks, host, loops, platforms
 from flatopt._core.estimates import Estimate
 from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
@@ -297,7 +297,7 @@ def leading_basis(operator, key, count, num_steps=2):
     basis = _orthonormalize(bring(draw_normal(operator, probe_keys(key, 0, count))))
     for _ in range(num_steps):
         basis = _orthonormalize(bring(products(operator, basis)))
-    return host.send(basis)
+    return host.send(basis, operator.like)
 
 
 _orthonormalize = host.compiled(blocks.orthonormalize)
@@ -309,7 +309,8 @@ def bringing(operator, key):
 
     Otherwise they stay on the devices, and inside a trace.
     """
-    is_small = not is_traced((operator, key)) and host.suits(operator.like)
+    is_traced_at_all = platforms.is_staged() or is_traced((operator, key))
+    is_small = not is_traced_at_all and host.suits(operator.like)
     return host.fetch if is_small else lambda block: block
 
 
@@ -382,7 +383,8 @@ def summarize(params, moments, count, factor):
             error = jax.tree.map(
                 lambda e: host.namespace(e).full_like(e, np.inf), error
             )
-        found[name] = Estimate(host.send(value), host.send(error), count)
+        value, error = (host.send(x, params) for x in (value, error))
+        found[name] = Estimate(value, error, count)
     return Probe(
         trace=found["trace"],
         diagonal=found["diagonal"],

@@ -108,6 +108,12 @@ def _line_to(loss_fn, params, other, num_points, data, weight_fn, ax):
             f"to must have the structure and shapes of params, got {shapes[0]}; give the "
             "parameters of the same network."
         )
+    kinds = {jnp.result_type(x) for x in jax.tree.leaves(other)}
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        raise TypeError(
+            f"to must be floating point, got {', '.join(map(str, kinds))}; give the "
+            "parameters of the same network."
+        )
     risk = Risk.of(loss_fn, params, data, weight_fn)
     steps = (_steps(0.5, num_points) + 0.5).astype("f4")
     losses = _check_some_finite(

@@ -278,3 +278,32 @@ def test_without_positive_curvature_no_learning_rate_is_critical(eigenvalue):
 
 def test_other_matrices_have_no_critical_learning_rate():
     assert np.isnan(_page("empirical Fisher matrix", 3.0).critical_learning_rate)
+
+
+def test_results_lie_on_the_device_of_the_parameters():
+    device = jax.devices()[1]
+    params = jax.device_put(jnp.arange(1.0, 4.0), device)
+    operator = curvature.hessian(lambda p: jnp.sum(p**4), params)
+    key = jax.random.key(0)
+    found = (
+        curvature.eigenpairs(operator, key, 2).vectors,
+        curvature.diagonal(operator, key).value,
+        curvature.probe(operator, key).diagonal.value,
+    )
+    assert all(x.devices() == {device} for x in found)
+    np.testing.assert_allclose(found[1], 12 * np.arange(1.0, 4.0) ** 2, rtol=1e-4)
+
+
+def test_a_loss_may_hold_what_is_traced():
+    params, key = jnp.arange(1.0, 4.0), jax.random.key(0)
+
+    def measure(scale):
+        operator = curvature.hessian(lambda p: scale * jnp.sum(p**2), params)
+        return (
+            curvature.probe(operator, key, 8).trace.value,
+            curvature.block_lanczos(operator, key, 2).values,
+        )
+
+    trace, values = jax.jit(measure)(2.0)
+    np.testing.assert_allclose(trace, 12, rtol=1e-5)
+    np.testing.assert_allclose(values, 4, rtol=1e-5)
