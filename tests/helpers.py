@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -404,3 +405,19 @@ def public_transformations():
         for name, function in functions.items()
         if inspect.signature(function, eval_str=True).return_annotation in kinds
     }
+
+
+def collectives(lowered):
+    """Kind and number of values of each collective of the compiled program."""
+    text = lowered.compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return [
+        (
+            kind,
+            sum(
+                math.prod(map(int, filter(None, shape.split(","))))
+                for shape in re.findall(r"\w\d+\[([\d,]*)\]", result)
+            ),
+        )
+        for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    ]

@@ -1,7 +1,6 @@
 """Meshes: the same result on one and on eight devices, and nothing gathered."""
 
 import itertools
-import math
 import re
 
 import jax
@@ -14,6 +13,7 @@ from helpers import (
     STRATEGIES,
     TRANSFORMATIONS,
     assert_close,
+    collectives,
     loss_fn,
     regression,
     takes,
@@ -44,19 +44,7 @@ def _place(tree, mesh, spec):
 
 
 def _collectives(jitted, *arguments, **kwargs):
-    """Kind and number of values of each collective of the compiled program."""
-    text = jitted.lower(*arguments, **kwargs).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    return [
-        (
-            kind,
-            sum(
-                math.prod(map(int, filter(None, shape.split(","))))
-                for shape in re.findall(r"\w\d+\[([\d,]*)\]", result)
-            ),
-        )
-        for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    ]
+    return collectives(jitted.lower(*arguments, **kwargs))
 
 
 def _num_values(tree):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, jaxprs, parts, risk, trees, vectors
+from flatopt._core import blocks, checks, parts, risk, trees, vectors
 from flatopt.curvature._cross_entropy import lean
+from flatopt.curvature._modes import forward_or_reverse
 
 
 class Kind(abc.ABC):
@@ -367,36 +368,3 @@ def _centered(slopes, weights):
     centered = slopes - mean
     rest = jnp.sum(weights * centered)
     return centered - rest, mean + rest
-
-
-def forward_or_reverse(forward, reverse, function, params):
-    """Forward mode where it is allowed: a ``custom_vjp`` refuses it, reverse mode may do.
-
-    ``function`` is what forward mode would differentiate: ``jax.linearize`` itself finds
-    out only when the program is compiled.
-    """
-    reason = None
-    try:
-        push = lambda p: jax.jvp(function, (p,), (p,), has_aux=True)  # noqa: E731
-        jaxpr = jax.make_jaxpr(push)(params).jaxpr
-        if jaxprs.has_primitive(jaxpr, "custom_lin"):
-            reason = "a custom_vjp has no rule for it"
-    except (TypeError, ValueError, NotImplementedError) as error:
-        reason = _first_line(error)
-    if reason is None:
-        return forward()
-    try:
-        return reverse()
-    except (TypeError, ValueError, NotImplementedError) as error:
-        second = _first_line(error)
-        jax.eval_shape(function, params)  # an error of the loss itself comes as it is
-        raise TypeError(
-            f"the loss can be differentiated twice neither in forward mode ({reason}) nor "
-            f"in reverse mode ({second}); give its custom_vjp rules that are themselves "
-            "differentiable, use a plain implementation for the analysis, or take "
-            "curvature.finite_difference_hessian."
-        ) from error
-
-
-def _first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]

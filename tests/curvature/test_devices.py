@@ -1,15 +1,13 @@
 """Sharded parameters: what one device finds, with vectors that lie as the parameters do."""
 
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -198,7 +196,7 @@ def test_random_vectors_are_the_same_numbers_and_drawn_in_place(layout, monkeypa
         for name, x in block.items():
             np.testing.assert_array_equal(x, expected[name])
         place = placement_of(operator.like), operator.like
-        assert not _moved(compiled.lower(*place, keys))
+        assert not collectives(compiled.lower(*place, keys))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,7 +213,9 @@ def test_the_basis_of_lanczos_lies_as_the_parameters(layout):
     krylov.restart(rows, np.arange(3.0))
     _assert_lies_as(krylov.basis, operator.like)
     # What moves when a vector is made orthogonal: the products with the basis.
-    moved = _moved(jax.jit(_krylov._expand).lower(krylov.basis, _row_of(krylov.basis)))
+    moved = collectives(
+        jax.jit(_krylov._expand).lower(krylov.basis, _row_of(krylov.basis))
+    )
     assert {kind for kind, _ in moved} == {"all-reduce"}
     assert max(size for _, size in moved) <= 5 * len(SHAPES)
 
@@ -224,26 +224,10 @@ def _row_of(block):
     return jax.tree.map(lambda x: x[:1], block)
 
 
-def _moved(lowered):
-    """Kind and number of values of each collective of the compiled program."""
-    text = lowered.compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    return [
-        (
-            kind,
-            sum(
-                math.prod(map(int, filter(None, shape.split(","))))
-                for shape in re.findall(r"\w\d+\[([\d,]*)\]", result)
-            ),
-        )
-        for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    ]
-
-
 def _gathered(lowered):
     """Numbers that are gathered or exchanged, loops once."""
     kinds = ("all-gather", "all-to-all", "collective-permute")
-    return sum(size for kind, size in _moved(lowered) if kind in kinds)
+    return sum(size for kind, size in collectives(lowered) if kind in kinds)
 
 
 # A vector is gathered as the parameters are; the loops of a Hessian over layers, forward
@@ -266,7 +250,9 @@ def test_a_product_gathers_its_vector_as_the_gradient_its_parameters(layout, kin
     assert _gathered(lowered) <= ROUNDS[kind] * plain
     # No more than one leaf, or the activations of the examples of one device, at a time.
     leaf = max(x.size for x in params.values())
-    assert all(size <= leaf for kind, size in _moved(lowered) if kind == "all-gather")
+    assert all(
+        size <= leaf for kind, size in collectives(lowered) if kind == "all-gather"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
