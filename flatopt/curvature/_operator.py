@@ -256,8 +256,15 @@ class Products:
         return loss, (blocks.widen(found), shared)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def finish_products(kind, placement, params, products, shared, block):
+    """The products of all data; those that share nothing are finished."""
+    if not jax.tree.leaves(shared):
+        return products
+    return _finish(kind, placement, params, products, shared, block)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish(kind, placement, params, products, shared, block):
     products = kind.finish(products, shared, blocks.widen(block))
     return lay_out(products, params, placement)
 

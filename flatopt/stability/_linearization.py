@@ -123,14 +123,17 @@ def linearize(
         checks.check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=2)
         _losses.check_square_scale(loss_fn, loss_scale, outputs, targets)
     n = len(outputs)
-    errors = _without_rounding(trees.widen(outputs) - targets, outputs).reshape(n, -1)
-    loss = loss_scale * jnp.sum(errors**2) / (2 * n)
-    root = jnp.sqrt(jnp.asarray(loss_scale, errors.dtype))
-    one = root * jnp.eye(errors.shape[1], dtype=errors.dtype)
-    roots = jnp.broadcast_to(one, (n, *one.shape))
+    outputs, targets = np.asarray(outputs), np.asarray(targets)
+    with np.errstate(over="ignore"):  # infinite where the dtype ends
+        errors = _without_rounding(outputs, targets).reshape(n, -1)
+        loss = loss_scale * np.sum(errors**2) / (2 * n)
+        root = np.sqrt(np.asarray(loss_scale, errors.dtype))
+        residuals = root * errors
+    one = root * np.eye(errors.shape[1], dtype=errors.dtype)
+    roots = np.broadcast_to(one, (n, *one.shape))
     size = num_directions, chunk_size, progress
     return _linearize(
-        model_fn, params, preconditioner, inputs, roots, root * errors, loss, *size
+        model_fn, params, preconditioner, inputs, roots, residuals, loss, *size
     )
 
 
@@ -185,21 +188,22 @@ def linearize_gauss_newton(
     params, outputs = _losses.check_outputs(model_fn, params, inputs)
     _check_directions(num_directions)
     *parts, loss = _convex.expand(loss_fn, outputs, targets)
-    roots, residuals = (jnp.asarray(x, trees.wide(outputs.dtype)) for x in parts)
+    roots, residuals = (np.asarray(x, trees.wide(outputs.dtype)) for x in parts)
     size = num_directions, chunk_size, progress
     return _linearize(
         model_fn, params, preconditioner, inputs, roots, residuals, loss, *size
     )
 
 
-def _without_rounding(errors, outputs):
-    """Zero where all errors are within the rounding of the outputs."""
+def _without_rounding(outputs, targets):
+    """The errors; zero where all are within the rounding of the outputs."""
     rounding = 16 * float(jnp.finfo(outputs.dtype).eps)
-    unit = jnp.max(jnp.abs(trees.widen(outputs)))  # so that squares stay in range
-    unit = jnp.where(unit > 0, unit, 1.0)
-    size = jnp.mean((trees.widen(outputs) / unit) ** 2)
-    is_rounding = jnp.mean((errors / unit) ** 2) <= rounding**2 * size
-    return jnp.where(is_rounding, 0.0, errors)
+    outputs = trees.widen(outputs)
+    unit = np.max(np.abs(outputs)) or 1.0  # so that squares stay in range
+    errors = outputs - targets
+    size = np.mean((outputs / unit) ** 2)
+    is_rounding = np.mean((errors / unit) ** 2) <= rounding**2 * size
+    return np.zeros_like(errors) if is_rounding else errors
 
 
 def _check_directions(num_directions):
@@ -250,8 +254,8 @@ def _linearize(
     return Linearization(
         coordinates=_moments.narrow(coordinates.reshape(n, c, rank), dtype),
         eigenvalues=_moments.narrow(values[:rank] / n, dtype),
-        residuals=residuals,
-        loss=loss,
+        residuals=_moments.narrow(residuals, dtype),
+        loss=_moments.narrow(loss, dtype),
         gradient_norm=_moments.narrow(found.slope / n, dtype),
         num_params=size,
         reducible_loss=_moments.narrow(reducible, dtype),

@@ -32,7 +32,7 @@ def check_outputs(model_fn, params, inputs):
             "values that the loss takes."
         )
     _check_examples(model_fn, params, inputs, outputs)
-    if not bool(jnp.isfinite(outputs).all()):
+    if not np.isfinite(np.asarray(outputs)).all():
         raise ValueError(
             "model_fn returned outputs that are not finite; look at the parameters and the "
             "inputs first."
@@ -53,8 +53,11 @@ def _check_examples(model_fn, params, inputs, outputs):
             f"inputs must hold at least 2 examples, got {n}; one example has no "
             "sampling noise, and gradient descent's threshold 2 / eigenvalue is exact."
         )
-    one = jax.tree.map(lambda x: jnp.asarray(x)[:1], inputs)
-    found = jnp.shape(jax.eval_shape(model_fn, params, one))
+
+    def of_one(inputs):
+        return model_fn(params, jax.tree.map(lambda x: x[:1], inputs))
+
+    found = jax.eval_shape(of_one, jax.tree.map(jnp.asarray, inputs)).shape
     if found != (1, *outputs.shape[1:]):
         raise ValueError(
             f"model_fn must keep the axis of examples, got shape {found} for one example "
@@ -89,7 +92,7 @@ def check_targets(outputs, targets):
         )
     check_same_shape(outputs, targets)
     targets = targets.astype(trees.wide(outputs.dtype))
-    if not bool(jnp.isfinite(targets).all()):
+    if not np.isfinite(np.asarray(targets)).all():
         raise ValueError(
             "targets must be finite, got NaN or an infinity; leave these examples out."
         )
