@@ -193,6 +193,7 @@ def smooth_value_and_grad(
     count_name = "num_samples + 1" if has_clean_chunk else "num_samples"
 
     def value_and_grad(key, params, /, *args, **kwargs):
+        signatures.check_first(value_fn, kwargs, names)
         chunks, whole = layout.split_batch(kwargs, names, num_chunks, count_name)
         free_flags, noise_flags = _flags(mask, noise_mask, params)
         checks.check_random_key(key)

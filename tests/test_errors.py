@@ -726,3 +726,23 @@ def test_a_mistake_of_the_first_hour_is_one_sentence(mistake):
     assert ". " not in text
     assert 40 < len(text) < 400
     assert ";" in text or "write" in text  # what to do
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: flatopt.lpf_sgd(0.1),
+        lambda: flatopt.nso_sgd(0.1),
+        lambda: flatopt.sam_sgd(0.1),
+        lambda: flatopt.sam_gradients(
+            0.1, num_microbatches=2, batch_argnames=("batch",)
+        ),
+        lambda: flatopt.accumulate(flatopt.lpf_gradients(), optax.sgd(0.1), 2),
+    ],
+)
+def test_a_loss_that_takes_the_batch_first_is_told_so(make):
+    def swapped(batch, params):
+        return _classes(params, batch)
+
+    with _raises(TypeError, "take the parameters or the model first, got 'batch' fir"):
+        _step(make(), swapped, batch=EXAMPLES)

@@ -14,6 +14,11 @@ def parameters_of(function):
         return None
 
 
+def first_of(function):
+    """The name of the first parameter, None where there is none."""
+    return next(iter(parameters_of(function) or {}), None)
+
+
 def names_keyword(function, name):
     """Whether the signature of ``function`` names the keyword ``name``."""
     parameters = parameters_of(function) or {}
@@ -47,9 +52,23 @@ def forwarded(value_fn, extra_args):
     return accepted(value_fn, extra_args)
 
 
+def check_first(value_fn, given, names):
+    """Reject a ``value_fn`` that takes first, as its parameters, what ``names`` splits."""
+    first = first_of(value_fn)
+    if first in names and first not in given:
+        raise TypeError(_not_first(first))
+
+
+def _not_first(name):
+    return (
+        f"value_fn must take the parameters or the model first, got {name!r} first; swap "
+        "its arguments."
+    )
+
+
 def accepted(function, arguments):
     """Those of the arguments that a function takes, but for its first parameter."""
-    first = next(iter(parameters_of(function) or {}), None)
+    first = first_of(function)
     return {
         name: value
         for name, value in arguments.items()
@@ -74,6 +93,8 @@ def naming_what_lacks(value_fn, arguments, extra_args):
                 and parameter.default is parameter.empty
                 and parameter.name not in {*arguments, "sample_key"}
             ):
+                if first_of(value_fn) in extra_args:
+                    raise TypeError(_not_first(first_of(value_fn))) from error
                 names = ", ".join(sorted(map(repr, extra_args))) or "none"
                 raise TypeError(
                     f"value_fn needs the argument {parameter.name!r}, got arguments named "

@@ -124,9 +124,9 @@ def link(
         memory = () if init_memory is None else state.memory
         if init_memory is not None and not is_memory_of_free:
             memory = select(memory)
-        chunks, whole = layout.split_batch(
-            signatures.forwarded(value_fn, extra_args), names, num_chunks, count_name
-        )
+        given = signatures.forwarded(value_fn, extra_args)
+        signatures.check_first(value_fn, given, names)
+        chunks, whole = layout.split_batch(given, names, num_chunks, count_name)
         own_key = step_key(state, key)
         shared = memory, free  # the same on all devices
         if axis_name is not None:
