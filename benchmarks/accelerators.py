@@ -141,6 +141,7 @@ def measure(compiled):
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "cycles": program.cycles(),
         "bytes_moved": program.bytes_moved(),

@@ -130,6 +130,7 @@ def measure(make, topology):
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
         "result_bytes": fresh,
     }
 
