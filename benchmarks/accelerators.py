@@ -142,6 +142,7 @@ def measure(compiled):
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
+        "allocated_bytes": getattr(memory, "total_allocation_bytes", None),
         "alias_bytes": memory.alias_size_in_bytes,
         "cycles": program.cycles(),
         "bytes_moved": program.bytes_moved(),

@@ -126,12 +126,10 @@ def measure(make, topology):
     arguments = accelerators.place(arguments, SingleDeviceSharding(topology.devices[0]))
     compiled = jax.jit(run, donate_argnums=0).lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
-        "result_bytes": fresh,
+        "allocated_bytes": memory.total_allocation_bytes,
     }
 
 

@@ -166,7 +166,9 @@ and reads the programs. The figures are the same on every run of the same versio
   program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
   does not count.
 - **Temporaries** are the compiler's own figure, beside parameters and state, which are written
-  in place. It does not refuse a program that is too large: a v5e has 16 GB.
+  in place. It counts room that buffers share more than once. It does not refuse a program that
+  is too large: a v5e has 16 GB.
+- **Peak** is the most that is alive at once, with parameters, state and batch, by the compiler.
 - **Kernels**: how many operations a step starts.
 
 They say which of two programs is the better one for the chip, not how long a step takes.
@@ -257,18 +259,18 @@ def layout_section(problems):
 EXAMPLES = """### Do the examples fit?
 
 `make bench-fits` compiles the training steps of `examples/cifar10.py` and of the
-notebooks at full size for one v5e, which has 16 GB. State and batch are what goes in;
-temporaries come on top.
+notebooks at full size for one v5e, which has 16 GB. *Goes in* are parameters, state and batch;
+*in all* is what the compiler allocates, these included.
 """
 
 
 def examples_section(examples):
-    head = ["step", "state and batch, MB", "temporaries, MB", "of 16 GB, %"]
+    head = ["step", "goes in, MB", "peak, MB", "in all, MB", "of 16 GB, %"]
     cells = []
     for name, row in examples.items():
-        parts = [row[f"{kind}_bytes"] for kind in ("argument", "temporary", "result")]
-        share = f"{100 * sum(parts) / 16e9:.1f}"
-        cells += [[name, *[megabytes(size) for size in parts[:2]], share]]
+        sizes = [row[f"{kind}_bytes"] for kind in ("argument", "peak", "allocated")]
+        share = f"{100 * sizes[-1] / 16e9:.1f}"
+        cells += [[name, *map(megabytes, sizes), share]]
     return [EXAMPLES, table(head, cells)] if cells else []
 
 
@@ -290,6 +292,7 @@ def compiled_table(rows):
         "cycles over plain",
         "bytes over plain",
         "temporaries, MB",
+        "peak, MB",
         "kernels",
     ]
     head += [f"{kind}, GB" for kind in kinds]
@@ -299,7 +302,8 @@ def compiled_table(rows):
             cells += [[name, reason(row), *["–"] * (len(head) - 2)]]
             continue
         ratios = [ratio(row[k], plain.get(k)) for k in ("cycles", "bytes_moved")]
-        sizes = [megabytes(row["temporary_bytes"]), f"{row['kernels']:,}"]
+        sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
+        sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
         cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
     return table(head, cells)
