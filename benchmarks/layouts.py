@@ -16,6 +16,8 @@ TITLES = {
     "mixer": "MLP-Mixer of six blocks",
     "vit, wide": "ViT of six blocks, twice as wide",
 }
+# The same network with fewer images a chunk.
+TITLES |= {f"cnn, {batch}": TITLES["cnn"] for batch in (128, 256, 512)}
 NAMES = tuple(TITLES)
 CHUNKS = 8
 
@@ -78,6 +80,10 @@ def make(name):
     """One of :data:`NAMES` as shapes, in bfloat16."""
     if name == "decoder":
         return language_problem(name, Decoder(4, 256, 4, 8192, 128), 64)
+    if name.startswith("cnn, "):
+        return of_images(
+            name, lambda: CNN(nnx.Rngs(0)), 24, int(name[5:]), jnp.bfloat16
+        )
     network, options, side, batch_size = {
         "cnn": (CNN, (), 24, 1024),
         "resnet10": (ResNet18, [(64, 64, 128, 256, 512)], 32, 128),

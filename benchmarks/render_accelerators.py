@@ -190,6 +190,7 @@ def compiled_section(target, report):
         lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
         lines += [compiled_table(problem["rows"])]
     lines += noise_section(problems) + layout_section(problems)
+    lines += chunk_section(problems)
     return lines + examples_section(report.get("examples", {}))
 
 
@@ -254,6 +255,30 @@ def layout_section(problems):
             ]
         ]
     return [LAYOUTS, table(head, cells)] if cells else []
+
+
+CHUNKS = """### Small chunks
+
+LPF-SGD with signs in a loop of 8 chunks over the plain step, in cycles, by the examples in a
+chunk: a chunk that does not fill the chip takes nearly as long as one that does.
+"""
+
+
+def chunk_section(problems):
+    cells = []
+    for name, problem in problems.items():
+        if not name.startswith(("cnn", "resnet")):
+            continue
+        rows, batch = problem["rows"], problem["batch_size"]
+        plain, loop = (
+            rows.get(row, {}).get("cycles") for row in ("plain", "LPF signs, scan")
+        )
+        if plain and loop:
+            title = (TITLES | layouts.TITLES)[name]
+            cells += [[title, batch, batch // layouts.CHUNKS, ratio(loop, plain)]]
+    head = ["network", "batch", "images a chunk", "cycles over plain"]
+    cells = [[str(cell) for cell in row] for row in sorted(cells)]
+    return [CHUNKS, table(head, cells)] if len(cells) > 1 else []
 
 
 EXAMPLES = """### Do the examples fit?

@@ -47,10 +47,10 @@ def _fold_in(key, word):
 def keys_of_draws(key, num_draws):
     """A function of the index of a draw, which may be traced: ``fold_in(key, index)``.
 
-    Threefry keys are made for all draws at once: a number at a time takes an accelerator a
-    hundred operations in each round of a loop.
+    The keys of many draws are made at once, if they are threefry's: one at a time takes an
+    accelerator a hundred operations in each round of a loop.
     """
-    if not _is_threefry(key):
+    if num_draws == 1 or not _is_threefry(key):
         return lambda index: fold_in(key, index)
     folded = jax.vmap(fold_in, (None, 0))(key, jnp.arange(num_draws, dtype=jnp.uint32))
     return lambda index: folded[index]
