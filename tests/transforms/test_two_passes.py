@@ -87,6 +87,7 @@ def test_a_scanned_network_makes_the_steps_of_the_same_network_without_a_loop(
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_network_stands_in_the_program_once(name):
     params, batch = _problem()
