@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-programs test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-language bench-gpu bench-accelerators reproduce clean
+.PHONY: help demo test test-programs test-fast test-fuzz test-floor test-newest test-tpu lint format hooks doctest docs docs-check dist bench bench-curvature bench-stability bench-precision bench-planning bench-language bench-gpu bench-accelerators bench-fits reproduce clean
 
 help:
 	@echo "make demo     train on real digits with SGD, SAM, LPF-SGD and NSO (4 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
 	@echo "make bench-language   plan the curvature of a language model for a TPU; no TPU is needed"
 	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed"
+	@echo "make bench-fits  whether the examples' training steps fit a TPU of 16 GB (half an hour); no TPU is needed"
 	@echo "make bench-gpu    measure on a GPU, in at most 8 minutes; DATA=FOLDER trains on CIFAR-10 too"
 	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (three hours);"
 	@echo "                  with CIFAR10=FOLDER, SHAKESPEARE=FOLDER those of CIFAR-10 and of text too"
@@ -157,6 +158,9 @@ test-tpu: pyproject.toml
 
 bench-accelerators: pyproject.toml
 	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.accelerators $(ROWS)
+
+bench-fits: pyproject.toml
+	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.fits
 
 bench-language: pyproject.toml
 	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.language $(LANGUAGE_ARGS)

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import flatopt
 from benchmarks import contenders as c
-from benchmarks import hlo
+from benchmarks import hlo, layouts
 from benchmarks.large import NAMES, make_large
 from flatopt import kernels
 
@@ -72,13 +72,16 @@ ROWS = {
     "LPF shared, scan": (c.lpf("shared", "scan"), None),
     "LPF signs, scan, rbg key": (c.lpf("signs", "scan"), "rbg"),
     "LPF normal, scan, rbg key": (c.lpf("normal", "scan"), "rbg"),
+    "LPF normal, auto, rbg key": (c.lpf("normal", "auto"), "rbg"),
+    "LPF no noise, vmap": (c.lpf("no noise", "vmap"), None),
     "IVON": (ivon, None),
 }
 # Minutes each: without --rows these alone.
 FEW = {
-    "resnet18": ("plain", "LPF signs, scan", "NSO normal"),
-    SHARDED: ("plain", "LPF signs, scan", "NSO normal"),
+    "resnet18": ("plain", "LPF no noise, scan", "LPF signs, scan", "NSO signs"),
+    SHARDED: ("plain", "LPF signs, scan", "NSO signs"),
 }
+FEW |= {name: ("plain", "LPF signs, scan", "LPF signs, vmap") for name in layouts.NAMES}
 
 
 def find_topology(target):
@@ -138,6 +141,8 @@ def measure(compiled):
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "allocated_bytes": getattr(memory, "total_allocation_bytes", None),
         "alias_bytes": memory.alias_size_in_bytes,
         "cycles": program.cycles(),
         "bytes_moved": program.bytes_moved(),
@@ -150,6 +155,8 @@ def problem_named(name):
     if name == SHARDED:
         # As many sequences a chip as on one chip, in as many chunks.
         return make_large("transformer", abstract=True, batch_size=32)
+    if name in layouts.NAMES:
+        return layouts.make(name)
     return make_large(name, abstract=True)
 
 
@@ -167,7 +174,7 @@ def versions(target):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    names = [*NAMES, SHARDED]
+    names = [*NAMES, SHARDED, *layouts.NAMES]
     add("--target", choices=["tpu", "h100"], default="tpu")
     add("--problems", nargs="+", choices=names, default=names)
     add(
@@ -188,6 +195,8 @@ def main(argv=None):
         found = target["problems"].setdefault(name, {"rows": {}})
         found["num_parameters"] = problem.num_parameters
         found["batch_size"] = len(problem.batch["labels"])
+        if name != SHARDED:
+            found["rule"] = layouts.rule_for(problem)
         for row in arguments.rows or FEW.get(name, ROWS):
             make, generator = ROWS[row]
             start = time.perf_counter()

@@ -94,13 +94,29 @@ def make_large(name, smoke=False, abstract=False, batch_size=None):
     sizes = {"mlp": 1024, "transformer": 8, "resnet18": 128}
     batch_size = batch_size or (8 if smoke else sizes[name])
     value_fn, arrays = make(smoke, batch_size)
+    return _problem(name, value_fn, arrays, abstract)
+
+
+def language_problem(name, model, batch_size):
+    """A :class:`Decoder` and a batch as shapes."""
+    return _problem(name, *_of_tokens(model, batch_size), abstract=True)
+
+
+def of_images(name, make_model, side, batch_size, dtype):
+    """A classifier of images and a batch as shapes."""
+    return _problem(name, *_of_images(make_model, side, batch_size, dtype), True)
+
+
+def _problem(name, value_fn, arrays, abstract):
     params, batch = jax.eval_shape(arrays) if abstract else jax.jit(arrays)()
     return Problem(name, value_fn, params, batch)
 
 
 def _transformer(smoke, batch_size):
-    model = Decoder(2, 16, 2, 32, 8) if smoke else Decoder()
+    return _of_tokens(Decoder(2, 16, 2, 32, 8) if smoke else Decoder(), batch_size)
 
+
+def _of_tokens(model, batch_size):
     def arrays():
         tokens = jax.random.randint(
             jax.random.key(1), (batch_size, model.length), 0, model.vocabulary

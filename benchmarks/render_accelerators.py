@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+from benchmarks import layouts
 from benchmarks.large import TITLES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -165,7 +166,9 @@ and reads the programs. The figures are the same on every run of the same versio
   program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
   does not count.
 - **Temporaries** are the compiler's own figure, beside parameters and state, which are written
-  in place. It does not refuse a program that is too large: a v5e has 16 GB.
+  in place. It counts room that buffers share more than once. It does not refuse a program that
+  is too large: a v5e has 16 GB.
+- **Peak** is the most that is alive at once, with parameters, state and batch, by the compiler.
 - **Kernels**: how many operations a step starts.
 
 They say which of two programs is the better one for the chip, not how long a step takes.
@@ -175,8 +178,9 @@ They say which of two programs is the better one for the chip, not how long a st
 def compiled_section(target, report):
     versions = versions_of(report["versions"])
     lines = [COMPILED.format(chip=CHIPS[target], versions=versions)]
-    for name, problem in report["problems"].items():
-        if not problem["rows"]:
+    problems = report["problems"]
+    for name, problem in problems.items():
+        if not problem["rows"] or name in layouts.NAMES:
             continue
         size, batch = problem["num_parameters"] / 1e6, problem["batch_size"]
         title = TITLES.get(name, SHARDED_TITLE)
@@ -185,7 +189,114 @@ def compiled_section(target, report):
         ]
         lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
         lines += [compiled_table(problem["rows"])]
-    return lines
+    lines += noise_section(problems) + layout_section(problems)
+    lines += chunk_section(problems)
+    return lines + examples_section(report.get("examples", {}))
+
+
+NOISE = """### What the noise costs
+
+LPF-SGD over its own chunks without noise (*LPF no noise, scan*), in the compiler's cycles. A
+hardware key is `jax.random.key(0, impl="rbg")`: the chip's own generator makes the bits, and
+the values depend on the platform.
+"""
+NOISES = {
+    "signs, auto": "signs",
+    "signs, scan": "signs, in a loop",
+    "normal, auto": "normal",
+    "normal, scan": "normal, in a loop",
+    "normal, auto, rbg key": "normal, hardware key",
+    "normal, scan, rbg key": "normal, hardware key, in a loop",
+}
+
+
+def noise_section(problems):
+    cells = []
+    for name, title in TITLES.items():
+        rows = problems.get(name, {}).get("rows", {})
+        floor = rows.get("LPF no noise, scan", {}).get("cycles")
+        found = [rows.get(f"LPF {noise}", {}).get("cycles") for noise in NOISES]
+        if floor and any(found):
+            cells += [[title, *[ratio(cycles, floor) for cycles in found]]]
+    return [NOISE, table(["network", *NOISES.values()], cells)] if cells else []
+
+
+LAYOUTS = """### The layout of the chunks
+
+LPF-SGD with signs and 8 chunks, all at once (*vmap*) and in a loop (*scan*): cycles over the
+plain step, and temporaries. **Rule** is what `strategy="auto"` takes; **regret** is how much
+more cycles that takes than the better of the two.
+"""
+
+
+def layout_section(problems):
+    head = ["network", "parameters, M", "batch", "scan", "vmap"]
+    head += ["scan, MB", "vmap, MB", "rule", "regret, %"]
+    cells = []
+    for name, problem in problems.items():
+        rows = problem["rows"]
+        both = {
+            layout: rows.get(f"LPF signs, {layout}", {}) for layout in ("scan", "vmap")
+        }
+        cycles = {layout: row.get("cycles") for layout, row in both.items()}
+        plain, rule = rows.get("plain", {}).get("cycles"), problem.get("rule")
+        if not all(cycles.values()) or not plain or not rule:
+            continue
+        regret = 100 * (cycles[rule] / min(cycles.values()) - 1)
+        cells += [
+            [
+                (TITLES | layouts.TITLES)[name],
+                f"{problem['num_parameters'] / 1e6:.1f}",
+                str(problem["batch_size"]),
+                *[ratio(cycles[layout], plain) for layout in both],
+                *[megabytes(row["temporary_bytes"]) for row in both.values()],
+                rule,
+                f"{regret:.0f}",
+            ]
+        ]
+    return [LAYOUTS, table(head, cells)] if cells else []
+
+
+CHUNKS = """### Small chunks
+
+LPF-SGD with signs in a loop of 8 chunks over the plain step, in cycles, by the examples in a
+chunk: a chunk that does not fill the chip takes nearly as long as one that does.
+"""
+
+
+def chunk_section(problems):
+    cells = []
+    for name, problem in problems.items():
+        if not name.startswith(("cnn", "resnet")):
+            continue
+        rows, batch = problem["rows"], problem["batch_size"]
+        plain, loop = (
+            rows.get(row, {}).get("cycles") for row in ("plain", "LPF signs, scan")
+        )
+        if plain and loop:
+            title = (TITLES | layouts.TITLES)[name]
+            cells += [[title, batch, batch // layouts.CHUNKS, ratio(loop, plain)]]
+    head = ["network", "batch", "images a chunk", "cycles over plain"]
+    cells = [[str(cell) for cell in row] for row in sorted(cells)]
+    return [CHUNKS, table(head, cells)] if len(cells) > 1 else []
+
+
+EXAMPLES = """### Do the examples fit?
+
+`make bench-fits` compiles the training steps of `examples/cifar10.py` and of the
+notebooks at full size for one v5e, which has 16 GB. *Goes in* are parameters, state and batch;
+*in all* is what the compiler allocates, these included.
+"""
+
+
+def examples_section(examples):
+    head = ["step", "goes in, MB", "peak, MB", "in all, MB", "of 16 GB, %"]
+    cells = []
+    for name, row in examples.items():
+        sizes = [row[f"{kind}_bytes"] for kind in ("argument", "peak", "allocated")]
+        share = f"{100 * sizes[-1] / 16e9:.1f}"
+        cells += [[name, *map(megabytes, sizes), share]]
+    return [EXAMPLES, table(head, cells)] if cells else []
 
 
 def plain_line(plain):
@@ -206,6 +317,7 @@ def compiled_table(rows):
         "cycles over plain",
         "bytes over plain",
         "temporaries, MB",
+        "peak, MB",
         "kernels",
     ]
     head += [f"{kind}, GB" for kind in kinds]
@@ -215,7 +327,8 @@ def compiled_table(rows):
             cells += [[name, reason(row), *["–"] * (len(head) - 2)]]
             continue
         ratios = [ratio(row[k], plain.get(k)) for k in ("cycles", "bytes_moved")]
-        sizes = [megabytes(row["temporary_bytes"]), f"{row['kernels']:,}"]
+        sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
+        sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
         cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
     return table(head, cells)

@@ -297,27 +297,36 @@ def _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy):
     def estimate(evaluate, key, params, chunks, noise_flags=None, rematerialize=False):
         noisy = checks.check_params(trees.select(params, noise_flags))
         draw = binding.bind(kernel, key, noisy, params)
+        key_at = random.keys_of_draws(key, num_samples)
 
         def sample(index, chunk):
-            noise_key = random.fold_in(key, index)
+            noise_key = key_at(index)
             options = signatures.sample_options(value_fn, noise_key)
-            noise = draw(noise_key)
 
-            def at(sign):
+            def at(sign, noise):
                 tree = _perturb(noisy, sign, scale, noise)
                 return evaluate(
                     trees.merge(tree, params, noise_flags), chunk, **options
                 )
 
             if not antithetic:
-                return at(None)
-            # Both signs use it: without the barrier XLA may draw it twice.
-            noise = jax.lax.optimization_barrier(noise)
-            return layout.mean_of_pair(at)
+                return at(None, draw(noise_key))
+            return layout.mean_of_pair(
+                at, lambda *after: draw(_later(noise_key, *after))
+            )
 
         return layout.sum_samples(sample, num_samples, chunks, strategy, rematerialize)
 
     return estimate
+
+
+def _later(key, *values):
+    """The same key, not to be used before the values are there."""
+    if not values:
+        return key
+    data = random.key_data(key)
+    data, _ = jax.lax.optimization_barrier((data, values))
+    return random.same_kind(data, key)
 
 
 def _flags(mask, noise_mask, params):

@@ -1,6 +1,6 @@
 """What a TPU's compiler makes of training steps, without a TPU: ``make test-tpu``.
 
-Three small programs for a v5e. Needs Python 3.12 and jax[tpu]; `make test` leaves it out.
+Five small programs for a v5e. Needs Python 3.12 and jax[tpu]; `make test` leaves it out.
 """
 
 import functools
@@ -60,17 +60,43 @@ def _compiled(name):
         make, problem = contenders.lpf("signs", "auto"), _dense(8192)
     elif name == "decoder, pair":
         make, problem = contenders.nso(kernels.signs), _decoder()
+    elif name == "decoder, SAM":
+        make, problem = contenders.sam, _decoder()
     else:
         make, problem = contenders.plain, _decoder()
     return problem, accelerators.compile_step(problem, make, TOPOLOGY)
 
 
-def test_a_pair_holds_the_activations_of_one_pass():
+TWO_PASSES = ["decoder, pair", "decoder, SAM"]
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_two_passes_hold_the_activations_of_one(name):
     _, plain = _compiled("decoder, plain")
-    problem, pair = _compiled("decoder, pair")
-    sizes = [x.memory_analysis().temp_size_in_bytes for x in (plain, pair)]
+    problem, compiled = _compiled(name)
+    sizes = [x.memory_analysis().temp_size_in_bytes for x in (plain, compiled)]
     assert sizes[0] > 10 * _bytes(problem.params)
     assert sizes[1] <= 1.2 * sizes[0]
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_two_passes_write_no_zeros_for_their_activations(name):
+    """Stacked activations begin as memory that nothing wrote, as in a plain step."""
+    counts = [
+        _compiled(n)[1].as_text().count('"AllocateBuffer"')
+        for n in ("decoder, plain", name)
+    ]
+    assert counts[0] > 0
+    assert counts[1] >= counts[0]
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_two_passes_take_the_cycles_of_two(name):
+    cycles = [
+        hlo.Program(_compiled(n)[1].as_text()).cycles()
+        for n in ("decoder, plain", name)
+    ]
+    assert cycles[1] <= 2.1 * cycles[0]
 
 
 def test_signs_are_never_stored_at_the_size_of_the_parameters():
@@ -80,7 +106,7 @@ def test_signs_are_never_stored_at_the_size_of_the_parameters():
     assert size <= 2.1 * _bytes(problem.params)
 
 
-@pytest.mark.parametrize("name", ["dense, signs", "decoder, pair"])
+@pytest.mark.parametrize("name", ["dense, signs", *TWO_PASSES])
 def test_parameters_and_state_are_written_in_place_and_the_host_is_not_asked(name):
     problem, compiled = _compiled(name)
     donated = 2 * _bytes(problem.params)  # and the momentum

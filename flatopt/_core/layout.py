@@ -186,24 +186,94 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
     )
 
 
-def mean_of_pair(one):
-    """The mean of ``one(sign)[0]`` at the signs 1 and -1; the aux ``[1]`` stacked.
+def mean_of_pair(one, draw):
+    """The mean of ``one(sign, noise)[0]`` at the signs 1 and -1; the aux ``[1]`` stacked.
 
     One after the other where ``one`` has a loop of its own, such as scanned layers: XLA
     keeps the activations of two copies of a loop side by side, which is twice the memory.
+    There an accelerator draws the noise once more, rather than keep it through a pass.
     """
     signs = jnp.array([1.0, -1.0], jnp.float32)
     if not is_staged():
-        outs = [one(sign) for sign in signs]
-    else:
-        traced, jaxpr = jaxprs.trace(one, signs[0])
-        if any(jaxprs.has_primitive(jaxpr, name) for name in LOOPS):
-            total, aux = _scan_rows(traced, jaxpr, signs)
-            return jax.tree.map(lambda x: x / 2, total), aux
-        outs = [traced(sign) for sign in signs]
+        noise = draw()
+        outs = [one(sign, noise) for sign in signs]
+        return _mean_of_two(outs)
+    # Both signs use it: without the barrier XLA may draw it twice.
+    noise = jax.lax.optimization_barrier(draw())
+    traced, jaxpr = jaxprs.trace(one, signs[0], noise)
+    if not has_loop(jaxpr):
+        return _mean_of_two([traced(sign, noise) for sign in signs])
+
+    def kept():
+        return _scan_rows(lambda sign: traced(sign, noise), jaxpr, signs)
+
+    def redrawn():
+        return _scan_rows(lambda sign: traced(sign, draw(sign)), jaxpr, signs)
+
+    total, aux = platforms.choose(kept, redrawn)
+    return jax.tree.map(lambda x: x / 2, total), aux
+
+
+def _mean_of_two(outs):
     (plus, aux_plus), (minus, aux_minus) = outs
     total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
     return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
+
+
+def two_passes(value_and_grad, first, move):
+    """Gradients at ``first``, then at the point that ``move`` makes of them.
+
+    ``move(grads)`` returns the point and what else is to be kept. Returns the first value,
+    the second gradients and what was kept. A loss with a loop of its own stands in the
+    program once, in a loop of two rounds: two copies would share the zeros that their
+    stacked activations begin as, and XLA would write them in each step on a TPU.
+    """
+    if not is_staged():
+        value, grads = value_and_grad(first)
+    else:
+        traced, jaxpr = jaxprs.trace(value_and_grad, first)
+        found = _two_rounds(traced, jaxpr, first, move) if has_loop(jaxpr) else None
+        if found is not None:
+            return found
+        value, grads = traced(first)
+    point, kept = move(grads)
+    _, grads = value_and_grad(point)
+    return value, grads, kept
+
+
+def _two_rounds(traced, jaxpr, first, move):
+    """The two passes as one loop; None where the types of its state would change."""
+    shapes = jax.eval_shape(traced, first)
+    zeros = [_zeros(v.aval) for v in jaxpr.outvars]
+    value, grads = jax.tree.unflatten(jax.tree.structure(shapes), zeros)
+    moved, jaxpr = jaxprs.trace(move, grads)
+    leaves = jax.tree.leaves(first)
+    points, kept = jaxpr.outvars[: len(leaves)], jaxpr.outvars[len(leaves) :]
+    same = all(
+        varying_axes(v.aval) == varying_axes(jax.typeof(leaf))
+        for v, leaf in zip(points, leaves, strict=True)
+    )
+    if not same or any(jnp.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in kept):
+        return None
+    _, shapes = jax.eval_shape(moved, grads)
+    kept = jax.tree.unflatten(
+        jax.tree.structure(shapes), [_zeros(v.aval) for v in kept]
+    )
+
+    def step(state, is_second):
+        value, grads, _ = state
+        point, kept = moved(grads)  # of zeros in the first round, and not used
+        point = jax.tree.map(lambda p, q: jnp.where(is_second, q, p), first, point)
+        found, grads = traced(point)
+        return (jnp.where(is_second, value, found), grads, kept), None
+
+    rounds = jnp.array([False, True])
+    return jax.lax.scan(step, (value, grads, kept), rounds)[0]
+
+
+def has_loop(jaxpr):
+    """Whether a jaxpr holds a loop, such as scanned layers."""
+    return any(jaxprs.has_primitive(jaxpr, name) for name in LOOPS)
 
 
 def _unroll(one, num_samples):

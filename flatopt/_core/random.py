@@ -38,30 +38,52 @@ def fold_in(key, word):
 
 @functools.partial(jax.jit, inline=True)
 def _fold_in(key, word):
-    data = _data(key)
+    data = key_data(key)
     low = jnp.asarray(word).astype(jnp.uint32)
     folded = jnp.stack(_threefry(data[0], data[1], jnp.zeros_like(low), low))
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return jax.random.wrap_key_data(folded) if typed else folded
+    return same_kind(folded, key)
+
+
+def keys_of_draws(key, num_draws):
+    """A function of the index of a draw, which may be traced: ``fold_in(key, index)``.
+
+    The keys of many draws are made at once, if they are threefry's: one at a time takes an
+    accelerator a hundred operations in each round of a loop.
+    """
+    if num_draws == 1 or not _is_threefry(key):
+        return lambda index: fold_in(key, index)
+    folded = jax.vmap(fold_in, (None, 0))(key, jnp.arange(num_draws, dtype=jnp.uint32))
+    return lambda index: folded[index]
 
 
 def bits(key, shape, out_sharding=None):
     """Random uint32, those of ``jax.random.bits`` for a threefry key."""
     if not _is_threefry(key) or math.prod(shape) >= 2**32:
         return jax.random.bits(key, shape, jnp.uint32, out_sharding=out_sharding)
-    data = _data(key)
+    data = key_data(key)
     low = _flat_index(shape, out_sharding)
     first, second = _threefry(data[0], data[1], jnp.zeros_like(low), low)
     return first ^ second
 
 
-def _data(key):
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(key) if typed else key
+def key_data(key):
+    """The words of a key, typed or not."""
+    return jax.random.key_data(key) if _is_typed(key) else key
+
+
+def same_kind(data, key):
+    """Words as a key of the kind of another."""
+    if not _is_typed(key):
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def _is_typed(key):
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _is_threefry(key):
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not _is_typed(key):
         return key.shape[-1] == 2
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
@@ -211,7 +233,7 @@ def _flags(key, shape, out_sharding):
 
 
 def _stored_bits(key, shape):
-    keys = jax.random.wrap_key_data(_data(key)[None])
+    keys = jax.random.wrap_key_data(key_data(key)[None])
     return _joint_bits(keys, (math.prod(shape),), _unchanged)[0].reshape(shape)
 
 

@@ -7,7 +7,7 @@ they make of the two gradients. All take ``value_fn`` as :func:`smooth_gradients
 
 import optax
 
-from flatopt._core import checks, vectors
+from flatopt._core import checks, layout, vectors
 from flatopt._core.types import AxisName, Key, Mask, ScalarOrSchedule
 from flatopt.transforms import _ascent, _direction
 
@@ -81,10 +81,12 @@ def sam_gradients(
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
-        value, grads = value_and_grad(params)
-        uphill, memory = _direction.along(direction, grads, memory, params)
-        _, grads = value_and_grad(vectors.move(params, vectors.ascent(uphill, rho)))
-        return value, grads, memory
+
+        def move(grads):
+            uphill, kept = _direction.along(direction, grads, memory, params)
+            return vectors.move(params, vectors.ascent(uphill, rho)), kept
+
+        return layout.two_passes(value_and_grad, params, move)
 
     _direction.check_direction(direction)
     return _ascent.adversarial(
@@ -142,9 +144,11 @@ def usam_gradients(
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
-        value, grads = value_and_grad(params)
-        _, grads = value_and_grad(vectors.move(params, vectors.scale(rho, grads)))
-        return value, grads, memory
+
+        def move(grads):
+            return vectors.move(params, vectors.scale(rho, grads)), memory
+
+        return layout.two_passes(value_and_grad, params, move)
 
     return _ascent.adversarial(
         "usam_gradients",
@@ -206,13 +210,13 @@ def gsam_gradients(
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
-        value, clean = value_and_grad(params)
-        _, moved = value_and_grad(vectors.move(params, vectors.ascent(clean, rho)))
-        return (
-            value,
-            vectors.add(moved, -alpha, vectors.orthogonal(clean, moved)),
-            memory,
-        )
+
+        def move(clean):
+            return vectors.move(params, vectors.ascent(clean, rho)), clean
+
+        value, moved, clean = layout.two_passes(value_and_grad, params, move)
+        grads = vectors.add(moved, -alpha, vectors.orthogonal(clean, moved))
+        return value, grads, memory
 
     return _ascent.adversarial(
         "gsam_gradients",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import kernels
-from flatopt._core import checks, filters, trees, vectors
+from flatopt._core import checks, filters, layout, trees
 from flatopt._core.types import AxisName, Key, Mask
 from flatopt._core.vectors import move, scaled_ascent
 from flatopt.transforms import _ascent
@@ -19,14 +19,16 @@ def adaptive(name, rho, eta, size_of, options):
 
     def gradients(value_and_grad, params, rho, key, memory, count, whole):
         del key, count
-        value, grads = value_and_grad(params)
         sizes = jax.tree_util.tree_map_with_path(
             lambda path, p: size_of(trees.path_name(path), trees.widen(p), whole) + eta,
             params,
         )
-        sizes = jax.tree.map(lambda s, g: s.astype(g.dtype), sizes, grads)
-        _, grads = value_and_grad(move(params, scaled_ascent(grads, sizes, rho)))
-        return value, grads, memory
+
+        def along(grads):
+            units = jax.tree.map(lambda s, g: s.astype(g.dtype), sizes, grads)
+            return move(params, scaled_ascent(grads, units, rho)), memory
+
+        return layout.two_passes(value_and_grad, params, along)
 
     return adversarial(name, rho, gradients, options, is_given_whole=True)
 
@@ -199,11 +201,12 @@ def fisher_sam_gradients(
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
-        value, grads = value_and_grad(params)
-        roots = jax.tree.map(lambda g: _root_of_metric(g, eta), grads)
-        step = vectors.scaled_ascent(grads, roots, rho)
-        _, grads = value_and_grad(vectors.move(params, step))
-        return value, grads, memory
+
+        def along(grads):
+            roots = jax.tree.map(lambda g: _root_of_metric(g, eta), grads)
+            return move(params, scaled_ascent(grads, roots, rho)), memory
+
+        return layout.two_passes(value_and_grad, params, along)
 
     return _ascent.adversarial(
         "fisher_sam_gradients",

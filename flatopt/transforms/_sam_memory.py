@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, loops, trees, vectors
+from flatopt._core import checks, layout, loops, trees, vectors
 from flatopt._core.types import AxisName, Key, Mask
 from flatopt.transforms import _ascent, _link
 from flatopt.transforms._sam import Scalar
@@ -153,24 +153,26 @@ def friendly_sam_gradients(
 
     def gradients(value_and_grad, params, rho, key, memory, count):
         del key, count
-        value, clean = value_and_grad(params)
-        own = vectors.add(clean, -sigma, memory)
-        errors = jax.tree.map(
-            lambda g, m, p: (
-                vectors.rounding_unit(p.dtype)
-                * (vectors.largest(g) + vectors.scale(sigma, vectors.largest(m)))
-            ),
-            clean,
-            memory,
-            params,
-        )
-        is_noise = vectors.largest(own) <= vectors.largest(errors)
-        step = vectors.ascent(own, jnp.where(is_noise, 0.0, rho))
-        _, grads = value_and_grad(vectors.move(params, step))
-        # The first gradient starts the average, as in the authors' code.
-        kept = jnp.where(vectors.largest(memory) == 0, 0.0, decay)
-        memory = vectors.add(vectors.scale(kept, memory), 1 - kept, clean)
-        return value, grads, memory
+
+        def move(clean):
+            own = vectors.add(clean, -sigma, memory)
+            errors = jax.tree.map(
+                lambda g, m, p: (
+                    vectors.rounding_unit(p.dtype)
+                    * (vectors.largest(g) + vectors.scale(sigma, vectors.largest(m)))
+                ),
+                clean,
+                memory,
+                params,
+            )
+            is_noise = vectors.largest(own) <= vectors.largest(errors)
+            step = vectors.ascent(own, jnp.where(is_noise, 0.0, rho))
+            # The first gradient starts the average, as in the authors' code.
+            kept = jnp.where(vectors.largest(memory) == 0, 0.0, decay)
+            average = vectors.add(vectors.scale(kept, memory), 1 - kept, clean)
+            return vectors.move(params, step), average
+
+        return layout.two_passes(value_and_grad, params, move)
 
     return _ascent.adversarial(
         "friendly_sam_gradients",

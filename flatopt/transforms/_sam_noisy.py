@@ -3,7 +3,7 @@
 import optax
 
 from flatopt import kernels
-from flatopt._core import binding, checks
+from flatopt._core import binding, checks, layout
 from flatopt._core.types import AxisName, KernelFn, Key, Mask
 from flatopt._core.vectors import ascent, move, scale
 from flatopt.transforms import _ascent
@@ -19,9 +19,12 @@ def _noisy(name, rho, sigma, kernel, options):
     def gradients(value_and_grad, params, rho, key, memory, count, whole):
         del count
         noise = binding.bind(kernel, key, params, whole)(key)
-        value, grads = value_and_grad(move(params, scale(sigma, noise)))
-        _, grads = value_and_grad(move(params, ascent(grads, rho)))
-        return value, grads, memory
+        first = move(params, scale(sigma, noise))
+        return layout.two_passes(
+            value_and_grad,
+            first,
+            lambda grads: (move(params, ascent(grads, rho)), memory),
+        )
 
     return adversarial(name, rho, gradients, options, is_given_whole=True)
 
