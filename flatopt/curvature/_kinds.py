@@ -22,9 +22,9 @@ class Kind(abc.ABC):
     is_centered: ClassVar[bool] = False  # whether batches are compared with a reference
     # Whether products are differences: of float32 vectors or wider, sharing no work.
     is_differenced: ClassVar[bool] = False
-    coarser: ClassVar[Any] = (
-        None  # the kind with larger errors of products, where not of rounding
-    )
+    # The kind with larger errors of products, where they are more than rounding; such a
+    # kind has a method rounding(params, batch, block, products), their least.
+    coarser: ClassVar[Any] = None
 
     @property
     @abc.abstractmethod
