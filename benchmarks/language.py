@@ -71,7 +71,7 @@ def streamed(params, batch, vector, total):
     block, total = (jax.tree.map(lambda x: x[None], tree) for tree in (vector, total))
     total = jnp.zeros(()), jnp.zeros(()), (total, ())
     function = _operator.Products(kind, sharding.ALIKE)
-    return risk._add_weighted(function, total, jnp.float32(1), params, batch, block)
+    return risk.add_weighted(function, total, jnp.float32(1), params, batch, block)
 
 
 def critical(params, batch, vector):

@@ -150,7 +150,7 @@ class Risk:
             if total is None:
                 total, eps = _first_weighted(function, weight, *arguments)
             else:
-                total = _add_weighted(function, total, weight, *arguments)
+                total = add_weighted(function, total, weight, *arguments)
             if len(weights) == 1 and self.bar is not None:
                 jax.block_until_ready(total)
                 self._announce(start, function, total, weight, arguments)
@@ -179,7 +179,7 @@ class Risk:
             return
         spare = jax.tree.map(jnp.zeros_like, total)
         start = time.monotonic()
-        jax.block_until_ready(_add_weighted(function, spare, weight, *arguments))
+        jax.block_until_ready(add_weighted(function, spare, weight, *arguments))
         self.bar.announce(time.monotonic() - start)
 
     def batches(self, description):
@@ -239,7 +239,7 @@ def _on_batch(function, with_loss, params, batch, *rows):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_weighted(function, total, weight, params, batch, *rows):
+def add_weighted(function, total, weight, params, batch, *rows):
     """The one weighted sum: magnitudes of losses, losses, and what is asked for."""
     loss, asked = function(params, batch, *rows)
     found = jnp.abs(loss), loss, asked
@@ -260,7 +260,7 @@ def _first_weighted(function, weight, params, *arguments):
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)), (shapes[0], *shapes)
     )
-    return _add_weighted(function, zeros, weight, params, *arguments), eps
+    return add_weighted(function, zeros, weight, params, *arguments), eps
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -238,7 +238,7 @@ def test_no_array_of_a_streamed_product_is_larger_than_the_logits():
     loss, asked = jax.eval_shape(function, params, batch, block)
     weight = jax.ShapeDtypeStruct((), jnp.float32)
     arguments = (loss, loss, asked), weight, params, batch, block
-    lowered = risk._add_weighted.lower(function, *arguments)
+    lowered = risk.add_weighted.lower(function, *arguments)
     sizes = _sizes(lowered.compile().as_text())
     assert max(sizes) == math.prod(TOKENS) * WORDS
 
