@@ -149,7 +149,10 @@ class GaussNewton(Kind):
         )
 
         def product(vector):
-            return pull(self.output_product(outputs, batch, push(vector)))[0]
+            # First what is as large as the outputs, then the rest: mixed with the forward
+            # pass, curving them takes a TPU the memory of as many again.
+            given, tangent = jax.lax.optimization_barrier((outputs, push(vector)))
+            return pull(self.output_product(given, batch, tangent))[0]
 
         return self.output_loss(outputs, batch), (), product
 
