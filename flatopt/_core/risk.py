@@ -136,11 +136,7 @@ class Risk:
         return asked
 
     def _sweep(self, function, rows, check):
-        if _is_traced((self, rows)):
-            raise TypeError(
-                "data that is a re-iterable of batches is read on the host, got a call "
-                "inside jax.jit; give one batch there, or call this outside."
-            )
+        self._check_read((self, rows))
         total, weights = None, []
         for batch, weight in self.batches(function.__class__.__name__.strip("_")):
             arguments = self.params, batch, *rows
@@ -151,6 +147,7 @@ class Risk:
                 total, eps = _first_weighted(function, weight, *arguments)
             else:
                 total = add_weighted(function, total, weight, *arguments)
+            self._check_read(total)  # traced by what the loss function holds
             if len(weights) == 1 and self.bar is not None:
                 jax.block_until_ready(total)
                 self._announce(start, function, total, weight, arguments)
@@ -169,6 +166,14 @@ class Risk:
             found = self.seen._replace(batches=len(weights), weight=weight)
             streams.check_same(self.seen, found)
         return asked
+
+    def _check_read(self, tree):
+        """Reject a trace where batches are read."""
+        if _is_traced(tree):
+            raise TypeError(
+                "data that is a re-iterable of batches is read on the host, got a call "
+                "inside jax.jit or jax.vmap; give one batch there, or call this outside."
+            )
 
     def _announce(self, start, function, total, weight, arguments):
         """Say how long all passes will take; the first batch is timed once more.
