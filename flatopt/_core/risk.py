@@ -124,12 +124,16 @@ class Risk:
             return self._sweep(function, rows, check)
         check = check and self.seen is None and not _is_traced((self, rows))
         batch = self.given(self.batch)
-        found = _on_batch(function, check, self.params, batch, *rows)
+        # Where the loss costs nothing, one program serves with it and without it.
+        with_loss = check or getattr(function, "has_free_loss", False)
+        found = _on_batch(function, with_loss, self.params, batch, *rows)
         if self.bar is not None:
             self.bar.update()
-        if not check:
+        if not with_loss:
             return found
         loss, asked = found
+        if not check:
+            return asked
         if not _is_traced(loss):  # as it is by what the loss function holds
             streams.check_finite(float(loss))
             self.seen = True

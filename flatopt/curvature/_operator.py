@@ -244,6 +244,11 @@ class Products:
     kind: Any
     placement: Any = None  # of the parameters, see sharding.placement_of
 
+    @property
+    def has_free_loss(self):
+        """Whether products have computed the loss anyway."""
+        return not self.kind.is_differenced
+
     def __call__(self, params, batch, block, reference=()):
         """``(loss, (products, shared))``."""
         loss, shared, product = self.kind.linearize(params, batch, *reference)
