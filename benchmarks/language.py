@@ -6,6 +6,8 @@ of that size is made, and no TPU is needed; without jax[tpu] give ``--targets cp
 """
 
 import argparse
+import contextlib
+import dataclasses
 import inspect
 import json
 import pathlib
@@ -26,7 +28,7 @@ from flatopt._core import risk, sharding
 from flatopt.curvature import _operator
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results" / "language.json"
-MODEL = Decoder(vocabulary=50_000)
+MODEL = Decoder(vocabulary=50_000)  # on several chips with its activations pinned
 BATCH = 8
 STREAMED = "Gauss-Newton product, streamed"
 TARGETS = {"cpu": 1, "v5e, 1 chip": 1, "v5e, 4 chips": 4}
@@ -71,7 +73,7 @@ def streamed(params, batch, vector, total):
     block, total = (jax.tree.map(lambda x: x[None], tree) for tree in (vector, total))
     total = jnp.zeros(()), jnp.zeros(()), (total, ())
     function = _operator.Products(kind, sharding.ALIKE)
-    return risk._add_weighted(function, total, jnp.float32(1), params, batch, block)
+    return risk.add_weighted(function, total, jnp.float32(1), params, batch, block)
 
 
 def critical(params, batch, vector):
@@ -102,20 +104,18 @@ def devices(target):
     return find_topology("tpu").devices[: TARGETS[target]]
 
 
-def shapes(target):
+def shapes(target, mesh):
     """Arguments by name; on several chips parameters and batch are split over all."""
     params = jax.eval_shape(MODEL.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((BATCH, MODEL.length), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    found = devices(target)
-    if len(found) == 1:
-        one = SingleDeviceSharding(found[0])
+    if mesh is None:
+        one = SingleDeviceSharding(devices(target)[0])
         params, tokens, key = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
             (params, tokens, key),
         )
         return _named(params, tokens, key)
-    mesh = jax.sharding.Mesh(np.array(found), ("chips",))
 
     def place(x, spec):
         return jax.ShapeDtypeStruct(
@@ -134,12 +134,36 @@ def _named(params, tokens, key):
     return vectors | {"batch": (tokens, tokens), "key": key}
 
 
+def mesh_of(target):
+    """All chips of a target on one axis; None for one chip."""
+    if TARGETS[target] == 1:
+        return None
+    return jax.sharding.Mesh(np.array(devices(target)), ("chips",))
+
+
+@contextlib.contextmanager
+def pinned(mesh):
+    """Within, the model keeps the activations of an example where the example lies."""
+    global MODEL
+    plain = MODEL
+    if mesh is not None:
+        MODEL = dataclasses.replace(plain, sharding=NamedSharding(mesh, P("chips")))
+    try:
+        yield
+    finally:
+        MODEL = plain
+
+
 def measure(target, row):
     start = time.perf_counter()
-    given = shapes(target)
+    mesh = mesh_of(target)
+    given = shapes(target, mesh)
     arguments = [given[name] for name in inspect.signature(ROWS[row]).parameters]
-    donated = () if row != STREAMED else (3,)
-    lowered = jax.jit(ROWS[row], donate_argnums=donated).lower(*arguments)
+    options = {"donate_argnums": 3} if row == STREAMED else {}
+    if mesh is not None and row == "gradient":  # as an optimizer asks for it
+        options["out_shardings"] = jax.tree.map(lambda x: x.sharding, given["params"])
+    with pinned(mesh):
+        lowered = jax.jit(ROWS[row], **options).lower(*arguments)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     figures = {

@@ -1,6 +1,7 @@
 """Problems of the size that accelerators are for, as arrays or as shapes alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,17 @@ NAMES = tuple(TITLES)
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder Transformer whose layers are stacked and scanned: 163 million parameters."""
+    """A decoder Transformer whose layers are stacked and scanned: 163 million parameters.
+
+    ``sharding`` pins activations over several devices, of shape (examples, tokens, units).
+    """
 
     num_layers: int = 12
     width: int = 768
     num_heads: int = 12
     vocabulary: int = 50_304
     length: int = 512
+    sharding: Any = None
 
     def init(self, key):
         d, n = self.width, self.num_layers
@@ -61,9 +66,14 @@ class Decoder:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         ends = ("embedding", "position", "head", "norm")
         layers = {name: leaf for name, leaf in params.items() if name not in ends}
-        x = params["embedding"][inputs] + params["position"][None]
+        x = self._pin(params["embedding"][inputs] + params["position"][None])
         x, _ = jax.lax.scan(lambda x, w: (self._layer(x, w), None), x, layers)
-        return _norm(x, params["norm"]) @ params["head"]
+        return self._pin(_norm(x, params["norm"]) @ params["head"])
+
+    def _pin(self, x):
+        if self.sharding is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding)
 
     def _layer(self, x, w):
         count, length, _ = x.shape
@@ -72,8 +82,8 @@ class Decoder:
             y.reshape(count, length, 3, self.num_heads, -1), 2, 0
         )
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + y.reshape(x.shape) @ w["attention_out"]
-        return x + jax.nn.gelu(_norm(x, w["mlp_norm"]) @ w["up"]) @ w["down"]
+        x = self._pin(x + y.reshape(x.shape) @ w["attention_out"])
+        return self._pin(x + jax.nn.gelu(_norm(x, w["mlp_norm"]) @ w["up"]) @ w["down"])
 
 
 def _norm(x, scale):

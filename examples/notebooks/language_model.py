@@ -182,19 +182,12 @@ plt.show()
 # ## Which block
 #
 # The same random probes give the trace of every leaf's block, with its error. The error of
-# a layer is at most the sum of those of its leaves.
+# a layer is at most the sum of those of its leaves, which is drawn.
 
 # %%
 found = curvature.probe(newton, jax.random.key(4), 4 if SMOKE else 16, num_deflated=4)
 print(f"trace {found.trace.value:.1f} ± {found.trace.standard_error:.1f}")
-traces, errors = (
-    {name: sum(jax.tree.leaves(part)) for name, part in tree.items()}
-    for tree in (found.layer_traces.value, found.layer_traces.standard_error)
-)
-figure, ax = plt.subplots(layout="constrained")
-ax.barh(list(traces), list(traces.values()), xerr=list(errors.values()), capsize=2)
-ax.invert_yaxis()
-ax.set(xlabel="trace of the Gauss-Newton matrix")
+plots.layer_traces(found, depth=1)
 plt.show()
 
 # %% [markdown]
@@ -205,7 +198,8 @@ plt.show()
 # not, as with fused attention.
 
 # %%
-updates, _ = tx.update(jax.grad(loss_fn)(params, data), state, params)
+grads = jax.jit(jax.grad(loss_fn))(params, data)
+updates, _ = jax.jit(tx.update)(grads, state, params)
 critical = stability.critical_learning_rate(
     loss_fn, params, updates, data, learning_rate=RATE
 )

@@ -209,6 +209,21 @@ def check_value(value, name="value_fn"):
     return jnp.asarray(value)
 
 
+def check_concrete(tree, name):
+    """Reject what is traced, for what is decided on the host."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{name} runs on the host, got a call inside jax.jit or jax.vmap; call it "
+            "outside."
+        )
+
+
+def float_of(value, name):
+    """A number of Python, for what is decided on the host."""
+    check_concrete(value, name)
+    return float(value)
+
+
 def check_weight(weight):
     """The scalar that a weight_fn returned."""
     if not is_numeric(weight) or jnp.shape(weight) != ():

@@ -25,8 +25,20 @@ def suits(tree):
 
 
 def fetch(tree):
-    """The arrays in NumPy."""
+    """The arrays in NumPy; as they are where a trace has only begun with them.
+
+    A loss may hold arrays that ``jax.vmap`` traces: its products are, nothing else is.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return tree
     return jax.tree.map(np.asarray, tree)
+
+
+def together(*trees):
+    """The same trees, all in JAX where one is traced, so that none in NumPy meets it."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+        return jax.tree.map(jnp.asarray, trees)
+    return trees
 
 
 def send(tree, params):
@@ -49,13 +61,15 @@ def namespace(values):
 
 def compiled(function, **options):
     """``jax.jit`` of a function, which is called as it is for arrays of NumPy."""
-    jitted = jax.jit(function, **options)
+    jitted, donates = jax.jit(function, **options), "donate_argnums" in options
 
     @functools.wraps(function)
     def call(*args):
         leaves = jax.tree.leaves(args)
         if not any(namespace(x) is np for x in leaves):
-            return jitted(*args)
+            is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+            # What is traced has no memory to give away.
+            return (function if is_traced and donates else jitted)(*args)
         with np.errstate(all="ignore"):  # as in JAX: what is not finite shows
             return function(*args)
 

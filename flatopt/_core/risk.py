@@ -124,23 +124,23 @@ class Risk:
             return self._sweep(function, rows, check)
         check = check and self.seen is None and not _is_traced((self, rows))
         batch = self.given(self.batch)
-        found = _on_batch(function, check, self.params, batch, *rows)
+        # Where the loss costs nothing, one program serves with it and without it.
+        with_loss = check or getattr(function, "has_free_loss", False)
+        found = _on_batch(function, with_loss, self.params, batch, *rows)
         if self.bar is not None:
             self.bar.update()
-        if not check:
+        if not with_loss:
             return found
         loss, asked = found
+        if not check:
+            return asked
         if not _is_traced(loss):  # as it is by what the loss function holds
             streams.check_finite(float(loss))
             self.seen = True
         return asked
 
     def _sweep(self, function, rows, check):
-        if _is_traced((self, rows)):
-            raise TypeError(
-                "data that is a re-iterable of batches is read on the host, got a call "
-                "inside jax.jit; give one batch there, or call this outside."
-            )
+        self._check_read((self, rows))
         total, weights = None, []
         for batch, weight in self.batches(function.__class__.__name__.strip("_")):
             arguments = self.params, batch, *rows
@@ -150,7 +150,8 @@ class Risk:
             if total is None:
                 total, eps = _first_weighted(function, weight, *arguments)
             else:
-                total = _add_weighted(function, total, weight, *arguments)
+                total = add_weighted(function, total, weight, *arguments)
+            self._check_read(total)  # traced by what the loss function holds
             if len(weights) == 1 and self.bar is not None:
                 jax.block_until_ready(total)
                 self._announce(start, function, total, weight, arguments)
@@ -170,6 +171,14 @@ class Risk:
             streams.check_same(self.seen, found)
         return asked
 
+    def _check_read(self, tree):
+        """Reject a trace where batches are read."""
+        if _is_traced(tree):
+            raise TypeError(
+                "data that is a re-iterable of batches is read on the host, got a call "
+                "inside jax.jit or jax.vmap; give one batch there, or call this outside."
+            )
+
     def _announce(self, start, function, total, weight, arguments):
         """Say how long all passes will take; the first batch is timed once more.
 
@@ -179,7 +188,7 @@ class Risk:
             return
         spare = jax.tree.map(jnp.zeros_like, total)
         start = time.monotonic()
-        jax.block_until_ready(_add_weighted(function, spare, weight, *arguments))
+        jax.block_until_ready(add_weighted(function, spare, weight, *arguments))
         self.bar.announce(time.monotonic() - start)
 
     def batches(self, description):
@@ -239,7 +248,7 @@ def _on_batch(function, with_loss, params, batch, *rows):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_weighted(function, total, weight, params, batch, *rows):
+def add_weighted(function, total, weight, params, batch, *rows):
     """The one weighted sum: magnitudes of losses, losses, and what is asked for."""
     loss, asked = function(params, batch, *rows)
     found = jnp.abs(loss), loss, asked
@@ -260,7 +269,7 @@ def _first_weighted(function, weight, params, *arguments):
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)), (shapes[0], *shapes)
     )
-    return _add_weighted(function, zeros, weight, params, *arguments), eps
+    return add_weighted(function, zeros, weight, params, *arguments), eps
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,13 @@ from flatopt._core.types import SpectrumEnd
 from flatopt.curvature._draws import normal_like
 from flatopt.curvature._krylov import check_eigen, noise_of
 from flatopt.curvature._lanczos import Eigenpairs, residuals_of, rounding_of
-from flatopt.curvature._operator import Operator, cast_for, check_once, distances
+from flatopt.curvature._operator import (
+    Errors,
+    Operator,
+    cast_for,
+    check_once,
+    errors_beyond,
+)
 from flatopt.curvature._probes import check_finite
 
 PASSES = 2  # of orthogonalization; what is added anew went through one before
@@ -113,8 +119,8 @@ class _BlockLanczos:
         values, _, residuals, units = residuals_of(rows, found)
         allowed = rounding_of(params, ritz.dtype) * unit * jnp.max(jnp.abs(ritz))
         if self.kind.coarser is not None:
-            _, multiply = _multiplication(self.kind.coarser, params, batch)
-            allowed = allowed + 2 * distances(found, loops.map_rows(multiply, rows))
+            _, told = Errors(self.kind)(params, batch, rows, found)
+            allowed = allowed + errors_beyond(found, *told)
         return loss, (units * values, rows, units * residuals + allowed)
 
     def _start(self, params, draw):

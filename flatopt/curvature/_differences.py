@@ -30,13 +30,7 @@ class FiniteDifferenceHessian(Kind):
         return dataclasses.replace(self, widening=2 * self.widening)
 
     def linearize(self, params, batch):
-        # Rounding comes back over the step: products of matrices are to be exact here.
-        with jax.default_matmul_precision("highest"):
-            point, wide_batch = _widened(self.loss_fn, params, batch)
-            gradient, jaxpr = jaxprs.trace(
-                jax.grad(lambda p: risk.loss_of(self.loss_fn, p, wide_batch)), point
-            )
-        eps = max(float(jnp.finfo(dtype).eps) for dtype in jaxprs.float_dtypes(jaxpr))
+        gradient, point, eps = self._gradient(params, batch)
 
         def product(vector):
             unit = blocks.unit(vector)
@@ -57,6 +51,46 @@ class FiniteDifferenceHessian(Kind):
     def quadratic(self, params, batch, vector):
         _, _, product = self.linearize(params, batch)
         return (vectors.dot(vector, product(vector)),)
+
+    def rounding(self, params, batch, block, found):
+        r"""What rounding may do to the products found with a block, shape (rows,).
+
+        Each of the two gradients is off by half an epsilon of its entries, and no longer
+        than :math:`\|g\| + h \|H v\|`. The difference over :math:`2 h` is off by
+
+        .. math:: \epsilon\, (\|g\| / (2 h) + \|H v\| / 2)
+
+        An entry of :math:`\theta \pm h v` is off by half an epsilon of the parameter, but
+        never by more than it was to move: :math:`v` is off by at most
+        :math:`\min(\epsilon |\theta_i| / (2 h), |v_i|)`. How much longer :math:`H` makes
+        that is not known: as much, it is said, as the part of :math:`v` in the same leaf.
+        """
+        gradient, point, eps = self._gradient(params, batch)
+        size = vectors.norm(blocks.widen(gradient(point)))
+
+        def of_row(pair):
+            vector, product = pair
+            unit = blocks.unit(vector)
+            vector = blocks.divide(vector, unit)
+            step = self.widening * _step(point, vector, eps)
+            shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
+            moved = vectors.norm(jax.tree.map(jnp.multiply, shares, product))
+            of_gradients = unit * (size / (2 * step) * eps)
+            found = of_gradients + eps * vectors.norm(product) / 2 + moved
+            return jnp.where(vectors.largest(vector) == 0, 0.0, found)
+
+        return loops.map_rows(of_row, (blocks.widen(block), found))
+
+    def _gradient(self, params, batch):
+        """The gradient, where to take it, and the epsilon of its narrowest dtype."""
+        # Rounding comes back over the step: products of matrices are to be exact here.
+        with jax.default_matmul_precision("highest"):
+            point, wide_batch = _widened(self.loss_fn, params, batch)
+            gradient, jaxpr = jaxprs.trace(
+                jax.grad(lambda p: risk.loss_of(self.loss_fn, p, wide_batch)), point
+            )
+        dtypes = jaxprs.float_dtypes(jaxpr)
+        return gradient, point, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
 def _widened(loss_fn, params, batch):
@@ -95,6 +129,14 @@ def _step(params, vector, eps):
     move = jnp.where(total == 0, 1.0, square / jnp.where(total == 0, 1.0, total))
     least = 1e5 * jnp.finfo(dtype).tiny  # what is less may be flushed to zero
     return jnp.maximum(SHARE * eps ** (1 / 3) * size / move, least)
+
+
+def _lost(param, vector, step):
+    """The share of a leaf's move, by its length, that rounding of the parameter may take."""
+    half = jnp.abs(trees.widen(param)) * float(jnp.finfo(param.dtype).eps / 2)
+    lost = jnp.minimum(half / step.astype(vector.dtype), jnp.abs(vector))
+    length = vectors.norm(vector)
+    return (vectors.norm(lost) / jnp.where(length == 0, 1.0, length)).astype(lost.dtype)
 
 
 def _root_mean_square(x):

@@ -22,9 +22,9 @@ class Kind(abc.ABC):
     is_centered: ClassVar[bool] = False  # whether batches are compared with a reference
     # Whether products are differences: of float32 vectors or wider, sharing no work.
     is_differenced: ClassVar[bool] = False
-    coarser: ClassVar[Any] = (
-        None  # the kind with larger errors of products, where not of rounding
-    )
+    # The kind with larger errors of products, where they are more than rounding; such a
+    # kind has a method rounding(params, batch, block, products), their least.
+    coarser: ClassVar[Any] = None
 
     @property
     @abc.abstractmethod
@@ -149,7 +149,10 @@ class GaussNewton(Kind):
         )
 
         def product(vector):
-            return pull(self.output_product(outputs, batch, push(vector)))[0]
+            # First what is as large as the outputs, then the rest: mixed with the forward
+            # pass, curving them takes a TPU the memory of as many again.
+            given, tangent = jax.lax.optimization_barrier((outputs, push(vector)))
+            return pull(self.output_product(given, batch, tangent))[0]
 
         return self.output_loss(outputs, batch), (), product
 
@@ -225,7 +228,10 @@ class EmpiricalFisher(Kind):
         self._check_at(_moved(params), batch)  # a last layer near 0 hides it here
 
     def _check_at(self, params, batch):
-        alone, size, together = map(float, _both_losses(self, params, batch))
+        found = _both_losses(self, params, batch)
+        if isinstance(found[0], jax.core.Tracer):  # as it is by what the loss holds
+            return
+        alone, size, together = map(float, found)
         allowed = 1e-2 * size + 1e-6 if np.isfinite(alone + together) else np.inf
         if abs(alone - together) > allowed:
             raise ValueError(

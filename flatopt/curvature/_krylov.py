@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, host, vectors
+from flatopt._core import blocks, checks, host, platforms, vectors
 from flatopt._core.sharding import lay_out, placement_of
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
@@ -101,9 +101,21 @@ class Krylov:
         They share no work then, but nothing is compiled for their number.
         """
         if self.operator.stream is not None:
-            return self.bring(products(self.operator, block))
+            found = self.bring(products(self.operator, block))
+            return self._checked(found)
         rows = [self.bring(products(self.operator, x)) for x in _split(block)]
+        self._checked(rows)
         return rows[0] if len(rows) == 1 else _join(rows)
+
+    def _checked(self, found):
+        """Reject what the loss alone makes traced: the operator is not."""
+        if is_traced(found):
+            raise TypeError(
+                "loss_fn must hold concrete arrays here, got one traced by jax.jit or "
+                "jax.vmap; the Lanczos method decides on the host, so call it outside, or "
+                "curvature.block_lanczos for eigenvalues."
+            )
+        return found
 
     def restart(self, rows, values):
         """Keep these orthonormal Ritz vectors alone."""
@@ -175,7 +187,7 @@ def noise_of(basis):
 
 def check_host(operator, key, advice):
     """Reject a call inside of jax.jit or jax.vmap."""
-    if is_traced((operator, key)):
+    if platforms.is_staged() or is_traced((operator, key)):
         raise TypeError(
             "operator and key must be concrete arrays, got a call inside jax.jit or "
             f"jax.vmap; the Lanczos method decides on the host, so {advice}."

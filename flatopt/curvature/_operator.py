@@ -87,10 +87,13 @@ class Operator:
         return blocks.row(products(self, blocks.single(vector)), 0)
 
     def product_error(self, vector: ParamsT) -> jax.Array:
-        """The estimated length of the error of :meth:`matvec`, shape ().
+        r"""The estimated length of the error of :meth:`matvec`, shape ().
 
         For :func:`finite_difference_hessian` twice how far the product moves when its step
-        is doubled; 0 for the other operators, whose products have errors of rounding alone.
+        :math:`h` is doubled, and never less than what rounding may cause: that of the two
+        gradients, :math:`\epsilon\, (\|g\| / (2 h) + \|H v\| / 2)`, and that of the two
+        points, :math:`\epsilon |\theta_i| / (2 h)` of each entry of :math:`v`, stretched as
+        :math:`v` is. 0 for the other operators, whose products have errors of rounding alone.
 
         Example:
           >>> import jax.numpy as jnp
@@ -241,6 +244,11 @@ class Products:
     kind: Any
     placement: Any = None  # of the parameters, see sharding.placement_of
 
+    @property
+    def has_free_loss(self):
+        """Whether products have computed the loss anyway."""
+        return not self.kind.is_differenced
+
     def __call__(self, params, batch, block, reference=()):
         """``(loss, (products, shared))``."""
         loss, shared, product = self.kind.linearize(params, batch, *reference)
@@ -302,15 +310,35 @@ def products(operator, block):
 
 
 def product_errors(operator, block, found):
-    """Estimated norms of the errors of products found, shape (rows,); 0 for rounding.
+    """Estimated norms of the errors of products found, shape (rows,); 0 for rounding."""
+    if operator.kind.coarser is None:
+        return jnp.zeros(len(jax.tree.leaves(block)[0]))
+    function = Errors(operator.kind, placement_of(operator.like))
+    return errors_beyond(found, *operator.risk.mean(function, block, found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """What tells the errors of products with one batch, where not of rounding alone."""
+
+    kind: Any
+    placement: Any = None  # of the parameters, see sharding.placement_of
+
+    def __call__(self, params, batch, block, found):
+        """``(loss, (products of a coarser kind, least errors))``."""
+        coarser = Products(self.kind.coarser, self.placement)
+        loss, (others, _) = coarser(params, batch, block)
+        return loss, (others, self.kind.rounding(params, batch, block, found))
+
+
+def errors_beyond(found, others, least):
+    """Errors of products, told by those of a coarser kind.
 
     Where the error is of the difference the other product has four times it; where it is
-    rounding, half of it and another one: twice the distance is beyond both.
+    rounding, half of it and another one: twice the distance is beyond both. By chance the
+    two may round alike: what rounding may do is the least.
     """
-    coarser = operator.kind.coarser
-    if coarser is None:
-        return jnp.zeros(len(jax.tree.leaves(block)[0]))
-    return 2 * distances(found, products(Operator(coarser, operator.risk), block))
+    return jnp.maximum(2 * distances(found, others), least)
 
 
 @jax.jit

@@ -80,8 +80,8 @@ def _cross_products(operator, signs):
         placement = placement_of(operator.like)
         loss, part, square = _weighted_products(operator.kind, placement, *arguments)
         total = part if total is None else _add_trees(total, part)
+        losses += weight * checks.float_of(loss, "population_frobenius_norm")
         squares, weights = squares + _host(square), [*weights, weight]
-        losses += weight * float(loss)
     if len(weights) < 2:
         raise ValueError(
             f"operator must be on at least two batches, got {len(weights)}; products "

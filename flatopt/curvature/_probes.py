@@ -213,11 +213,16 @@ def check_probes(operator, num_probes, num_deflated=0, rtol=None):
         checks.check_count(num_deflated, "num_deflated")
     if rtol is not None:
         check_share(rtol, "write rtol=0.05 for an interval of 5 % to either side")
-        if is_traced(operator):
-            raise TypeError(
-                "rtol decides while running how many probes to draw, got a call inside "
-                "jax.jit; give num_probes there."
-            )
+        _check_decides(operator)
+
+
+def _check_decides(found):
+    """Reject an rtol where nothing can be decided."""
+    if is_traced(found):
+        raise TypeError(
+            "rtol decides while running how many probes to draw, got a call inside jax.jit "
+            "or jax.vmap; give num_probes there."
+        )
 
 
 def check_share(rtol, advice):
@@ -268,6 +273,7 @@ def _is_met(estimates, rtol):
     """Whether to stop: all intervals narrow enough, or the most probes spent."""
     if rtol is None:
         return True
+    _check_decides(estimates)
     widths = []
     for estimate in estimates:
         low, high = estimate.interval()
@@ -356,7 +362,8 @@ def moments_within(operator, key, basis):
     bring = bringing(operator, key)
     count = len(jax.tree.leaves(basis)[0])
     found = products(operator, basis) if count else basis
-    return start_moments(operator.like, bring(basis), bring(found))
+    basis, found = host.together(bring(basis), bring(found))
+    return start_moments(operator.like, basis, found)
 
 
 def observe(operator, keys, basis, moments):
@@ -369,9 +376,11 @@ def observe(operator, keys, basis, moments):
     basis = bring(basis)
     for start in range(0, len(keys), GROUP):
         signs = bring(draw_signs(operator, keys[start : start + GROUP]))
+        signs, basis = host.together(signs, basis)
         vectors = _project_out(signs, basis)
         found = bring(products(operator, vectors))
-        moments = _observe_rows(moments, signs, vectors, found)
+        rows = host.together(moments, signs, vectors, found)
+        moments = _observe_rows(*rows)
     return moments
 
 

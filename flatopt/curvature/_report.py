@@ -11,7 +11,7 @@ from flatopt._core.estimates import Estimate
 from flatopt.curvature._density import SpectralDensity, spectral_density
 from flatopt.curvature._lanczos import ROOM, eigenpairs
 from flatopt.curvature._operator import Operator
-from flatopt.curvature._probes import check_operator, is_traced, probe
+from flatopt.curvature._probes import check_operator, probe
 
 GRADIENTS = 500  # of all data in a report: 56 products of probes, some 140 of Lanczos
 COMPILED = 20  # times what compiling a gradient takes, on a small network
@@ -294,14 +294,11 @@ def report(
     checks.check_random_key(key)
     checks.check_count(k, "k")
     bars.check_progress(progress)
-    if is_traced((operator, key)):
-        raise TypeError(
-            "report runs on the host, got a call inside jax.jit; call it outside."
-        )
     size, risk = blocks.size(operator.like), operator.risk
     keys = jax.random.split(key, 3)
-    loss = risk.value  # looks at the data once; then the gradient compiles once
-    each, compiling = risk.time_gradient()
+    checks.check_concrete((operator, key), "report")
+    loss = checks.float_of(risk.value, "report")  # looks at the data once
+    each, compiling = risk.time_gradient()  # then the gradient compiles once
     expected = GRADIENTS * each + COMPILED * compiling
     bars.announce(progress, expected, "curvature.report", bars.SHORT)
     measures = {
@@ -317,7 +314,7 @@ def report(
     return Report(
         matrix=NAMES[type(operator.kind).__name__],
         num_parameters=size,
-        loss=float(loss),
+        loss=loss,
         gradient_norm=found["gradient_norm"],
         trace=probed.trace,
         frobenius_norm=probed.frobenius_norm,

@@ -67,8 +67,9 @@ def xtrace(operator, key: jax.Array, num_matvecs: int = 32) -> Estimate:
             f"got {num_matvecs}."
         )
 
-    if not is_traced((operator, key)):
-        streams.check_finite(float(operator.risk.value))
+    loss = None if is_traced((operator, key)) else operator.risk.value
+    if loss is not None and not is_traced(loss):  # as by what the loss function holds
+        streams.check_finite(float(loss))
     value = _estimate(operator, key, num_matvecs // 2)
     check_finite(operator, value)
     return Estimate(value, jnp.full_like(value, jnp.inf), num_matvecs // 2)

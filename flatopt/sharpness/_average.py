@@ -240,7 +240,8 @@ def pac_bayes(
     base = risk.value
 
     def rise(sigma):
-        return float(jnp.mean(rises(risk, key, sigma, num_samples, ISOTROPIC, base)))
+        found = rises(risk, key, sigma, num_samples, ISOTROPIC, base)
+        return checks.float_of(jnp.mean(found), "pac_bayes")
 
     sigma = solve(rise, epsilon, 1e-3, 1e6)
     start = parts.choose(initial_params, mask, constants).params

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, streams
+from flatopt._core import blocks, checks, streams
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import check_model
 from flatopt._core.types import LossFn, Mask, ModelFn, WeightFn
@@ -131,7 +131,7 @@ def form_of(operator):
     """The quadratic form of the parameters themselves."""
     found = operator.quadratic_form(operator.like)
     advice = "look at the gradient and the curvature at these parameters first."
-    return float(check_number(found, "fisher_rao", advice))
+    return checks.float_of(check_number(found, "fisher_rao", advice), "fisher_rao")
 
 
 def shannon_entropy(
@@ -177,7 +177,8 @@ def shannon_entropy(
             "inputs must hold examples, got none; give at least one batch."
         )
     advice = "look at the outputs of model_fn first."
-    return float(check_number(total / count, "shannon_entropy", advice))
+    name = "shannon_entropy"
+    return checks.float_of(check_number(total / count, name, advice), name)
 
 
 @functools.partial(jax.jit, static_argnums=0)

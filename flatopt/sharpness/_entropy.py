@@ -178,7 +178,8 @@ def walked(risk, key, settings=SETTINGS, num_steps=20):
         point, mean = _walk(settings, center, point, mean, grads, key, jnp.int32(index))
     advice = "it is nan along the walk, so choose a smaller inner_learning_rate."
     length = vectors.norm(blocks.subtract(center, mean))
-    return float(check_number(length, "local_entropy_gradient", advice))
+    name = "local_entropy_gradient"
+    return checks.float_of(check_number(length, name, advice), name)
 
 
 @jax.jit

@@ -219,6 +219,7 @@ def report(
     options = {"weight_fn": weight_fn, "mask": mask, "constants": constants}
     operator = curvature.hessian(loss_fn, params, data, **options)
     base = operator.risk.value
+    checks.check_concrete(base, "report")
     each, compiling = operator.risk.time_gradient()
     expected = GRADIENTS * each + COMPILED * compiling
     bars.announce(progress, expected, "sharpness.report", bars.SHORT)

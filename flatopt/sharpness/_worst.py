@@ -63,7 +63,7 @@ def epsilon_sharpness_of(risk, epsilon):
     """As :func:`epsilon_sharpness`; not a number where there is no gradient to follow."""
     value, grads = risk.value_and_gradient()
     direction, length = vectors.normalize(grads)
-    if not float(length) > 0:
+    if not checks.float_of(length, "epsilon_sharpness") > 0:
         return math.nan
 
     def rise(distance):
@@ -144,7 +144,7 @@ def worst_case(
         params,
     )
     direction = _random_direction(key, params)
-    base, best = float(risk.value), 0.0
+    base, best = checks.float_of(risk.value, "worst_case"), 0.0
     for _ in range(num_steps + 1):
         moved = _farthest(params, units, direction, jnp.float32(rho), norm == "l2")
         value, grads = risk.at(moved).value_and_gradient(check=False)

@@ -597,6 +597,16 @@ def test_operators_go_through_jit_scan_and_vmap():
     )
 
 
+def test_a_second_product_compiles_nothing():
+    """The first one looks at the loss, the second does not."""
+    params, data, loss_fn = _network()
+    operator = curvature.hessian(loss_fn, params, data)
+    operator.matvec(params)
+    with count_compilations() as compiled:
+        operator.matvec(params)
+    assert not compiled
+
+
 def test_memory_does_not_grow_with_the_number_of_probes():
     params, data, loss_fn = _network()
 

@@ -238,7 +238,7 @@ def test_no_array_of_a_streamed_product_is_larger_than_the_logits():
     loss, asked = jax.eval_shape(function, params, batch, block)
     weight = jax.ShapeDtypeStruct((), jnp.float32)
     arguments = (loss, loss, asked), weight, params, batch, block
-    lowered = risk._add_weighted.lower(function, *arguments)
+    lowered = risk.add_weighted.lower(function, *arguments)
     sizes = _sizes(lowered.compile().as_text())
     assert max(sizes) == math.prod(TOKENS) * WORDS
 
@@ -255,8 +255,8 @@ RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results" / "language.jso
 def test_a_product_of_a_transformer_takes_little_beyond_a_gradient():
     """As compiled by ``make bench-language``: 12 layers, 50,000 words, 8 x 512 tokens."""
     report = json.loads(RESULTS.read_text())
-    allowed = 1.5 * 4 * report["num_logits"]
-    for target in ("cpu", "v5e, 1 chip"):
+    for target, chips in (("cpu", 1), ("v5e, 1 chip", 1), ("v5e, 4 chips", 4)):
+        allowed = 1.5 * 4 * report["num_logits"] / chips
         part = report["targets"][target]
         rows = {
             name: row["temporary_bytes"]
