@@ -390,6 +390,34 @@ def test_weights_of_chunks_weigh_running_statistics():
     np.testing.assert_allclose(model.mean[...], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [(4, 1), (3, 0)])
+def test_weights_of_chunks_weigh_running_statistics_over_devices(counts):
+    def loss_fn(model, batch):
+        return (model(batch["x"]) ** 2).mean()
+
+    f = flatopt.flax.value_and_grad(
+        loss_fn, 0.1, num_samples=1, axis_name="data",
+        batch_argnames=("batch",), weight_fn=lambda chunk: chunk["weight"].sum(),
+    )  # fmt: skip
+    weights = (np.arange(4) < np.array(counts)[:, None]).astype("f4").ravel()
+    graphdef, state = nnx.split(nnx.BatchNorm(4, momentum=0.0, rngs=nnx.Rngs(0)))
+
+    def one(state, batch):
+        model = nnx.merge(graphdef, state, copy=True)
+        f(KEY, model, batch=batch)
+        return model.mean[...]
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    spec = jax.sharding.PartitionSpec
+    run = jax.shard_map(
+        one, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec()
+    )
+    found = jax.jit(run)(state, {"x": INPUTS, "weight": weights})
+    means = np.stack([part.mean(axis=0) for part in np.split(np.asarray(INPUTS), 2)])
+    expected = np.average(means, axis=0, weights=counts)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # Many devices
 
 

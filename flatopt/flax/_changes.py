@@ -32,8 +32,9 @@ def combine(
             weights.shape + (1,) * (value.ndim - lead)
         )
         parts = jnp.where(weight == 0, 0, weight * value.astype(wide))
-        total = parts.sum(axis=tuple(range(lead))) / weight.sum()
-        return _over_devices(total, jax.lax.pmean, axis_name).astype(value.dtype)
+        total = parts.sum(axis=tuple(range(lead))), weight.sum()
+        total, weight = _over_devices(total, jax.lax.psum, axis_name)
+        return (total / weight).astype(value.dtype)
 
     def added(value, start):
         start = jnp.asarray(start)
