@@ -1,9 +1,13 @@
 """Accumulation of gradients: the link first, then optax.MultiSteps."""
 
+import types
+
 import optax
 
 from flatopt._core import checks
 from flatopt.transforms import _chain, _link
+
+RECIPES = "flatopt.optimizers"
 
 
 def accumulate(
@@ -51,10 +55,22 @@ def accumulate(
     checks.check_count(num_microbatches, "num_microbatches")
     for given in (link, optimizer):
         _link.check_transformation(given, "accumulate")
-    if getattr(link.update, "is_optimizer", False):
+    if _holds_optimizer(link.update):
         raise ValueError(
             "link must be a link, got a whole optimizer, whose steps another would turn "
             "around; write flatopt.accumulate(flatopt.lpf_gradients(), optax.sgd(0.1), 4)."
         )
     steps = optax.MultiSteps(optimizer, every_k_schedule=num_microbatches)
     return _chain.chain(link, steps.gradient_transformation())
+
+
+def _holds_optimizer(value):
+    """Whether a function, or one that it closes over, is that of a recipe or makes one."""
+    if isinstance(value, tuple | list):
+        return any(map(_holds_optimizer, value))
+    if not isinstance(value, types.FunctionType):
+        return False
+    if hasattr(value, "is_optimizer") or value.__module__.startswith(RECIPES):
+        return True
+    cells = value.__closure__ or ()
+    return any(_holds_optimizer(cell.cell_contents) for cell in cells)

@@ -224,6 +224,35 @@ def test_num_microbatches(count):
         flatopt.accumulate(flatopt.nso_gradients(), optax.sgd(RATE), count)
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        flatopt.nso_sgd(RATE),
+        flatopt.chain(flatopt.nso_sgd(RATE)),
+        optax.chain(flatopt.nso_sgd(RATE)),
+        optax.named_chain(("recipe", flatopt.lpf_adamw(RATE))),
+        optax.masked(flatopt.sam_sgd(RATE), True),
+        flatopt.skip_nonfinite(flatopt.nso_sgd(RATE)),
+        optax.inject_hyperparams(flatopt.nso_sgd)(RATE),
+        optax.inject_hyperparams(flatopt.ivon)(RATE, ess=100.0),
+    ],
+)
+def test_accumulation_refuses_an_optimizer_in_place_of_its_link(link):
+    with pytest.raises(ValueError, match="got a whole optimizer"):
+        flatopt.accumulate(link, optax.sgd(RATE), 2)
+
+
+def test_accumulation_takes_links_in_wrappers():
+    for link in (
+        optax.inject_hyperparams(flatopt.nso_gradients)(0.01),
+        flatopt.skip_nonfinite(
+            flatopt.sam_gradients(0.1, direction=optax.scale_by_adam())
+        ),
+        optax.chain(flatopt.lpf_gradients(0.1), optax.clip_by_global_norm(1.0)),
+    ):
+        flatopt.accumulate(link, optax.sgd(RATE), 2)
+
+
 # Noise on frozen weights, gradients for their adapters
 
 
