@@ -87,13 +87,20 @@ def mask_flags(mask, params, name="mask"):
 def _pattern_flags(pattern, params, name):
     """True for leaves whose path, or the path of a subtree around, has the pattern."""
     paths = [path for path, _ in named_leaves(params)]
+    spelt = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
 
     def fits(path):
         keys = path.split("/")
         around = ("/".join(keys[:count]) for count in range(1, len(keys) + 1))
         return any(fnmatch.fnmatchcase(subtree, pattern) for subtree in around)
 
-    flags = [fits(path) for path in paths]
+    # A field of a NamedTuple may be named "value", too.
+    flags = [
+        fits(path) or fits(other) for path, other in zip(paths, spelt, strict=True)
+    ]
     if paths and not any(flags):  # wrappers of optax also show trees without leaves
         names = ", ".join(map(repr, paths[:6])) + ", ..." * (len(paths) > 6)
         raise ValueError(

@@ -1,5 +1,7 @@
 """Blocks of a matrix for some leaves, and constants, against blocks of dense matrices."""
 
+from typing import NamedTuple
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -114,6 +116,28 @@ def test_patterns_name_leaves_and_subtrees(pattern, names):
     moved = jax.tree_util.tree_leaves_with_path(noise)
     found = [jax.tree_util.keystr(p, simple=True, separator="/") for p, x in moved if x]
     assert found == names
+
+
+class Attention(NamedTuple):
+    """Fields of an attention layer, one of them called as an attribute of Flax's."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("pattern", "trace"),
+    [("attention/*", 12.0), ("attention", 12.0), ("attention/value", 4.0)],
+)
+def test_a_field_may_be_called_value(pattern, trace):
+    params = {"attention": Attention(*jnp.ones((3, 2))), "head": jnp.ones(2)}
+
+    def loss_fn(params):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    operator = curvature.hessian(loss_fn, params, mask=pattern)
+    np.testing.assert_allclose(np.trace(operator.dense()), trace, rtol=1e-6)
 
 
 def test_networks_that_differ_in_constants_and_leaves_left_out_compile_once():
