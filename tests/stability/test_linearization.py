@@ -211,6 +211,17 @@ def test_a_softmax_confident_beyond_float32_and_in_bfloat16():
         )
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_a_sum_is_refused_at_a_fit_too(offset):
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    model_fn = lambda params, x: x @ params  # noqa: E731
+    targets = model_fn(jnp.ones(3), inputs) + offset
+    with pytest.raises(ValueError, match="loss_fn must be the mean over examples"):
+        stability.linearize_gauss_newton(
+            model_fn, lambda o, t: jnp.sum((o - t) ** 2), jnp.ones(3), inputs, targets
+        )
+
+
 def test_a_loss_that_casts_by_itself_is_expanded_in_float32():
     def narrow(logits, labels):
         return _cross_entropy(logits.astype(jnp.float32), labels) + jnp.float32(0)
