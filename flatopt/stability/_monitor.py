@@ -75,10 +75,11 @@ class Monitor:
             arguments,
         )
         self.latest["max_eigenvalue"] = float(value)
-        margin = self._limit / float(value) if float(value) > 0 else np.inf
-        self.latest["eigenvalue_margin"] = (
-            margin if self._active is not None else np.nan
-        )
+        # The iteration finds the eigenvalue of the largest size: one below zero hides those
+        # above.
+        is_known = self._active is not None and not float(value) < 0
+        margin = self._limit / float(value) if float(value) else np.inf
+        self.latest["eigenvalue_margin"] = margin if is_known else np.nan
 
 
 def monitor(
@@ -99,7 +100,8 @@ def monitor(
     - ``eigenvalue_margin``: the largest such eigenvalue at which this optimizer stays on
       all data, over it. Below 1 it leaves, as at :math:`2(1 + \beta) / \eta` for momentum
       and :math:`38 / \eta` for Adam. NaN for an optimizer that is not linear near a
-      minimum, such as Lion; the eigenvalue is then that of :math:`H`.
+      minimum, such as Lion; the eigenvalue is then that of :math:`H`. NaN where the
+      eigenvalue of the largest size is negative: that one is found, far from a minimum.
     - ``critical_rate``: how many times as long the optimizer's next step could be before
       the batch's loss rises, see :func:`critical_learning_rate`; and ``loss``.
 

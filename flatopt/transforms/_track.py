@@ -83,17 +83,20 @@ def track_stability(
     At every ``every``-th update one product of the Hessian of the present batch is made:
     in turns a step of power iteration from the last direction, and a random probe of the
     trace and the Frobenius norm. Read the values with ``optax.tree.get(state,
-    "max_eigenvalue")``. On a batch both are larger than on all data, by the noise between
-    batches; the Frobenius norm is noisy in high dimension: take it for its trend. A batch
-    whose product is not finite is left out; a zero one sets the eigenvalue to zero until
-    the next measurement, and the averages only if that is zero too.
+    "max_eigenvalue")``. The iteration finds the eigenvalue of the largest size: far from a
+    minimum that may be a negative one, and so is its margin. On a batch eigenvalue and norm
+    are larger than on all data, by the noise between batches; the Frobenius norm is noisy
+    in high dimension: take it for its trend. A batch whose product is not finite is left
+    out; a zero one sets the eigenvalue to zero until the next measurement, and the averages
+    only if that is zero too.
 
     Cost: 2.4 to 4.4 gradients at every ``every``-th update. On CPU the branch slows the
     other updates too, by up to 20 %; where that counts, keep it out of the training step,
     with ``every=1``, and update it in a jitted function of its own every so often.
 
     Args:
-      learning_rate: that of the optimizer, or its schedule, for the margins.
+      learning_rate: that of the optimizer, or its schedule, for the margins. A schedule
+        is read at the number of updates: with accumulation, give one of microbatches.
       batch_size: B, for the margins.
       every: number of updates between measurements, at least 1.
       decay: weight of the past in the moving averages, in [0, 1).

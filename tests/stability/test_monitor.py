@@ -97,6 +97,16 @@ def test_an_optimizer_that_is_not_linear_has_curvature_without_a_margin():
     assert results[-1]["critical_rate"] > 0
 
 
+def test_a_negative_eigenvalue_of_the_largest_size_leaves_no_margin():
+    def loss_fn(params):
+        return jnp.sum(jnp.array([3.0, -5.0]) * params**2) / 2
+
+    tx, params = optax.sgd(0.1), jnp.ones(2)
+    found = flatopt.monitor(loss_fn, tx, every=1)(params, tx.init(params))
+    np.testing.assert_allclose(found["max_eigenvalue"], -0.5, rtol=1e-2)
+    assert np.isnan(found["eigenvalue_margin"])
+
+
 def test_errors():
     with pytest.raises(TypeError, match="value_fn must be a function"):
         flatopt.monitor(0.1, optax.sgd(0.1))
