@@ -165,13 +165,18 @@ and reads the programs. The figures are the same on every run of the same versio
 - **Bytes over plain**: what kernels read from and write to the main memory, counted in the
   program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
   does not count.
-- **Temporaries** are the compiler's own figure, beside parameters and state, which are written
-  in place. It counts room that buffers share more than once. It does not refuse a program that
-  is too large: a v5e has 16 GB.
-- **Peak** is the most that is alive at once, with parameters, state and batch, by the compiler.
+- **Temporaries** are the compiler's own figure (`temp_size_in_bytes`), beside parameters and
+  state, which are written in place. It counts room that buffers share more than once.
+- **Peak** is the most that is alive at once (`peak_memory_in_bytes`), with parameters, state
+  and batch. On the MLP it is more than all that is allocated in the main memory, so that what
+  stays in the chip's own memory seems to count here. The compiler does not refuse a program
+  that is too large: a v5e has 16 GB.
 - **Kernels**: how many operations a step starts.
 
 They say which of two programs is the better one for the chip, not how long a step takes.
+"""
+EARLIER = """A star (\\*) marks rows of an earlier version of flatopt, which made the key of
+each draw apart and ran two passes as two copies. All others are of this version.
 """
 
 
@@ -179,6 +184,8 @@ def compiled_section(target, report):
     versions = versions_of(report["versions"])
     lines = [COMPILED.format(chip=CHIPS[target], versions=versions)]
     problems = report["problems"]
+    rows = [row for problem in problems.values() for row in problem["rows"].values()]
+    lines += [EARLIER] if any(row.get("is_earlier") for row in rows) else []
     for name, problem in problems.items():
         if not problem["rows"] or name in layouts.NAMES:
             continue
@@ -189,9 +196,54 @@ def compiled_section(target, report):
         ]
         lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
         lines += [compiled_table(problem["rows"])]
+        lines += memory_section(problem["rows"]) if name == "transformer" else []
     lines += noise_section(problems) + layout_section(problems)
     lines += chunk_section(problems)
     return lines + examples_section(report.get("examples", {}))
+
+
+MEMORY = """**The memory of two passes**, over the plain step; peak and allocated without what
+goes in. They differ: SAM's temporaries and what goes in add up to {total:.0f} MB, but the
+compiler allocates {allocated:.0f} MB in all, since buffers that are not alive together share
+room.
+"""
+COPIES = """As two copies, in an earlier version, SAM had {before:.0f} MB of temporaries, fewer
+than the {after:.0f} MB of its loop of two rounds, but {cycles:.2f} times the cycles of the
+plain step. The peak of the copies was not written down.
+"""
+
+
+def memory_section(rows):
+    """The three figures of a step's memory over the plain step's."""
+    kinds = ("temporary", "peak", "allocated")
+
+    def sizes(row):
+        found = [row.get(f"{kind}_bytes") for kind in kinds]
+        if not all(found):
+            return None
+        temporary, *whole = found
+        return [temporary, *[size - row["argument_bytes"] for size in whole]]
+
+    plain, sam = (sizes(rows.get(name, {})) for name in ("plain", "SAM"))
+    if not plain or not sam:
+        return []
+    cells = [
+        [name, *map(ratio, sizes(row), plain)]
+        for name, row in rows.items()
+        if sizes(row)
+    ]
+    row = rows["SAM"]
+    text = MEMORY.format(
+        total=(row["temporary_bytes"] + row["argument_bytes"]) / 1e6,
+        allocated=row["allocated_bytes"] / 1e6,
+    )
+    lines = [text, table(["step", *kinds], cells)]
+    copies = row.get("two_copies")
+    if copies:
+        before, after = (x["temporary_bytes"] / 1e6 for x in (copies, row))
+        cycles = copies["cycles"] / rows["plain"]["cycles"]
+        lines += [COPIES.format(before=before, after=after, cycles=cycles)]
+    return lines
 
 
 NOISE = """### What the noise costs
@@ -285,7 +337,8 @@ EXAMPLES = """### Do the examples fit?
 
 `make bench-fits` compiles the training steps of `examples/cifar10.py` and of the
 notebooks at full size for one v5e, which has 16 GB. *Goes in* are parameters, state and batch;
-*in all* is what the compiler allocates, these included.
+*in all* is what the compiler allocates, these included. Only the steps in the table were
+compiled so far.
 """
 
 
@@ -330,6 +383,7 @@ def compiled_table(rows):
         sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
         sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
+        name += r" \*" if row.get("is_earlier") else ""
         cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
     return table(head, cells)
 

@@ -11,7 +11,7 @@ from helpers import TRANSFORMATIONS, assert_close, transformation
 
 import flatopt
 from flatopt import kernels
-from flatopt._core import jaxprs
+from flatopt._core import jaxprs, platforms
 
 KEYS = jax.random.split(jax.random.key(3), 4)
 FAST = "b01f_01io->b01f"
@@ -198,6 +198,9 @@ def test_which_convolutions_are_slow_in_a_loop_on_cpu():
     # Inside a loop that was traced here before they are rewritten already.
     traced, _ = jaxprs.trace(plain, params)
     assert is_fast(lambda p: jax.lax.map(lambda _: traced(p), jnp.arange(2)), params)
+    # What counts is the way on CPU.
+    assert is_fast(lambda p: platforms.choose(traced, kept, p), params)
+    assert not is_fast(lambda p: platforms.choose(kept, traced, p), params)
     loops = jax.grad(looped)
     assert not is_fast(loops, params)
     assert is_fast(loops, params, apart_from=("scan",))
