@@ -59,6 +59,10 @@ def title_of(name, problem):
     return f"### {TITLES[name]}: {size:.1f} M parameters, batch {batch}\n"
 
 
+def star(row):
+    return r" \*" if row.get("is_earlier") else ""
+
+
 def ratio(value, reference, digits=2):
     return f"{value / reference:.{digits}f}" if value and reference else "–"
 
@@ -175,7 +179,7 @@ and reads the programs. The figures are the same on every run of the same versio
 
 They say which of two programs is the better one for the chip, not how long a step takes.
 """
-EARLIER = """A star (\\*) marks rows of an earlier version of flatopt, which made the key of
+EARLIER = """A star (\\*) marks figures of an earlier version of flatopt, which made the key of
 each draw apart and ran two passes as two copies. All others are of this version.
 """
 
@@ -214,36 +218,31 @@ plain step. The peak of the copies was not written down.
 
 
 def memory_section(rows):
-    """The three figures of a step's memory over the plain step's."""
+    """The three figures of the memory of two passes, over the plain step's."""
     kinds = ("temporary", "peak", "allocated")
-
-    def sizes(row):
-        found = [row.get(f"{kind}_bytes") for kind in kinds]
-        if not all(found):
-            return None
-        temporary, *whole = found
-        return [temporary, *[size - row["argument_bytes"] for size in whole]]
-
-    plain, sam = (sizes(rows.get(name, {})) for name in ("plain", "SAM"))
-    if not plain or not sam:
+    names = ("plain", "NSO normal", "NSO signs", "SAM")
+    known = [n for n in names if rows.get(n, {}).get("allocated_bytes")]
+    sizes = {n: memory(rows[n]) for n in known}
+    if "plain" not in sizes or "SAM" not in sizes:
         return []
-    cells = [
-        [name, *map(ratio, sizes(row), plain)]
-        for name, row in rows.items()
-        if sizes(row)
-    ]
+    cells = [[n, *map(ratio, size, sizes["plain"])] for n, size in sizes.items()]
     row = rows["SAM"]
     text = MEMORY.format(
         total=(row["temporary_bytes"] + row["argument_bytes"]) / 1e6,
         allocated=row["allocated_bytes"] / 1e6,
     )
     lines = [text, table(["step", *kinds], cells)]
-    copies = row.get("two_copies")
-    if copies:
+    if copies := row.get("two_copies"):
         before, after = (x["temporary_bytes"] / 1e6 for x in (copies, row))
         cycles = copies["cycles"] / rows["plain"]["cycles"]
         lines += [COPIES.format(before=before, after=after, cycles=cycles)]
     return lines
+
+
+def memory(row):
+    """Temporaries, and what peak and allocations are beside what goes in."""
+    beside = [row[f"{k}_bytes"] - row["argument_bytes"] for k in ("peak", "allocated")]
+    return [row["temporary_bytes"], *beside]
 
 
 NOISE = """### What the noise costs
@@ -267,9 +266,10 @@ def noise_section(problems):
     for name, title in TITLES.items():
         rows = problems.get(name, {}).get("rows", {})
         floor = rows.get("LPF no noise, scan", {}).get("cycles")
-        found = [rows.get(f"LPF {noise}", {}).get("cycles") for noise in NOISES]
+        found = [rows.get(f"LPF {noise}", {}) for noise in NOISES]
         if floor and any(found):
-            cells += [[title, *[ratio(cycles, floor) for cycles in found]]]
+            ratios = [ratio(row.get("cycles"), floor) + star(row) for row in found]
+            cells += [[title, *ratios]]
     return [NOISE, table(["network", *NOISES.values()], cells)] if cells else []
 
 
@@ -300,7 +300,7 @@ def layout_section(problems):
                 (TITLES | layouts.TITLES)[name],
                 f"{problem['num_parameters'] / 1e6:.1f}",
                 str(problem["batch_size"]),
-                *[ratio(cycles[layout], plain) for layout in both],
+                *[ratio(row["cycles"], plain) + star(row) for row in both.values()],
                 *[megabytes(row["temporary_bytes"]) for row in both.values()],
                 rule,
                 f"{regret:.0f}",
@@ -383,8 +383,14 @@ def compiled_table(rows):
         sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
         sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
-        name += r" \*" if row.get("is_earlier") else ""
-        cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
+        cells += [
+            [
+                name + star(row),
+                *ratios,
+                *sizes,
+                *[f"{size / 1e9:.2f}" for size in moved],
+            ]
+        ]
     return table(head, cells)
 
 
