@@ -59,6 +59,10 @@ def title_of(name, problem):
     return f"### {TITLES[name]}: {size:.1f} M parameters, batch {batch}\n"
 
 
+def star(row):
+    return r" \*" if row.get("is_earlier") else ""
+
+
 def ratio(value, reference, digits=2):
     return f"{value / reference:.{digits}f}" if value and reference else "–"
 
@@ -165,13 +169,18 @@ and reads the programs. The figures are the same on every run of the same versio
 - **Bytes over plain**: what kernels read from and write to the main memory, counted in the
   program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
   does not count.
-- **Temporaries** are the compiler's own figure, beside parameters and state, which are written
-  in place. It counts room that buffers share more than once. It does not refuse a program that
-  is too large: a v5e has 16 GB.
-- **Peak** is the most that is alive at once, with parameters, state and batch, by the compiler.
+- **Temporaries** are the compiler's own figure (`temp_size_in_bytes`), beside parameters and
+  state, which are written in place. It counts room that buffers share more than once.
+- **Peak** is the most that is alive at once (`peak_memory_in_bytes`), with parameters, state
+  and batch. On the MLP it is more than all that is allocated in the main memory, so that what
+  stays in the chip's own memory seems to count here. The compiler does not refuse a program
+  that is too large: a v5e has 16 GB.
 - **Kernels**: how many operations a step starts.
 
 They say which of two programs is the better one for the chip, not how long a step takes.
+"""
+EARLIER = """A star (\\*) marks figures of an earlier version of flatopt, which made the key of
+each draw apart and ran two passes as two copies. All others are of this version.
 """
 
 
@@ -179,6 +188,10 @@ def compiled_section(target, report):
     versions = versions_of(report["versions"])
     lines = [COMPILED.format(chip=CHIPS[target], versions=versions)]
     problems = report["problems"]
+    rows = [row for problem in problems.values() for row in problem["rows"].values()]
+    if not problems.get("resnet18", {}).get("rows"):
+        lines += ["ResNet-18 was not compiled yet: a step takes long to compile.\n"]
+    lines += [EARLIER] if any(row.get("is_earlier") for row in rows) else []
     for name, problem in problems.items():
         if not problem["rows"] or name in layouts.NAMES:
             continue
@@ -189,9 +202,49 @@ def compiled_section(target, report):
         ]
         lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
         lines += [compiled_table(problem["rows"])]
+        lines += memory_section(problem["rows"]) if name == "transformer" else []
     lines += noise_section(problems) + layout_section(problems)
     lines += chunk_section(problems)
     return lines + examples_section(report.get("examples", {}))
+
+
+MEMORY = """**The memory of two passes**, over the plain step; peak and allocated without what
+goes in. They differ: SAM's temporaries and what goes in add up to {total:.0f} MB, but the
+compiler allocates {allocated:.0f} MB in all, since buffers that are not alive together share
+room.
+"""
+COPIES = """As two copies, in an earlier version, SAM had {before:.0f} MB of temporaries, fewer
+than the {after:.0f} MB of its loop of two rounds, but {cycles:.2f} times the cycles of the
+plain step. The peak of the copies was not written down.
+"""
+
+
+def memory_section(rows):
+    """The three figures of the memory of two passes, over the plain step's."""
+    kinds = ("temporary", "peak", "allocated")
+    names = ("plain", "NSO normal", "NSO signs", "SAM")
+    known = [n for n in names if rows.get(n, {}).get("allocated_bytes")]
+    sizes = {n: memory(rows[n]) for n in known}
+    if "plain" not in sizes or "SAM" not in sizes:
+        return []
+    cells = [[n, *map(ratio, size, sizes["plain"])] for n, size in sizes.items()]
+    row = rows["SAM"]
+    text = MEMORY.format(
+        total=(row["temporary_bytes"] + row["argument_bytes"]) / 1e6,
+        allocated=row["allocated_bytes"] / 1e6,
+    )
+    lines = [text, table(["step", *kinds], cells)]
+    if copies := row.get("two_copies"):
+        before, after = (x["temporary_bytes"] / 1e6 for x in (copies, row))
+        cycles = copies["cycles"] / rows["plain"]["cycles"]
+        lines += [COPIES.format(before=before, after=after, cycles=cycles)]
+    return lines
+
+
+def memory(row):
+    """Temporaries, and what peak and allocations are beside what goes in."""
+    beside = [row[f"{k}_bytes"] - row["argument_bytes"] for k in ("peak", "allocated")]
+    return [row["temporary_bytes"], *beside]
 
 
 NOISE = """### What the noise costs
@@ -215,9 +268,10 @@ def noise_section(problems):
     for name, title in TITLES.items():
         rows = problems.get(name, {}).get("rows", {})
         floor = rows.get("LPF no noise, scan", {}).get("cycles")
-        found = [rows.get(f"LPF {noise}", {}).get("cycles") for noise in NOISES]
+        found = [rows.get(f"LPF {noise}", {}) for noise in NOISES]
         if floor and any(found):
-            cells += [[title, *[ratio(cycles, floor) for cycles in found]]]
+            ratios = [ratio(row.get("cycles"), floor) + star(row) for row in found]
+            cells += [[title, *ratios]]
     return [NOISE, table(["network", *NOISES.values()], cells)] if cells else []
 
 
@@ -248,7 +302,7 @@ def layout_section(problems):
                 (TITLES | layouts.TITLES)[name],
                 f"{problem['num_parameters'] / 1e6:.1f}",
                 str(problem["batch_size"]),
-                *[ratio(cycles[layout], plain) for layout in both],
+                *[ratio(row["cycles"], plain) + star(row) for row in both.values()],
                 *[megabytes(row["temporary_bytes"]) for row in both.values()],
                 rule,
                 f"{regret:.0f}",
@@ -285,7 +339,8 @@ EXAMPLES = """### Do the examples fit?
 
 `make bench-fits` compiles the training steps of `examples/cifar10.py` and of the
 notebooks at full size for one v5e, which has 16 GB. *Goes in* are parameters, state and batch;
-*in all* is what the compiler allocates, these included.
+*in all* is what the compiler allocates, these included. Only the steps in the table were
+compiled so far.
 """
 
 
@@ -330,7 +385,14 @@ def compiled_table(rows):
         sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
         sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
-        cells += [[name, *ratios, *sizes, *[f"{size / 1e9:.2f}" for size in moved]]]
+        cells += [
+            [
+                name + star(row),
+                *ratios,
+                *sizes,
+                *[f"{size / 1e9:.2f}" for size in moved],
+            ]
+        ]
     return table(head, cells)
 
 

@@ -180,3 +180,22 @@ def test_the_page_is_rendered_from_what_was_measured(tmp_path):
     render_accelerators.write(page=tmp_path / "page.md")
     page = (ROOT / "docs" / "accelerators.md").read_text()
     assert (tmp_path / "page.md").read_text() == page
+
+
+def test_memory_is_shown_beside_what_goes_in_and_earlier_figures_have_a_star():
+    def row(temporary, peak, allocated):
+        sizes = {"argument": 10e6, "temporary": temporary}
+        sizes |= {"peak": peak, "allocated": allocated}
+        return {f"{kind}_bytes": size for kind, size in sizes.items()}
+
+    rows = {"plain": row(20e6, 30e6, 30e6), "SAM": row(50e6, 40e6, 35e6)}
+    text, table = render_accelerators.memory_section(rows)
+    assert "add up to 60 MB" in text
+    assert "| SAM | 2.50 | 1.50 | 1.25 |" in table
+    assert render_accelerators.memory_section({"plain": rows["plain"]}) == []
+    counted = {"cycles": 3, "bytes_moved": 1, "kernels": 2, "collectives": {}}
+    rows["NSO signs"] = rows["SAM"] | counted | {"is_earlier": True}
+    rows = {"plain": rows["plain"] | counted, "NSO signs": rows["NSO signs"]}
+    found = render_accelerators.compiled_table(rows)
+    assert "| NSO signs \\* | 1.00 | 1.00 | 50 | 40 | 2 |" in found
+    assert "| plain | 1.00" in found

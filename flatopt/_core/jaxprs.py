@@ -91,21 +91,35 @@ def has_convolution(jaxpr):
     return has_primitive(jaxpr, CONVOLUTION)
 
 
-def are_fast_in_loops(jaxpr):
-    """Whether :func:`trace` can reach and rewrite every convolution of a jaxpr."""
+def are_fast_in_loops(jaxpr, apart_from=()):
+    """Whether :func:`trace` makes every convolution of a jaxpr one that is fast on CPU.
+
+    ``apart_from`` names primitives inside which convolutions do not count.
+    """
+    return not _has_slow(jaxpr, apart_from, is_reached=True)
+
+
+def _has_slow(jaxpr, apart_from, is_reached):
     for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == CONVOLUTION:
+            is_fast = is_reached or _is_in_fast_layout(equation)
+            if equation.params["batch_group_count"] > 1 or not is_fast:
+                return True
+            continue
+        is_choice = platforms.branches_on(equation, platforms.CPU) is not None
+        if name in apart_from and not is_choice:
+            continue
         inner = _inner_jaxprs(equation)
-        if equation.primitive.name == CONVOLUTION:
-            if equation.params["batch_group_count"] > 1:
-                return False
-        elif platforms.branches_on(equation, platforms.CPU) is not None:
-            continue  # it was rewritten by an inner trace
-        elif equation.primitive.name == "jit":
-            if not all(map(are_fast_in_loops, inner)):
-                return False
-        elif any(map(has_convolution, inner)):
-            return False
-    return True
+        reached = is_reached and name == "jit"
+        if any(_has_slow(x, apart_from, reached) for x in inner):
+            return True
+    return False
+
+
+def _is_in_fast_layout(equation):
+    last = equation.invars[0].aval.ndim - 1
+    return equation.params["dimension_numbers"] == _fast_layout(last)
 
 
 def _inner_jaxprs(equation, platform=platforms.CPU):
@@ -157,12 +171,13 @@ def _fast_convolution(inputs, kernel, *, dimension_numbers, **params):
     inputs = jnp.transpose(inputs, (of_inputs[0], *of_inputs[2:], of_inputs[1]))
     kernel = jnp.transpose(kernel, (*of_kernel[2:], of_kernel[1], of_kernel[0]))
     last = inputs.ndim - 1
-    outer, space = (0, last, *range(1, last)), range(last - 1)
-    dimension_numbers = jax.lax.ConvDimensionNumbers(
-        outer, (last, last - 1, *space), outer
-    )
     result = _extend().primitives.conv_general_dilated_p.bind(
-        inputs, kernel, dimension_numbers=dimension_numbers, **params
+        inputs, kernel, dimension_numbers=_fast_layout(last), **params
     )
     order = (of_result[0], *of_result[2:], of_result[1])
     return jnp.transpose(result, [order.index(axis) for axis in range(last + 1)])
+
+
+def _fast_layout(last):
+    outer, space = (0, last, *range(1, last)), range(last - 1)
+    return jax.lax.ConvDimensionNumbers(outer, (last, last - 1, *space), outer)

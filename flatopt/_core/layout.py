@@ -16,6 +16,7 @@ MOST_UNROLLED_VALUES = 1_000_000
 MOST_UNROLLED_CONVOLUTIONS = 16
 MOST_BATCHED_BYTES = 128e6
 LOOPS = ("scan", "while")
+INNER = (*LOOPS, "cond")
 
 
 def split_batch(kwargs, names, num_samples, count_name="num_samples"):
@@ -191,7 +192,8 @@ def mean_of_pair(one, draw):
 
     One after the other where ``one`` has a loop of its own, such as scanned layers: XLA
     keeps the activations of two copies of a loop side by side, which is twice the memory.
-    There an accelerator draws the noise once more, rather than keep it through a pass.
+    There an accelerator draws the noise once more, rather than keep it through a pass. On
+    CPU two copies, if ``one`` has convolutions that would be slow in the loop.
     """
     signs = jnp.array([1.0, -1.0], jnp.float32)
     if not is_staged():
@@ -204,13 +206,20 @@ def mean_of_pair(one, draw):
     if not has_loop(jaxpr):
         return _mean_of_two([traced(sign, noise) for sign in signs])
 
+    def copies():
+        return _mean_of_two([traced(sign, noise) for sign in signs])
+
     def kept():
-        return _scan_rows(lambda sign: traced(sign, noise), jaxpr, signs)
+        return _halve(_scan_rows(lambda sign: traced(sign, noise), jaxpr, signs))
 
     def redrawn():
-        return _scan_rows(lambda sign: traced(sign, draw(sign)), jaxpr, signs)
+        return _halve(_scan_rows(lambda sign: traced(sign, draw(sign)), jaxpr, signs))
 
-    total, aux = platforms.choose(kept, redrawn)
+    return platforms.choose(copies if _is_slow_in_rounds(jaxpr) else kept, redrawn)
+
+
+def _halve(found):
+    total, aux = found
     return jax.tree.map(lambda x: x / 2, total), aux
 
 
@@ -226,23 +235,34 @@ def two_passes(value_and_grad, first, move):
     ``move(grads)`` returns the point and what else is to be kept. Returns the first value,
     the second gradients and what was kept. A loss with a loop of its own stands in the
     program once, in a loop of two rounds: two copies would share the zeros that their
-    stacked activations begin as, and XLA would write them in each step on a TPU.
+    stacked activations begin as, and XLA would write them in each step on a TPU. On CPU
+    two copies all the same, if the loss has convolutions that would be slow in the loop.
     """
+
+    def copies(first_pass, second_pass):
+        value, grads = first_pass(first)
+        point, kept = move(grads)
+        _, grads = second_pass(point)
+        return value, grads, kept
+
     if not is_staged():
-        value, grads = value_and_grad(first)
-    else:
-        traced, jaxpr = jaxprs.trace(value_and_grad, first)
-        found = _two_rounds(traced, jaxpr, first, move) if has_loop(jaxpr) else None
-        if found is not None:
-            return found
-        value, grads = traced(first)
-    point, kept = move(grads)
-    _, grads = value_and_grad(point)
-    return value, grads, kept
+        return copies(value_and_grad, value_and_grad)
+    traced, jaxpr = jaxprs.trace(value_and_grad, first)
+    rounds = _two_rounds(traced, jaxpr, first, move) if has_loop(jaxpr) else None
+    if rounds is None:
+        return copies(traced, value_and_grad)
+    if _is_slow_in_rounds(jaxpr):
+        return platforms.choose(lambda: copies(traced, traced), rounds)
+    return rounds()
+
+
+def _is_slow_in_rounds(jaxpr):
+    """Whether convolutions that are fast on CPU in two copies would not be in a loop."""
+    return not jaxprs.are_fast_in_loops(jaxpr, apart_from=INNER)
 
 
 def _two_rounds(traced, jaxpr, first, move):
-    """The two passes as one loop; None where the types of its state would change."""
+    """A function of both passes in one loop; None where its state would change type."""
     shapes = jax.eval_shape(traced, first)
     zeros = [_zeros(v.aval) for v in jaxpr.outvars]
     value, grads = jax.tree.unflatten(jax.tree.structure(shapes), zeros)
@@ -268,7 +288,7 @@ def _two_rounds(traced, jaxpr, first, move):
         return (jnp.where(is_second, value, found), grads, kept), None
 
     rounds = jnp.array([False, True])
-    return jax.lax.scan(step, (value, grads, kept), rounds)[0]
+    return lambda: jax.lax.scan(step, (value, grads, kept), rounds)[0]
 
 
 def has_loop(jaxpr):

@@ -11,7 +11,7 @@ from helpers import TRANSFORMATIONS, assert_close, transformation
 
 import flatopt
 from flatopt import kernels
-from flatopt._core import jaxprs
+from flatopt._core import jaxprs, platforms
 
 KEYS = jax.random.split(jax.random.key(3), 4)
 FAST = "b01f_01io->b01f"
@@ -177,6 +177,35 @@ def test_convolutions_out_of_reach_are_left_and_unrolled():
         jax.jit(f)(jax.random.key(0), params, **batch),
         jax.jit(g)(jax.random.key(0), params, **batch),
     )
+
+
+def test_which_convolutions_are_slow_in_a_loop_on_cpu():
+    params, batch, value_fn = _network()
+
+    def looped(params):
+        return jax.lax.scan(
+            lambda total, _: (total + value_fn(params, **batch), None), 0.0, length=2
+        )[0]
+
+    def is_fast(function, *args, **options):
+        _, jaxpr = jaxprs.trace(function, *args)
+        return jaxprs.are_fast_in_loops(jaxpr, **options)
+
+    plain = jax.grad(lambda params: value_fn(params, **batch))
+    kept = jax.grad(jax.checkpoint(lambda params: value_fn(params, **batch)))
+    assert is_fast(plain, params)
+    assert not is_fast(kept, params)
+    # Inside a loop that was traced here before they are rewritten already.
+    traced, _ = jaxprs.trace(plain, params)
+    assert is_fast(lambda p: jax.lax.map(lambda _: traced(p), jnp.arange(2)), params)
+    # What counts is the way on CPU.
+    assert is_fast(lambda p: platforms.choose(traced, kept, p), params)
+    assert not is_fast(lambda p: platforms.choose(kept, traced, p), params)
+    loops = jax.grad(looped)
+    assert not is_fast(loops, params)
+    assert is_fast(loops, params, apart_from=("scan",))
+    beside = lambda params: (kept(params), loops(params))  # noqa: E731
+    assert not is_fast(beside, params, apart_from=("scan",))
 
 
 def test_what_cannot_be_rewritten_runs_as_jax_traced_it(monkeypatch):

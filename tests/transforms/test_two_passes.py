@@ -186,3 +186,68 @@ def test_keys_of_draws_are_those_of_fold_in(impl):
             np.testing.assert_array_equal(
                 random.key_data(found), random.key_data(expected)
             )
+
+
+# Convolutions that XLA would run slowly in a loop on CPU
+
+
+def _with_convolutions(convolve):
+    """The scanned network behind two convolutions."""
+
+    def value_fn(params, batch):
+        images = convolve(batch.reshape(4, 4, 4, 1), params["stem"])
+        images = convolve(jnp.tanh(images), params["second"])
+        return _scanned(params, jnp.tanh(images).mean((1, 2)))
+
+    params, batch = _problem()
+    keys = jax.random.split(jax.random.key(8))
+    params["stem"] = jax.random.normal(keys[0], (3, 3, 1, 4)) / 3
+    params["second"] = jax.random.normal(keys[1], (3, 3, 4, 4)) / 6
+    return params, batch, value_fn
+
+
+def _convolve(images, kernel):
+    return jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+OF_TWO_PASSES = {
+    "sam": lambda: _make("sam"),
+    "gsam": lambda: _make("gsam"),
+    "nso": lambda: flatopt.smooth_gradients(
+        0.1, kernels.filterwise(kernels.signs), antithetic=True
+    ),
+}
+
+
+@pytest.mark.heart
+@pytest.mark.parametrize("name", OF_TWO_PASSES)
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_convolutions_out_of_reach_stand_in_two_copies_on_cpu_alone(name, is_reached):
+    convolve = _convolve if is_reached else jax.checkpoint(_convolve)
+    params, batch, value_fn = _with_convolutions(convolve)
+    tx = OF_TWO_PASSES[name]()
+    state = tx.init(params)
+    traced = jax.jit(_update(tx, value_fn)).trace(state, params, batch)
+    loops = {}
+    for platform in ("cpu", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        loops[platform] = text.count("stablehlo.while")
+    # The layers forward and backward; the rounds around them, or all of it twice. On CPU
+    # NSO draws its leaves in one loop more.
+    draws = int(name == "nso")
+    assert loops == {"cpu": (3 if is_reached else 4) + draws, "tpu": 3}
+
+
+@pytest.mark.parametrize("name", OF_TWO_PASSES)
+def test_two_copies_and_two_rounds_make_the_same_step(name, monkeypatch):
+    params, batch, value_fn = _with_convolutions(jax.checkpoint(_convolve))
+    tx = OF_TWO_PASSES[name]()
+    expected, _ = _update(tx, value_fn)(tx.init(params), params, batch)
+    for index in (0, 1):
+        take = lambda *ways, index=index: ways[index](*ways[2:])  # noqa: E731
+        monkeypatch.setattr(platforms, "choose", take)
+        step = jax.jit(lambda *args: _update(tx, value_fn)(*args))
+        found, _ = step(tx.init(params), params, batch)
+        assert_close(found, expected, rtol=1e-4, atol=1e-6)
