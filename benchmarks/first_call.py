@@ -1,12 +1,15 @@
 """How long the first call of a step takes, and 500 calls, by the layout of its samples.
 
 Residual networks for images of 32 by 32, 64 images in 8 chunks, LPF-SGD. Seconds hold for
-the machine; what counts is their order. One process, nothing else on the machine.
+the machine; what counts are their ratios within a run. Seconds of the processor, of all
+threads of this process, are beside: other programs change them little, but they do not tell
+how well cores are shared.
 
 Example: python -m benchmarks.first_call --output first_call.json
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -46,16 +49,21 @@ def make_step(value_fn, layout):
 
 
 def measure(value_fn, params, batch, layout, num_calls):
-    """Seconds of the first call and of a later one, the median."""
+    """Seconds of the first call and of a later one, the median; by the clock and of cores."""
     jax.clear_caches()
     tx, step = make_step(value_fn, layout)
-    carry, seconds = (params, tx.init(params)), []
+    carry, clocks = (params, tx.init(params)), (time.perf_counter, time.process_time)
+    readings = [[clock() for clock in clocks]]
     for _ in range(1 + num_calls):
-        start = time.perf_counter()
         carry = jax.block_until_ready(step(*carry, batch))
-        seconds.append(time.perf_counter() - start)
-    first, later = seconds[0], statistics.median(seconds[1:])
-    return {"first_call": first, "step": later, "500_steps": first + 499 * later}
+        readings.append([clock() for clock in clocks])
+    found = {}
+    for kind, times in zip(("", "cpu_"), zip(*readings, strict=True), strict=True):
+        first, *rest = (b - a for a, b in itertools.pairwise(times))
+        later = statistics.median(rest)
+        found |= {f"{kind}first_call": first, f"{kind}step": later}
+        found[f"{kind}500_steps"] = first + 499 * later
+    return found
 
 
 def measure_network(blocks, layouts, num_calls):

@@ -2,10 +2,10 @@
 
 Links and texts need no browser. With a Chromium (``chromium``, ``google-chrome``, or
 ``CHROMIUM=PATH``) each page is opened at 1280 and at 400 pixels: nothing may stick out of
-the page, code must fit at 1280, and every formula and image must show, offline. In the
-light and in the dark theme text stands out from what is behind it, and images have a ground
-of their own. A browser that does not start or end here is said, and is no problem of the
-pages.
+the page, code and the list of titles must fit at 1280, words of tables stay whole, and
+every formula and image must show, offline. In the light and in the dark theme text stands
+out from what is behind it, and images have a ground of their own. A browser that does not
+start or end here is said, and is no problem of the pages.
 
 Example: python docs/check.py docs/_build/html
 """
@@ -138,6 +138,18 @@ function read(page, theme, frame) {
       say(`image has no ground: ${e.getAttribute("src")}`);
   }
 }
+function broken(cell) {
+  const doc = cell.ownerDocument, walker = doc.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const range = doc.createRange(), found = [];
+  for (let node; (node = walker.nextNode()); )
+    for (const word of node.data.matchAll(/[\\w.]+/g)) {
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const tops = [...range.getClientRects()].map((box) => Math.round(box.top));
+      if (new Set(tops).size > 1) found.push(`a word of a table is broken: ${word[0]}`);
+    }
+  return found;
+}
 function look(page, width, frame) {
   const doc = frame.contentDocument, article = doc.querySelector("article") || doc.body;
   const say = (what) => found.push(`${page} at ${width}: ${what}`);
@@ -151,6 +163,12 @@ function look(page, width, frame) {
     if (width >= 1000 && e.tagName === "PRE" && e.scrollWidth > e.clientWidth + 1)
       say(`code is ${e.scrollWidth - e.clientWidth} pixels too wide: ${text}`);
   }
+  for (const cell of article.querySelectorAll("td, th")) broken(cell).forEach(say);
+  const list = doc.querySelector(".bd-sidebar-secondary");
+  if (list && width >= 1000)
+    for (const e of list.querySelectorAll("a"))
+      if (e.getBoundingClientRect().right > width + 1)
+        say(`the list of titles is cut: ${e.textContent.trim()}`);
   for (const e of article.querySelectorAll("img"))
     if (!e.naturalWidth) say(`image does not show: ${e.getAttribute("src")}`);
   for (const e of article.querySelectorAll(".math"))

@@ -65,9 +65,11 @@ def smooth(
       Array(25.02, dtype=float32)
     """
     checks.check_function(value_fn, "value_fn", "value_fn(params)")
+    signatures.check_order(value_fn, "value_fn")
     estimate = _estimator(value_fn, scale, kernel, num_samples, antithetic, strategy)
 
     def smoothed(key, params, /, *args, **kwargs):
+        signatures.check_first(value_fn, kwargs, ())
         checks.check_random_key(key)
         dtypes = []
 
@@ -177,6 +179,7 @@ def smooth_value_and_grad(
       ((), (3,))
     """
     checks.check_function(value_fn, "value_fn", "value_fn(params)")
+    signatures.check_order(value_fn, "value_fn")
     checks.check_weight_fn(weight_fn)
     names = checks.check_batch_argnames(batch_argnames, value_fn)
     if weight_fn is not None and not names:

@@ -38,6 +38,10 @@ def _loss(params, batch=BATCH):
     return jnp.mean((batch @ params) ** 2)
 
 
+def _swapped(batch, params):
+    return jnp.mean((batch @ params) ** 2)
+
+
 def _model(params, inputs):
     return inputs @ params
 
@@ -139,6 +143,7 @@ COUNTS = ["a", 0, -1, 1.5, [2], jnp.ones(2)]
 KEYS = [None, "a", jnp.ones(2), jax.random.split(KEY, 2)]  # links take an int too
 FUNCTIONS = [None, 3, "loss"]
 OF_NOTHING = [lambda: 1]
+MASKS = ["a", 1, {"x": True}, False, lambda params: False, *OF_NOTHING]
 WRONG = dict.fromkeys(
     [
         "scale",
@@ -219,8 +224,8 @@ WRONG |= {
     "batches": [None, 3, [], "a"],
     "kernel": [3, "a", kernels.filterwise, kernels.signs],
     "sampler": [3, "a", kernels.isotropic()],
-    "mask": ["a", 1, {"x": True}, *OF_NOTHING],
-    "noise_mask": ["a", 1, {"x": True}, *OF_NOTHING],
+    "mask": MASKS,
+    "noise_mask": MASKS,
     "constants": ["a"],
     "weight_fn": [3, "a", *OF_NOTHING],
     "layer_of": [3, "a", *OF_NOTHING],
@@ -254,6 +259,12 @@ def public_functions():
                 yield f"{room}.{name}"
 
 
+# Where loss_fn takes outputs.
+OF_OUTPUTS = {
+    *(name for name, changes in CHANGES.items() if "loss_fn" in changes),
+    "stability.linearize",
+    "stability.report",
+}
 # What any value may stand for.
 FREE = {("sharpness.shannon_entropy", "params")}
 SKIPPED = {
@@ -307,6 +318,10 @@ def test_a_wrong_argument_is_one_sentence_of_ours(full_name, request):
             continue
         if parameter == "optimizer" and room in ("stability", "plots"):
             values = [3, "a", optax.sgd(0.1)]  # a function of the rate is asked for
+        if parameter in ("model_fn", "value_fn", "loss_fn") and (
+            full_name not in OF_OUTPUTS or parameter != "loss_fn"
+        ):
+            values.append(_swapped)
         if p.default is None:
             values = [x for x in values if x is not None]
         if parameter == "key" and room != "flatopt":

@@ -78,6 +78,23 @@ def test_in_a_browser(site):
 
 
 @pytest.mark.skipif(check.find_chromium() is None, reason="no Chromium is found")
+def test_in_a_browser_broken_words_and_titles_that_are_cut(site):
+    browser = check.find_chromium()
+    page = (
+        "<!doctype html><article><table><tr><td style='width:1em;max-width:1em;{}'>"
+        "0.066 to 0.20</table></article><div class='bd-sidebar-secondary' style="
+        "'position:fixed;left:1200px'><a href='index.html'>{}</a></div>"
+    )
+    good = page.format("overflow:hidden", "a title")
+    (site / "other.html").write_text(good)
+    assert check.check_browser(site, browser) == []
+    (site / "other.html").write_text(page.format("word-break:break-all", "title" * 9))
+    found = check.check_browser(site, browser)
+    assert "other.html at 400: a word of a table is broken: 0.066" in found
+    assert "other.html at 1280: the list of titles is cut: " + "title" * 9 in found
+
+
+@pytest.mark.skipif(check.find_chromium() is None, reason="no Chromium is found")
 def test_both_themes_in_a_browser(site):
     (site / "clear.svg").write_text(DOT.replace("<rect", "<rect fill-opacity='0.3'"))
     (site / "other.html").write_text(

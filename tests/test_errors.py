@@ -6,11 +6,24 @@ import numpy as np
 import optax
 import pytest
 import scipy.sparse
-from helpers import TRANSFORMATIONS, loss_fn, regression, takes, transformation
+from helpers import (
+    TRANSFORMATIONS,
+    assert_close,
+    loss_fn,
+    regression,
+    takes,
+    transformation,
+)
 from jax.experimental import sparse
 
 import flatopt
-from flatopt import kernels, smooth, smooth_gradients, smooth_value_and_grad
+from flatopt import (
+    curvature,
+    kernels,
+    smooth,
+    smooth_gradients,
+    smooth_value_and_grad,
+)
 
 KEY = jax.random.key(0)
 
@@ -693,6 +706,10 @@ MISTAKES = {
     "leaves of a batch that disagree": lambda: _step(
         batch={**EXAMPLES, "index": jnp.arange(15)}
     ),
+    "a mask that leaves out all": lambda: _step(
+        flatopt.lpf_sgd(0.1, mask=lambda params: jax.tree.map(lambda _: False, params)),
+        batch=EXAMPLES,
+    ),
     "a mask of another tree": lambda: _step(
         flatopt.lpf_sgd(0.1, mask={"v": True}), batch=EXAMPLES
     ),
@@ -746,3 +763,92 @@ def test_a_loss_that_takes_the_batch_first_is_told_so(make):
 
     with _raises(TypeError, "take the parameters or the model first, got 'batch' fir"):
         _step(make(), swapped, batch=EXAMPLES)
+
+
+SQUARE = jnp.arange(9.0).reshape(3, 3)  # parameters and a batch of one shape
+
+
+def _swapped(batch, params):
+    return jnp.sum((batch @ params) ** 2)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda f: smooth(f, 0.1)(KEY, SQUARE, SQUARE),
+        lambda f: smooth_value_and_grad(f, 0.1)(KEY, SQUARE, SQUARE),
+        lambda f: curvature.hessian(f, SQUARE, SQUARE).matvec(SQUARE),
+        lambda f: curvature.gauss_newton(f, total, SQUARE, [SQUARE]),
+        lambda f: flatopt.radius(f, SQUARE, KEY, data=SQUARE),
+        lambda f: flatopt.sharpness.low_pass(f, SQUARE, KEY, data=SQUARE),
+        lambda f: flatopt.sharpness.report(f, SQUARE, KEY, data=SQUARE),
+        lambda f: flatopt.stability.batch_sharpness(f, SQUARE, [SQUARE]),
+        lambda f: flatopt.plots.loss_line(f, SQUARE, KEY, data=SQUARE),
+    ],
+)
+def test_a_batch_first_is_refused_where_shapes_fit_both_ways(use):
+    with _raises(TypeError, "take the parameters or the model first, got 'batch' fir"):
+        use(_swapped)
+
+
+def test_a_batch_first_under_any_name_is_refused_where_it_has_a_keyword():
+    def of_pairs(pairs, vector):
+        return _swapped(pairs, vector)
+
+    for averaged in smooth(of_pairs, 0.1), smooth_value_and_grad(of_pairs, 0.1):
+        with _raises(
+            TypeError, "take the parameters or the model first, got 'pairs' f"
+        ):
+            averaged(KEY, SQUARE, pairs=SQUARE)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda images, params: _swapped(images, params),  # noise on images
+        lambda x, params: _swapped(x, params),
+        lambda batch, labels: _swapped(batch, labels),
+        lambda adapters, params: _swapped(adapters, params),
+        lambda theta, data: _swapped(theta, data),
+        lambda *args: _swapped(*args),
+    ],
+)
+def test_a_loss_may_name_its_first_argument_as_it_likes(loss_fn):
+    given = jnp.eye(3), 2 * jnp.eye(3)
+    assert_close(smooth(loss_fn, 0.0)(KEY, *given), 12.0)
+    assert_close(curvature.hessian(loss_fn, *given).matvec(jnp.eye(3)), 8 * jnp.eye(3))
+
+
+# Masks that leave out everything
+
+
+NOWHERE = [False, {"w": False, "b": False}, lambda p: jax.tree.map(lambda _: False, p)]
+
+
+@pytest.mark.parametrize("mask", NOWHERE)
+@pytest.mark.parametrize("name", [n for n in TRANSFORMATIONS if takes(n, "mask")])
+def test_a_mask_that_leaves_out_all_is_refused_before_training(name, mask):
+    with _raises(ValueError, "mask must be True for at least one leaf of params, got"):
+        transformation(name, mask=mask).init(WEIGHTS)
+
+
+@pytest.mark.parametrize("mask", NOWHERE)
+def test_noise_nowhere_is_refused(mask):
+    with _raises(ValueError, "noise_mask must be True for at least one leaf of params"):
+        _step(smooth_gradients(0.1, noise_mask=mask), batch=EXAMPLES)
+    with _raises(ValueError, "mask must be True for at least one leaf of params, got"):
+        kernels.masked(kernels.isotropic(), mask)(KEY, WEIGHTS)
+
+
+def test_no_leaf_has_to_decay():
+    def matrices(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    def decayed(weight_decay):
+        tx = flatopt.nso_sgd(
+            0.1, 0.0, weight_decay=weight_decay, weight_decay_mask=matrices
+        )
+        zeros = {"b": jnp.ones(3)}
+        return _step(tx, lambda p: jnp.sum(p["b"]), zeros)[0]["b"]
+
+    assert_close(decayed(0.5), -0.1 * jnp.ones(3))

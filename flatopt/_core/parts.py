@@ -59,11 +59,6 @@ def choose(params, mask=None, constants=None):
     flags = [True] * len(jax.tree.leaves(params))
     if mask is not None:
         flags = trees.mask_flags(mask, params)
-        if flags and not any(flags):
-            raise ValueError(
-                "mask must be True for at least one leaf of params, got one that is False "
-                "everywhere; leave mask out to measure all leaves."
-            )
     rest = _arrays(params, "params"), _arrays(constants, "constants")
 
     def wrap(function):

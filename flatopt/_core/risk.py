@@ -17,6 +17,7 @@ from flatopt._core import (
     parts,
     progress,
     sharding,
+    signatures,
     streams,
     trees,
 )
@@ -226,6 +227,7 @@ def check_loss(loss_fn, data, constants=None, name="loss_fn"):
     if data is None:
         example += ", or give data"
     checks.check_function(loss_fn, name, example, count=len(names))
+    signatures.check_order(loss_fn, name)
 
 
 def check_model(model_fn, constants=None):
@@ -233,6 +235,7 @@ def check_model(model_fn, constants=None):
     names = ["params", "inputs", *["constants"] * (constants is not None)]
     example = f"model_fn({', '.join(names)})"
     checks.check_function(model_fn, "model_fn", example, count=len(names))
+    signatures.check_order(model_fn, "model_fn")
 
 
 def loss_of(loss_fn, params, batch):

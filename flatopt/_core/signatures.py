@@ -53,15 +53,35 @@ def forwarded(value_fn, extra_args):
 
 
 def check_first(value_fn, given, names):
-    """Reject a ``value_fn`` that takes first, as its parameters, what ``names`` splits."""
+    """Reject a ``value_fn`` that takes first what is split or passed by keyword."""
     first = first_of(value_fn)
-    if first in names and first not in given:
+    if (first in names and first not in given) or (
+        first in given and names_keyword(value_fn, first)
+    ):
         raise TypeError(_not_first(first))
 
 
-def _not_first(name):
+_PARAMS = {"params", "parameters", "model", "weights", "variables", "theta", "w", "p"}
+_BATCHES = {"batch", "batches", "minibatch", "data"}
+_INPUTS = {"inputs", "images", "tokens", "x"}
+
+
+def check_order(function, name="loss_fn"):
+    """Reject a function whose names say that it takes a batch first and parameters later.
+
+    Nothing but names tells where shapes fit both ways. Inputs may be what a loss is
+    differentiated in, so that they are refused as the first argument of a model alone.
+    """
+    first, *later = parameters_of(function) or [None]
+    if first in (_BATCHES | _INPUTS if name == "model_fn" else _BATCHES) and (
+        _PARAMS.intersection(later)
+    ):
+        raise TypeError(_not_first(first, name))
+
+
+def _not_first(first, name="value_fn"):
     return (
-        f"value_fn must take the parameters or the model first, got {name!r} first; swap "
+        f"{name} must take the parameters or the model first, got {first!r} first; swap "
         "its arguments."
     )
 

@@ -58,8 +58,21 @@ def mask_flags(mask, params, name="mask"):
     """One bool for each leaf of ``params``.
 
     The mask is one as in ``optax.masked``, a tree prefix of bools or a function that
-    returns one, or a pattern of paths.
+    returns one, or a pattern of paths. One that leaves out every leaf is an error.
     """
+    flags = flags_of(mask, params, name)
+    if flags and not any(flags):  # wrappers of optax also show trees without leaves
+        paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise ValueError(
+            f"{name} must be True for at least one leaf of params, got one that is False "
+            f"everywhere, where the paths are {_some(paths)}; write True where a leaf "
+            "takes part."
+        )
+    return flags
+
+
+def flags_of(mask, params, name):
+    """As :func:`mask_flags`, for a mask that may leave out every leaf."""
     if isinstance(mask, str):
         return _pattern_flags(mask, params, name)
     given = mask
@@ -101,14 +114,17 @@ def _pattern_flags(pattern, params, name):
     flags = [
         fits(path) or fits(other) for path, other in zip(paths, spelt, strict=True)
     ]
-    if paths and not any(flags):  # wrappers of optax also show trees without leaves
-        names = ", ".join(map(repr, paths[:6])) + ", ..." * (len(paths) > 6)
+    if paths and not any(flags):
         raise ValueError(
             f"{name} must name leaves of params, got the pattern {pattern!r} where the "
-            f"paths are {names}; write a path or a part of its beginning, with "
+            f"paths are {_some(paths)}; write a path or a part of its beginning, with "
             "* for anything."
         )
     return flags
+
+
+def _some(paths, most=6):
+    return ", ".join(map(repr, paths[:most])) + ", ..." * (len(paths) > most)
 
 
 def _check_takes_params(mask, name):

@@ -49,6 +49,7 @@ class Pass:
     def __init__(self, loss_fn: LossFn, model, objects, wrt, noise_wrt=None):
         example = "loss_fn(model, batch)"
         checks.check_function(loss_fn, "loss_fn", example, count=1, more=True)
+        signatures.check_order(loss_fn)
         check_model(model)
         self.loss_fn = loss_fn
         self.roots = (model, *objects)

@@ -128,7 +128,8 @@ def masked(kernel: Kernel, mask: Mask) -> Kernel:
       A kernel whose perturbation is zero for the leaves masked out.
 
     Raises:
-      ValueError: when drawn, if ``mask`` is not a prefix of ``params``.
+      ValueError: when drawn, if ``mask`` is not a prefix of ``params`` or leaves out every
+        leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, flatopt

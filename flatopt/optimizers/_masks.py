@@ -54,7 +54,8 @@ def _both(mask, weight_decay_mask):
         return None
 
     def flags(params):
-        lists = [trees.mask_flags(given, params, name) for name, given in named.items()]
+        # No leaf may decay: a rule such as "matrices alone" may meet vectors alone.
+        lists = [trees.flags_of(given, params, name) for name, given in named.items()]
         both = [all(flags) for flags in zip(*lists, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(params), both)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import curvature
-from flatopt._core import blocks, checks, risk, streams, trees, vectors
+from flatopt._core import blocks, risk, streams, trees, vectors
 from flatopt._core.estimates import Estimate
 from flatopt._core.risk import Risk
 from flatopt._core.types import LossFn, ModelFn
@@ -161,7 +161,7 @@ def estimate_alignment(
       >>> round(float(found.mu.value), 3)
       0.5
     """
-    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    risk.check_model(model_fn)
     params = risk.check_params(params)
     _checks.check_key(key)
     slope, error = _units(model_fn, params, data)
@@ -330,7 +330,7 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
             "batches must be a list or another iterable of batches, got "
             f"{type(batches).__name__}; write [batch] for one."
         )
-    checks.check_function(loss_fn, count=2)
+    risk.check_loss(loss_fn, batches)
     params = risk.check_params(params)
     ratios, sizes, count = [], [], 0
     for count, batch in enumerate(batches, 1):  # noqa: B007

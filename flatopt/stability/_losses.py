@@ -12,7 +12,7 @@ from flatopt._core import checks, risk, trees
 
 def check_outputs(model_fn, params, inputs):
     """Parameters and outputs of a model, shape (n,) or (n, c), checked."""
-    checks.check_function(model_fn, "model_fn", "model_fn(params, inputs)", count=2)
+    risk.check_model(model_fn)
     params = risk.check_params(params)
     outputs = model_fn(params, inputs)
     if not isinstance(outputs, jax.Array | np.ndarray):

@@ -142,6 +142,7 @@ def monitor(
             f"{getattr(tx, '__name__', None) or type(tx).__name__}; give the optimizer "
             "that made opt_state."
         )
+    signatures.check_order(value_fn, "value_fn")
     checks.check_count(every, "every")
     return Monitor(value_fn, tx, every)
 

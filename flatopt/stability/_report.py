@@ -99,7 +99,7 @@ class Report(NamedTuple):
                 "large"
             )
         if not self.is_minimum:
-            found += " (says the linearized model, but this is no minimum of its kind)"
+            found += " (by the linearized model, which is not at a minimum here)"
         return found
 
     @property
@@ -115,7 +115,8 @@ class Report(NamedTuple):
             )
         elif not self.is_minimum:
             found.append(
-                "the theory is about minima that fit their data, and this is none"
+                "the theory holds at minima, where the reducible loss and the eigenvalue of "
+                "the Hessian are in the range called usual"
             )
         if self.is_preconditioned:
             found.append(
@@ -170,6 +171,8 @@ class Report(NamedTuple):
             "p: unit of a parameter. margin: by how much the learning rate could be "
             "multiplied; below 1 it is too large for this condition."
         )
+        if any("necessary" in row[-1] for row in _tables.rate_rows(self)):
+            found += " necessary: at a larger rate SGD leaves."
         if self.seconds is None:
             return found
         return f"{found} It took {tables.duration(self.seconds)} with compilation."

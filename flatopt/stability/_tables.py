@@ -4,7 +4,7 @@ import math
 
 MEANINGS = {
     "gradient_descent": "all data in one batch, 2 / eigenvalue",
-    "mean_square": "exact: the second moment stays bounded below it alone",
+    "mean_square": "exact: the second moment stays bounded at smaller rates alone",
     "trace_ratio": "necessary, from traces",
     "rank_one": "necessary, from one direction",
     "top_direction": "necessary, from the top eigenvector",
@@ -17,7 +17,7 @@ MEANINGS = {
 
 
 MEASURED = ("measured", "value", "unit", "usual", "meaning")
-RATES = ("largest stable rate by", "rate", "this rate", "margin", "meaning")
+RATES = ("largest stable rate by", "rate", "yours", "margin", "meaning")
 
 
 def measured_rows(report):
@@ -36,14 +36,14 @@ def _loss_rows(report):
             report.constant_loss,
             "loss",
             "",
-            "that of the best constant output, to compare with",
+            "that of the best constant output, for comparison",
         ),
         (
             "reducible loss",
             report.reducible_loss,
             "loss",
             f"< {0.01 * report.constant_loss:.3g}",
-            "what the linearized model could still lose: little at a minimum",
+            "what the linearized model could still lose; little at a minimum",
         ),
         (
             "gradient norm",
@@ -69,28 +69,29 @@ def _curvature_rows(report):
             top,
             "1/rate",
             f"< {top * margin:.3g}" if math.isfinite(top * margin) else "",
-            f"H: {matrix}; above what is usual all data in one batch leave",
+            f"H is {matrix}; beyond the usual range training leaves, even with all "
+            "data in one batch",
         ),
         (
-            "of the Hessian",
+            "that of the Hessian",
             report.hessian_eigenvalue,
             "1/rate",
             f"{0.9 * top:.3g} to {1.1 * top:.3g}",
-            "near the other: H is what SGD sees",
+            "in the usual range H is the curvature that training sees",
         ),
         (
             "trace of H",
             report.trace,
             "1/rate",
             "",
-            f"sum of the eigenvalues; H could be {ratio:.3g} times as sharp here",
+            f"sum of the eigenvalues; training stays up to {ratio:.3g} times this H",
         ),
         (
             "Frobenius norm of H",
             report.frobenius_norm,
             "1/rate",
             "",
-            "root of the sum of their squares; the same",
+            "root of the sum of their squares",
         ),
         (
             "growth rate",
@@ -113,12 +114,30 @@ def _alignment_rows(report):
     found = report.alignment
     if found is None:
         return []
-    about = "of SGD's noise with H, for c outputs; alpha times beta"
+    about = "how far SGD's noise lies along H, for c outputs; alpha times beta"
     return [
         ("alignment mu", found.mu, "1", "about 1/c", about),
-        ("alpha", found.alpha, "1", "0 to 1", "its cosine"),
-        ("beta", found.beta, "1", "", "its magnitude"),
-        ("isotropic mu", found.isotropic_mu, "1", "", "of isotropic noise, to compare"),
+        (
+            "alpha",
+            found.alpha,
+            "1",
+            "0 to 1",
+            "cosine of the angle between the noise covariance and H",
+        ),
+        (
+            "beta",
+            found.beta,
+            "1",
+            "",
+            "size of the covariance, over that of H and twice the loss",
+        ),
+        (
+            "isotropic mu",
+            found.isotropic_mu,
+            "1",
+            "",
+            "that of isotropic noise of equal trace, for comparison",
+        ),
     ]
 
 

@@ -87,7 +87,7 @@ def anti_pgd(
     kernel = kernels.isotropic(kernels.normal if sampler is None else sampler)
 
     def init_fn(params):
-        del params
+        _link.check_mask(mask, params)
         return AntiPGDState(jnp.zeros((), jnp.int32), _link.key_data(key))
 
     def update_fn(updates, state, params=None, **extra_args):

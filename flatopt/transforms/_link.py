@@ -330,6 +330,7 @@ def check_update(params, value_fn, name):
             f"value_fn must be a function of params, got {value_fn!r}; pass the loss "
             "function itself, not its value."
         )
+    signatures.check_order(value_fn, "value_fn")
     is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(

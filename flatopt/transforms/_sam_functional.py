@@ -78,6 +78,7 @@ def functional_sam_gradients(
     checks.check_function(
         model_fn, "model_fn", "model_fn(params, inputs)", count=1, more=True
     )
+    signatures.check_order(model_fn, "model_fn")
     checks.check_function(
         loss_fn, "loss_fn", "loss_fn(outputs, targets)", count=1, more=True
     )

@@ -585,7 +585,7 @@ def test_the_tables_of_a_report_are_aligned():
     assert 0 < found.seconds < 600
     shown = [found.max_eigenvalue, found.thresholds.mean_square]
     for table, num_rows, column, number in zip(
-        tables, (14, 9), ("unit", "this rate"), shown, strict=True
+        tables, (14, 9), ("unit", "yours"), shown, strict=True
     ):
         header, *lines = table.splitlines()
         rows = [line for line in lines if not line.startswith("    ")]
