@@ -175,6 +175,27 @@ def _over(times, reference):
     return np.percentile(np.divide(times, reference), [25, 50, 75])
 
 
+def diagonals(report):
+    """The table of ``docs/curvature.md``: ways to the diagonal of a matrix."""
+    ways = list(next(iter(report["diagonals"].values())))
+    lines = [f"| spectrum | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for spectrum, row in report["diagonals"].items():
+        cells = [f"{row[w]['error']:.2g}, {100 * row[w]['held']:.0f} %" for w in ways]
+        lines.append(f"| {' | '.join([spectrum, *cells])} |")
+    return "\n".join(lines)
+
+
+def networks(report):
+    """The sentence of ``docs/curvature.md`` on many networks in one program."""
+    row = report["networks"]
+    return (
+        f"For {row['networks']:,} networks of {row['parameters']} parameters, the two "
+        f"largest eigenvalues of each took {row['seconds']:.2g} s together, after "
+        f"{row['compile_seconds']:.2g} s of compilation, on two busy cores, and differed "
+        f"from those of the dense matrices by about {row['largest_distance']:.0e}."
+    )
+
+
 def summary(report):
     """The table of the README: medians, by problem."""
     lines = [
