@@ -48,7 +48,7 @@ class Kind(abc.ABC):
         del params, batch
 
     def finish(self, products, shared, vectors):
-        """The products of all data from means over batches, where these share any."""
+        """The products of all data from means over batches."""
         del shared, vectors
         return products
 
@@ -357,6 +357,8 @@ class GradientCovariance(EmpiricalFisher):
         return value, shared, product
 
     def finish(self, products, shared, vectors):
+        if not jax.tree.leaves(shared):  # of one batch, centered on its own mean
+            return products
         slopes = blocks.gram(vectors, blocks.single(shared))
         return blocks.subtract(products, blocks.combine(slopes, blocks.single(shared)))
 
