@@ -22,7 +22,7 @@ help:
 	@echo "make docs-check  check its links, and how it looks in a Chromium if there is one"
 	@echo "make dist     build the archives of a release into dist, and test from the sdist"
 	@echo "make bench    measure speed and memory against peers"
-	@echo "make bench-curvature  measure curvature products against peers"
+	@echo "make bench-curvature  measure curvature products against peers, and many small problems"
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
@@ -129,6 +129,7 @@ bench: $(VENV)/.bench
 
 bench-curvature: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.small
 
 bench-stability: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.stability

@@ -40,6 +40,8 @@ class Config:
     """Rounds of each network."""
     training_steps: int = 60
     """Steps of SGD before the measurement."""
+    trace: bool = True
+    """Time traces to a precision, too; minutes where words are many."""
     results: pathlib.Path = ROOT / "docs" / "results" / "curvature_cpu.json"
     """Where the figures go."""
 
@@ -125,7 +127,7 @@ def measure(name, config):
             jax.block_until_ready(run())
             if repeat:
                 times[contender].append((time.perf_counter() - start) / count)
-    trace = to_precision(hessian)
+    trace = to_precision(hessian) if config.trace else None
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "network.npz"
         save(problem, path)
@@ -140,6 +142,7 @@ def measure(name, config):
     loss = float(problem.value_fn(problem.params, **problem.batch))
     return {
         "batch_size": BATCH[name],
+        "training_steps": config.training_steps,
         "num_parameters": problem.num_parameters,
         "times": times,
         "peer": peer,

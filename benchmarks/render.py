@@ -85,7 +85,7 @@ def _curvature(report):
     lines = [
         "## Curvature\n",
         "`make bench-curvature`: one product over one gradient of the same framework, median "
-        "(quartiles), after 60 steps of training; the peers on the same weights and batch ("
+        "(quartiles); the peers on the same weights and batch ("
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + "). On the CNN the frameworks pad strided convolutions differently.\n",
     ]
@@ -94,6 +94,8 @@ def _curvature(report):
         size = row["num_parameters"] / 1e6
         lines += [
             f"### {TITLES[name]}, {size:.1f} M parameters, batch {row['batch_size']}\n",
+            f"After {row['training_steps']} steps of training; "
+            f"{len(ours['gradient'])} rounds.\n",
             "| product | flatopt | target | met | curvlinops | seconds, its over ours |",
             "|---|---|---|---|---|---|",
         ]
@@ -113,18 +115,8 @@ def _curvature(report):
                 f"| {contender} | {median:.2f} ({low:.2f}–{high:.2f}) | {limit} | {met} "
                 f"| {theirs} | {ratio} |"
             )
-        trace = row["trace"]
-        seconds = np.median([run["seconds"] for run in trace["runs"]])
-        probes = [run["probes"] for run in trace["runs"]]
-        needed = trace["hutchinson_probes_needed"]
         lines += [
-            f"\nTrace to ± 2 % at 95 %: flatopt {seconds:.2f} s ({min(probes)} to "
-            f"{max(probes)} probes beyond 8 deflated directions). A plain Hutchinson probe "
-            f"has a relative deviation of {trace['deviation_of_one_probe']:.2f}, so that "
-            f"{needed:.0f} are needed: curvlinops "
-            f"{needed * np.median(peer['curvlinops, trace']):.2f} s, PyHessian "
-            f"{needed * np.median(peer['PyHessian, trace']):.2f} s at their measured time a "
-            "probe. (PyHessian's own rule stops earlier, at an error it does not know.)\n",
+            _precision(row["trace"], peer),
             "Temporary memory of `probe`, in parameter sizes: "
             + ", ".join(
                 f"{size:.1f} at {n} probes" for n, size in row["memory"].items()
@@ -132,6 +124,24 @@ def _curvature(report):
             + ".\n",
         ]
     return "\n".join(lines)
+
+
+def _precision(trace, peer):
+    """Seconds to a trace within 2 %, where they were measured."""
+    if trace is None:
+        return "\nSeconds to a trace were not measured.\n"
+    seconds = np.median([run["seconds"] for run in trace["runs"]])
+    probes = [run["probes"] for run in trace["runs"]]
+    needed = trace["hutchinson_probes_needed"]
+    return (
+        f"\nTrace to ± 2 % at 95 %: flatopt {seconds:.2f} s ({min(probes)} to "
+        f"{max(probes)} probes beyond 8 deflated directions). A plain Hutchinson probe "
+        f"has a relative deviation of {trace['deviation_of_one_probe']:.2f}, so that "
+        f"{needed:.0f} are needed: curvlinops "
+        f"{needed * np.median(peer['curvlinops, trace']):.2f} s, PyHessian "
+        f"{needed * np.median(peer['PyHessian, trace']):.2f} s at their measured time a "
+        "probe. (PyHessian's own rule stops earlier, at an error it does not know.)\n"
+    )
 
 
 def _stability(report):
@@ -173,6 +183,27 @@ def _stability(report):
 
 def _over(times, reference):
     return np.percentile(np.divide(times, reference), [25, 50, 75])
+
+
+def diagonals(report):
+    """The table of ``docs/curvature.md``: ways to the diagonal of a matrix."""
+    ways = list(next(iter(report["diagonals"].values())))
+    lines = [f"| spectrum | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for spectrum, row in report["diagonals"].items():
+        cells = [f"{row[w]['error']:.2g}, {100 * row[w]['held']:.0f} %" for w in ways]
+        lines.append(f"| {' | '.join([spectrum, *cells])} |")
+    return "\n".join(lines)
+
+
+def networks(report):
+    """The sentence of ``docs/curvature.md`` on many networks in one program."""
+    row = report["networks"]
+    return (
+        f"For {row['networks']:,} networks of {row['parameters']} parameters, the two "
+        f"largest eigenvalues of each took {row['seconds']:.2g} s together, after "
+        f"{row['compile_seconds']:.2g} s of compilation, on two busy cores, and differed "
+        f"from those of the dense matrices by about {row['largest_distance']:.0e}."
+    )
 
 
 def summary(report):

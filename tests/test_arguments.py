@@ -235,6 +235,8 @@ WRONG |= {
     "optimizer": [None, 3, optax.sgd],
     "model": [None, 3, "a", _loss],
     "width": ["a", -1.0, 0.0, np.nan],
+    "data": ["a", b"a", [], jnp.zeros((0, 2))],
+    "ax": ["a", 3, [3], np.array([None])],
 }
 # None is refused where it is no default, but for numbers that wrappers leave out.
 OF_NONE = {

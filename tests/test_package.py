@@ -284,3 +284,12 @@ def test_benchmark_page_is_rendered_from_the_measured_run(tmp_path):
     )
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert (tmp_path / "page.md").read_text() == page
+
+
+def test_the_page_of_curvature_says_what_was_measured_on_small_problems():
+    from benchmarks import render
+
+    report = json.loads((ROOT / "docs" / "results" / "small.json").read_text())
+    page = (ROOT / "docs" / "curvature.md").read_text()
+    assert render.diagonals(report) in page
+    assert render.networks(report) in " ".join(page.split())

@@ -93,6 +93,11 @@ def prepare(data):
         return batch, None
     if isinstance(data, list):
         _check_batches(data)
+    if isinstance(data, str | bytes):
+        raise TypeError(
+            f"data must be a batch or a re-iterable of batches, got {data!r}; give arrays, "
+            "or read the file that it names."
+        )
     if iter(data) is data:
         raise TypeError(
             f"data must be a batch or a re-iterable of batches, got the iterator {data!r}, "
@@ -102,7 +107,9 @@ def prepare(data):
 
 
 def _check_batches(batches):
-    """Reject one batch as a list ``[inputs, targets]``, taken as two batches."""
+    """Reject no batch, and one as a list ``[inputs, targets]``, taken as two batches."""
+    if not batches:
+        raise ValueError("data must hold examples, got 0 batches in the list [].")
     if not all(hasattr(x, "ndim") and hasattr(x, "dtype") for x in batches):
         return
     kinds = {(x.ndim, getattr(x.dtype, "kind", str(x.dtype))) for x in batches}

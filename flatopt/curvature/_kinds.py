@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, parts, risk, trees, vectors
+from flatopt._core import blocks, checks, parts, platforms, risk, trees, vectors
 from flatopt.curvature._cross_entropy import lean
 from flatopt.curvature._modes import forward_or_reverse
 
@@ -149,9 +149,7 @@ class GaussNewton(Kind):
         )
 
         def product(vector):
-            # First what is as large as the outputs, then the rest: mixed with the forward
-            # pass, curving them takes a TPU the memory of as many again.
-            given, tangent = jax.lax.optimization_barrier((outputs, push(vector)))
+            given, tangent = _apart(outputs, push(vector))
             return pull(self.output_product(given, batch, tangent))[0]
 
         return self.output_loss(outputs, batch), (), product
@@ -180,6 +178,20 @@ class _ModelLoss:
 
     def __call__(self, params, batch):
         return self.kind.output_loss(self.kind.outputs(params, batch), batch)
+
+
+def _apart(outputs, tangent):
+    """First what is as large as the outputs, then the rest, but for CPU.
+
+    Mixed with the forward pass, curving them takes a TPU the memory of as many again. On
+    CPU a streamed product would take that of as many parameters more.
+    """
+    return platforms.choose(
+        lambda *both: both,
+        lambda *both: jax.lax.optimization_barrier(both),
+        outputs,
+        tangent,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +357,7 @@ class GradientCovariance(EmpiricalFisher):
         return value, shared, product
 
     def finish(self, products, shared, vectors):
-        if not jax.tree.leaves(shared):
+        if not jax.tree.leaves(shared):  # of one batch, centered on its own mean
             return products
         slopes = blocks.gram(vectors, blocks.single(shared))
         return blocks.subtract(products, blocks.combine(slopes, blocks.single(shared)))

@@ -12,7 +12,7 @@ from flatopt import kernels
 from flatopt._core import binding, trees
 from flatopt._core.risk import Risk
 from flatopt._core.types import KernelFn, LossFn, WeightFn
-from flatopt.plots._axes import new_axes
+from flatopt.plots._axes import check_axes, new_axes
 from flatopt.plots._planes import plane_of
 from flatopt.stability import _checks
 
@@ -86,6 +86,7 @@ def loss_line(
       >>> ax.get_legend().get_texts()[0].get_text()
       'barrier 1'
     """
+    check_axes(ax)
     if to is not None:
         _check_unused("to", key=key, radius=radius, kernel=kernel)
         return _line_to(loss_fn, params, to, num_points, data, weight_fn, ax)
@@ -220,6 +221,7 @@ def loss_plane(
       >>> ax.get_xlabel(), ax.get_ylabel()
       ('step (93 % of the variance)', 'step (7 % of the variance)')
     """
+    check_axes(ax)
     if directions is None and trajectory is None:
         return _random_plane(
             loss_fn, params, key, radius, num_points, kernel, data, weight_fn, ax

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from flatopt import stability
 from flatopt._core.types import Optimizer, Sampling
-from flatopt.plots._axes import ink, new_axes
+from flatopt.plots._axes import check_axes, ink, new_axes
 from flatopt.stability import _checks
 
 
@@ -47,6 +47,7 @@ def stability_thresholds(
       >>> ax.get_xlabel()
       'batch size'
     """
+    check_axes(ax)
     _check_mark(learning_rate, batch_size, lin)
     asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
     found = _thresholds(lin, batch_sizes, asked)
@@ -92,6 +93,7 @@ def stability_plane(
       >>> ax.get_ylabel()
       'learning rate'
     """
+    check_axes(ax)
     _check_mark(learning_rate, batch_size, lin)
     if mu is not None:
         _checks.check_rate(mu, "mu")
@@ -139,6 +141,7 @@ def stability_losses(
       >>> round(float(ax.lines[0].get_ydata()[-1]), 3)  # 2.5 to the third
       15.625
     """
+    check_axes(ax)
     arguments = learning_rate, batch_size, num_steps
     asked = dict(sampling=sampling, optimizer=optimizer, opt_state=opt_state)
     exact = stability.expected_losses(lin, *arguments, **asked)

@@ -50,6 +50,7 @@ def test_measures_work_under_vmap(name):
     assert_close(found, np.array([measure(scale) for scale in SCALES]), rtol=1e-4)
 
 
+@pytest.mark.heart
 def test_differences_under_vmap():
     def measure(scale):
         operator = _operator(scale, curvature.finite_difference_hessian)

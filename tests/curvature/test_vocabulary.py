@@ -249,6 +249,16 @@ def test_the_matrix_of_all_words_would_be_seen():
     assert max(_sizes(str(jaxpr))) == WORDS**2
 
 
+def test_outputs_stand_apart_from_the_forward_pass_but_for_cpu():
+    """The barrier saves a TPU memory as large as the logits; a CPU it costs parameters."""
+    traced = jax.jit(_operator.Products(KINDS["gauss_newton"])).trace(
+        *_shapes("products")
+    )
+    for platform, is_apart in {"cpu": False, "tpu": True, "cuda": True}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in text) == is_apart, platform
+
+
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results" / "language.json"
 
 
