@@ -66,7 +66,7 @@ def save(problem, path):
     params = problem.params
     if problem.name in ("mlp", "words"):
         layers = [params["layers"][i] for i in sorted(params["layers"])]
-        layers = [params["embed"]] * ("embed" in params) + layers
+        layers = [params[name] for name in ("embed",) if name in params] + layers
     else:
         layers = []
         for i in sorted(params["convolutions"]):
