@@ -84,7 +84,8 @@ def radius(
       model_fn: ``model_fn(params, inputs) -> logits``, classes on the last axis, for the
         change of the predictions; data are then pairs ``(inputs, targets)``.
       num_samples: number of pairs of draws; SAM has one step.
-      weight_fn: weight of a batch; default: its number of examples.
+      weight_fn: weight of a batch; default: its number of examples. ``kl`` and ``changed``
+        count all rows of a batch alike, also those that fill it up: leave these out.
       mask: the leaves that are moved: those that training will perturb. The others are
         constant; gradients and lengths are those of the moved leaves. In the forms of
         :func:`flatopt.curvature.hessian`.
