@@ -1,5 +1,6 @@
 """Accumulation of gradients: the link first, then optax.MultiSteps."""
 
+import contextlib
 import types
 
 import optax
@@ -66,11 +67,19 @@ def accumulate(
 
 def _holds_optimizer(value):
     """Whether a function, or one that it closes over, is that of a recipe or makes one."""
-    if isinstance(value, tuple | list):
-        return any(map(_holds_optimizer, value))
-    if not isinstance(value, types.FunctionType):
-        return False
-    if hasattr(value, "is_optimizer") or value.__module__.startswith(RECIPES):
-        return True
-    cells = value.__closure__ or ()
-    return any(_holds_optimizer(cell.cell_contents) for cell in cells)
+    seen, found = set(), [value]
+    while found:
+        value = found.pop()
+        if id(value) in seen:  # functions may close over themselves
+            continue
+        seen.add(id(value))
+        if isinstance(value, tuple | list):
+            found.extend(value)
+        elif isinstance(value, types.FunctionType):
+            module = value.__module__ or ""
+            if hasattr(value, "is_optimizer") or module.startswith(RECIPES):
+                return True
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # it may be empty yet
+                    found.append(cell.cell_contents)
+    return False

@@ -243,7 +243,16 @@ def test_accumulation_refuses_an_optimizer_in_place_of_its_link(link):
 
 
 def test_accumulation_takes_links_in_wrappers():
+    inner = flatopt.nso_gradients(0.01)
+
+    def update(updates, state, params=None, **arguments):
+        if params is None:
+            return update(updates, state, late, **arguments)
+        return inner.update(updates, state, params, **arguments)
+
     for link in (
+        # Closes over itself, and over what has no value yet.
+        optax.GradientTransformationExtraArgs(inner.init, update),
         optax.inject_hyperparams(flatopt.nso_gradients)(0.01),
         flatopt.skip_nonfinite(
             flatopt.sam_gradients(0.1, direction=optax.scale_by_adam())
@@ -251,6 +260,7 @@ def test_accumulation_takes_links_in_wrappers():
         optax.chain(flatopt.lpf_gradients(0.1), optax.clip_by_global_norm(1.0)),
     ):
         flatopt.accumulate(link, optax.sgd(RATE), 2)
+    late = None
 
 
 # Noise on frozen weights, gradients for their adapters
