@@ -10,7 +10,7 @@ import numpy as np
 
 from flatopt._core.sharding import axis_names
 from flatopt._core.signatures import names_keyword, parameters_of, takes_any_keyword
-from flatopt._core.trees import path_name
+from flatopt._core.trees import is_traced, path_name
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 
@@ -211,7 +211,7 @@ def check_value(value, name="value_fn"):
 
 def check_concrete(tree, name):
     """Reject what is traced, for what is decided on the host."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if is_traced(tree):
         raise TypeError(
             f"{name} runs on the host, got a call inside jax.jit or jax.vmap; call it "
             "outside."

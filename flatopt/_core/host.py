@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core import trees
+
 SMALL = 1 << 18  # numbers in a vector: beyond, compiling is not most of the time
 
 
@@ -29,16 +31,16 @@ def fetch(tree):
 
     A loss may hold arrays that ``jax.vmap`` traces: its products are, nothing else is.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+    if trees.is_traced(tree):
         return tree
     return jax.tree.map(np.asarray, tree)
 
 
-def together(*trees):
+def together(*given):
     """The same trees, all in JAX where one is traced, so that none in NumPy meets it."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
-        return jax.tree.map(jnp.asarray, trees)
-    return trees
+    if trees.is_traced(given):
+        return jax.tree.map(jnp.asarray, given)
+    return given
 
 
 def send(tree, params):
@@ -67,9 +69,9 @@ def compiled(function, **options):
     def call(*args):
         leaves = jax.tree.leaves(args)
         if not any(namespace(x) is np for x in leaves):
-            is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
             # What is traced has no memory to give away.
-            return (function if is_traced and donates else jitted)(*args)
+            is_plain = donates and trees.is_traced(leaves)
+            return (function if is_plain else jitted)(*args)
         with np.errstate(all="ignore"):  # as in JAX: what is not finite shows
             return function(*args)
 

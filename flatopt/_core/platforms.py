@@ -7,6 +7,8 @@ or compiled for a TPU. So a trace holds both ways, and the program the one of it
 import jax
 import jax.numpy as jnp
 
+from flatopt._core import trees
+
 CPU = "cpu"
 ELSEWHERE = "elsewhere"
 
@@ -17,8 +19,7 @@ def choose(on_cpu, elsewhere, *args):
     Outside a trace it is the platform of the arrays.
     """
     leaves = jax.tree.leaves(args)
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if not is_traced and not is_staged():
+    if not trees.is_traced(leaves) and not is_staged():
         return (on_cpu if platform_of(leaves) == CPU else elsewhere)(*args)
     return jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 

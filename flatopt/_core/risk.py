@@ -123,7 +123,7 @@ class Risk:
         """
         if self.stream is not None:
             return self._sweep(function, rows, check)
-        check = check and self.seen is None and not _is_traced((self, rows))
+        check = check and self.seen is None and not trees.is_traced((self, rows))
         batch = self.given(self.batch)
         # Where the loss costs nothing, one program serves with it and without it.
         with_loss = check or getattr(function, "has_free_loss", False)
@@ -135,7 +135,7 @@ class Risk:
         loss, asked = found
         if not check:
             return asked
-        if not _is_traced(loss):  # as it is by what the loss function holds
+        if not trees.is_traced(loss):  # as it is by what the loss function holds
             streams.check_finite(float(loss))
             self.seen = True
         return asked
@@ -174,7 +174,7 @@ class Risk:
 
     def _check_read(self, tree):
         """Reject a trace where batches are read."""
-        if _is_traced(tree):
+        if trees.is_traced(tree):
             raise TypeError(
                 "data that is a re-iterable of batches is read on the host, got a call "
                 "inside jax.jit or jax.vmap; give one batch there, or call this outside."
@@ -323,10 +323,6 @@ def along(step, params, direction):
     return jax.tree.map(
         lambda p, d: trees.widen(p) + step.astype(d.dtype) * d, params, direction
     )
-
-
-def _is_traced(tree):
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def check_hashable(*functions):

@@ -6,6 +6,8 @@ import contextvars
 import jax
 import jax.numpy as jnp
 
+from flatopt._core import trees
+
 ALIKE = "alike"  # a placement: as parameters of a trace, which the compiler alone knows
 
 _AVERAGED = contextvars.ContextVar("axes that links averaged over", default=None)
@@ -87,7 +89,7 @@ def placement_of(params):
     None where they are on no mesh.
     """
     leaves = jax.tree.leaves(params)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if trees.is_traced(leaves):
         return ALIKE
     shardings = [leaf.sharding for leaf in leaves]
     if not all(isinstance(s, jax.sharding.NamedSharding) for s in shardings):

@@ -49,6 +49,11 @@ def named_leaves(tree, name="params", is_leaf=None):
     return named
 
 
+def is_traced(tree):
+    """Whether a leaf belongs to a trace."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
 def is_function(x):
     """Whether x is a function and not a tree that can be called, as Equinox modules."""
     return callable(x) and jax.tree_util.all_leaves([x])

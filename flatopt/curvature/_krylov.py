@@ -12,9 +12,10 @@ import numpy as np
 
 from flatopt._core import blocks, checks, host, platforms, vectors
 from flatopt._core.sharding import lay_out, placement_of
+from flatopt._core.trees import is_traced
 from flatopt.curvature._draws import draw_normal, probe_keys
 from flatopt.curvature._operator import products
-from flatopt.curvature._probes import GROUP, bringing, check_operator, is_traced
+from flatopt.curvature._probes import GROUP, bringing, check_operator
 
 ENDS = ("largest", "smallest", "magnitude")
 

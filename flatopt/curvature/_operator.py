@@ -278,8 +278,7 @@ def _finish(kind, placement, params, products, shared, block):
 
 
 def check_once(operator, rows):
-    leaves = jax.tree.leaves((operator, rows))
-    if operator.is_checked or any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if operator.is_checked or trees.is_traced((operator, rows)):
         return
     operator.is_checked = True
     kind, batch = operator.kind, operator.batch

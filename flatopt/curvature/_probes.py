@@ -13,6 +13,7 @@ import numpy as np
 from flatopt._core import blocks, checks, host, loops, platforms
 from flatopt._core.estimates import Estimate
 from flatopt._core.sharding import lay_out, placement_of
+from flatopt._core.trees import is_traced
 from flatopt.curvature._draws import draw_normal, draw_signs, probe_keys, signs_like
 from flatopt.curvature._moments import placed, start_moments, update, values_and_errors
 from flatopt.curvature._operator import (
@@ -238,13 +239,8 @@ def check_operator(operator):
     if not isinstance(operator, Operator):
         raise TypeError(
             f"operator must be a curvature operator, got {checks.described(operator)}; "
-            "make one with "
-            "curvature.hessian(loss_fn, params, data)."
+            "make one with curvature.hessian(loss_fn, params, data)."
         )
-
-
-def is_traced(tree):
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def check_finite(operator, value):

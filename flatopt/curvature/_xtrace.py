@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from flatopt._core import blocks, checks, streams
 from flatopt._core.estimates import Estimate
+from flatopt._core.trees import is_traced
 from flatopt.curvature._operator import products
-from flatopt.curvature._probes import check_finite, check_operator, is_traced
+from flatopt.curvature._probes import check_finite, check_operator
 
 
 def xtrace(operator, key: jax.Array, num_matvecs: int = 32) -> Estimate:

@@ -152,8 +152,9 @@ def _check_updates(params, updates):
                 "optax.apply_updates adds."
             )
     updates = blocks.widen(updates)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(updates))
-    if not traced and not all(bool(jnp.isfinite(x).all()) for x in _leaves(updates)):
+    if not trees.is_traced(updates) and not all(
+        bool(jnp.isfinite(x).all()) for x in _leaves(updates)
+    ):
         raise ValueError(
             "updates must be finite, got NaN or an infinity; look at the gradients first."
         )
