@@ -390,13 +390,15 @@ def test_weights_of_chunks_weigh_running_statistics():
     np.testing.assert_allclose(model.mean[...], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_norm", ["perturbed", "clean"])
 @pytest.mark.parametrize("counts", [(4, 1), (3, 0)])
-def test_weights_of_chunks_weigh_running_statistics_over_devices(counts):
+def test_weights_of_chunks_weigh_running_statistics_over_devices(counts, batch_norm):
     def loss_fn(model, batch):
         return (model(batch["x"]) ** 2).mean()
 
     f = flatopt.flax.value_and_grad(
         loss_fn, 0.1, num_samples=1, axis_name="data",
+        batch_norm=batch_norm,
         batch_argnames=("batch",), weight_fn=lambda chunk: chunk["weight"].sum(),
     )  # fmt: skip
     weights = (np.arange(4) < np.array(counts)[:, None]).astype("f4").ravel()

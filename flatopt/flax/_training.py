@@ -146,7 +146,9 @@ def value_and_grad(
         if batch_norm == "clean" and any(issubclass(k, nnx.BatchStat) for k in kinds):
             given = _passes.given_sample_key(loss_fn, kwargs, key)
             _, change = source.run(source.params, source.rest, args, given)
-            change, weights = _changes.alone(change), jnp.ones(1)
+            change = _changes.alone(change)
+            # Of the whole batch of a device, whose chunks may be padding.
+            weights = jnp.ones(1) if weight_fn is None else weights.sum()[None]
         source.write(_changes.combine(source, change, weights, axis_name))
         grads = source.select(grads, wrt)
         return ((loss, aux), grads) if has_aux else (loss, grads)
