@@ -108,7 +108,11 @@ def critical_learning_rate(
     _checks.check_rate(learning_rate)
     risk = Risk.of(loss_fn, params, data)
     updates = _check_updates(risk.params, updates)
-    state = _first(_check_start(start), updates)
+    state, largest = _first(_check_start(start), updates)
+    if not trees.is_traced(largest) and not math.isfinite(largest):
+        raise ValueError(
+            "updates must be finite, got NaN or an infinity; look at the gradients first."
+        )
     if risk.stream is None:
         state, loss = _search(loss_fn, risk.params, updates, risk.batch, state)
     else:
@@ -151,18 +155,7 @@ def _check_updates(params, updates):
                 f"updates must be floating, got {leaf.dtype}; give what "
                 "optax.apply_updates adds."
             )
-    updates = blocks.widen(updates)
-    if not trees.is_traced(updates) and not all(
-        bool(jnp.isfinite(x).all()) for x in _leaves(updates)
-    ):
-        raise ValueError(
-            "updates must be finite, got NaN or an infinity; look at the gradients first."
-        )
-    return updates
-
-
-def _leaves(tree):
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    return blocks.widen(updates)
 
 
 class _State(NamedTuple):
@@ -182,7 +175,8 @@ class _State(NamedTuple):
 
 @jax.jit
 def _first(start, updates):
-    largest = [jnp.max(jnp.abs(x)) for x in _leaves(updates)]
+    """The state to begin with, and the largest magnitude of the updates."""
+    largest = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(updates) if x.size]
     dtype = functools.reduce(jnp.promote_types, [x.dtype for x in largest])
     largest = jnp.max(jnp.stack([x.astype(dtype) for x in largest]))
     start = jnp.asarray(start, dtype)
@@ -191,7 +185,7 @@ def _first(start, updates):
     furthest = jnp.finfo(dtype).max ** 0.5 / jnp.maximum(largest, 1e-9)
     most = jnp.maximum(jnp.minimum(start * 2.0**MOST_OCTAVES, furthest), 2 * start)
     nan, inf, zero = (jnp.asarray(x, dtype) for x in (jnp.nan, jnp.inf, 0.0))
-    return _State(
+    state = _State(
         phase=jnp.asarray(START, jnp.int32),
         factor=start,
         most=most,
@@ -203,6 +197,7 @@ def _first(start, updates):
         rate=nan,
         count=jnp.asarray(1, jnp.int32),
     )
+    return state, largest
 
 
 @dataclasses.dataclass(frozen=True)
