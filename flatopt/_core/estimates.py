@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks
+from flatopt._core import blocks, host
 
 
 class Estimate(NamedTuple):
@@ -50,13 +50,7 @@ class Estimate(NamedTuple):
         count = xp.shape(samples)[0]
         if not count:
             raise ValueError("samples must hold at least one value, got none.")
-        mean = xp.mean(samples, axis=0)
-        if count == 1:
-            return cls(mean, xp.full_like(mean, xp.inf), count)
-        # In units of a power of two, so that squares neither vanish nor overflow.
-        unit = blocks.power_of_two(samples)
-        error = unit * xp.std(samples / unit, axis=0, ddof=1)
-        return cls(mean, error / count**0.5, count)
+        return cls(*_mean_and_error(samples), count)
 
     def interval(self, confidence: float = 0.95) -> tuple[Any, Any]:
         """Student's t interval ``(low, high)`` that holds the truth so often.
@@ -96,6 +90,17 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return format(self)
+
+
+@host.compiled
+def _mean_and_error(samples):
+    xp, count = host.namespace(samples), len(samples)
+    mean = xp.mean(samples, axis=0)
+    if count == 1:
+        return mean, xp.full_like(mean, xp.inf)
+    # In units of a power of two, so that squares neither vanish nor overflow.
+    unit = blocks.power_of_two(samples)
+    return mean, unit * xp.std(samples / unit, axis=0, ddof=1) / count**0.5
 
 
 def _digits_of(error: float) -> str:

@@ -70,13 +70,8 @@ def entropy_of(rises):
     """The negative local entropy from rises of the loss, error by the delta method."""
     advice = "it is nan at some perturbations, so choose a larger gamma."
     check_number(rises, "local_entropy", advice)
-    # Less their smallest, and from one: rises far below the rounding of 1 stay exact.
-    least = jnp.min(rises)
-    least = jnp.where(jnp.isfinite(least), least, 0.0)
-    value = least - jnp.log1p(jnp.mean(jnp.expm1(least - rises)))
-    weights = jnp.expm1(value - rises)  # less one, so that their mean is 0
+    value, weights, carried = _soft_least(rises)
     found = Estimate.of(weights)._replace(value=value)
-    carried = _effective_draws(weights + 1)
     is_few = carried < min(FEWEST_DRAWS, len(weights) / 2)
     if not isinstance(is_few, jax.core.Tracer) and is_few:
         warnings.warn(
@@ -88,9 +83,16 @@ def entropy_of(rises):
     return found._replace(standard_error=error)
 
 
-def _effective_draws(weights):
-    """How many draws of equal weight would tell as much."""
-    return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
+@jax.jit
+def _soft_least(rises):
+    """The value, weights of the draws less 1, and how many of equal weight would do."""
+    # Less their smallest, and from one: rises far below the rounding of 1 stay exact.
+    least = jnp.min(rises)
+    least = jnp.where(jnp.isfinite(least), least, 0.0)
+    value = least - jnp.log1p(jnp.mean(jnp.expm1(least - rises)))
+    weights = jnp.expm1(value - rises)  # less one, so that their mean is 0
+    carried = jnp.sum(weights + 1) ** 2 / jnp.sum((weights + 1) ** 2)
+    return value, weights, carried
 
 
 def local_entropy_gradient(
@@ -177,9 +179,14 @@ def walked(risk, key, settings=SETTINGS, num_steps=20):
             _, grads = risk.at(point).value_and_gradient(check=False)
         point, mean = _walk(settings, center, point, mean, grads, key, jnp.int32(index))
     advice = "it is nan along the walk, so choose a smaller inner_learning_rate."
-    length = vectors.norm(blocks.subtract(center, mean))
+    length = _distance(center, mean)
     name = "local_entropy_gradient"
     return checks.float_of(check_number(length, name, advice), name)
+
+
+@jax.jit
+def _distance(point, other):
+    return vectors.norm(blocks.subtract(point, other))
 
 
 @jax.jit
