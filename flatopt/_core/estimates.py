@@ -50,7 +50,8 @@ class Estimate(NamedTuple):
         count = xp.shape(samples)[0]
         if not count:
             raise ValueError("samples must hold at least one value, got none.")
-        return cls(*_mean_and_error(samples), count)
+        mean, error = _mean_and_error(samples)
+        return cls(mean, error, count)
 
     def interval(self, confidence: float = 0.95) -> tuple[Any, Any]:
         """Student's t interval ``(low, high)`` that holds the truth so often.
