@@ -1,12 +1,19 @@
-"""Tracing a function for the body of a loop or a branch, with fast convolutions on CPU.
+"""Tracing a function, and what is rewritten in it so that XLA has fast kernels.
 
 XLA brings convolutions on CPU into the layout of its fast kernels in the outermost
 computation alone. In loops and branches, those of a backward pass keep the layout that JAX
 gave them, for which XLA has no fast kernel: one took 70 times as long. So they are brought
-into that layout here, before XLA sees them; the kernels and the numbers are the same. What
-cannot be rewritten runs as JAX traced it. A test fails on the day XLA does it alone.
+into that layout here, before XLA sees them; the kernels and the numbers are the same.
+
+The product of a Hessian with a vector holds the transpose of a sum of two matrix products
+for each dense layer. XLA transposes one matrix product by the order of its factors, which
+costs nothing; it does not look into a sum, and copies the matrix, which is slow on CPU. So
+the factors are swapped here.
+
+What cannot be rewritten runs as JAX traced it. A test fails on the day XLA does it alone.
 """
 
+import collections
 import functools
 import warnings
 
@@ -47,6 +54,23 @@ def trace(function, *args):
         return treedef.unflatten(flat(*jax.tree.leaves(args)))
 
     return traced, closed.jaxpr
+
+
+def swap_factors(function, *args):
+    """The same function, its transposed sums of matrix products with swapped factors."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    try:
+        jaxpr = _swapped(closed.jaxpr)
+    except Exception as error:  # of a JAX whose inner parts have changed
+        warnings.warn(
+            "sums of matrix products are transposed as JAX traced them, which may be slow on "
+            f"CPU: this version of JAX cannot be rewritten ({error}).",
+            stacklevel=2,
+        )
+        return function
+    treedef = jax.tree.structure(shapes)
+    flat = _extend().jaxpr_as_fun(closed.replace(jaxpr=jaxpr))
+    return lambda *args: treedef.unflatten(flat(*jax.tree.leaves(args)))
 
 
 def has_primitive(jaxpr, name, platform=platforms.CPU):
@@ -181,3 +205,76 @@ def _fast_convolution(inputs, kernel, *, dimension_numbers, **params):
 def _fast_layout(last):
     outer, space = (0, last, *range(1, last)), range(last - 1)
     return jax.lax.ConvDimensionNumbers(outer, (last, last - 1, *space), outer)
+
+
+def _swapped(jaxpr):
+    """A jaxpr without transposed sums of matrix products, the bodies of loops as well."""
+    literal = _extend().Literal
+    made = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
+    read = [atom for equation in jaxpr.eqns for atom in equation.invars]
+    uses = collections.Counter(
+        x for x in [*read, *jaxpr.outvars] if not isinstance(x, literal)
+    )
+    replaced = {}  # equations by the variable that they made
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("jit", "scan"):
+            inner = equation.params["jaxpr"]
+            params = {"jaxpr": inner.replace(jaxpr=_swapped(inner.jaxpr))}
+            new = equation.replace(params=equation.params | params)
+            replaced[equation.outvars[0]] = new
+        if name == "transpose" and _is_sum(equation.invars[0], made):
+            terms = _transposed_terms(equation, equation.outvars[0], made, uses)
+            if terms is not None:
+                replaced |= terms | {equation.outvars[0]: None}
+    equations = [replaced.get(e.outvars[0], e) if e.outvars else e for e in jaxpr.eqns]
+    return jaxpr.replace(eqns=[e for e in equations if e is not None])
+
+
+def _is_sum(var, made):
+    return var in made and made[var].primitive.name == "add_any"
+
+
+def _transposed_terms(transpose, out, made, uses):
+    """What makes ``out``, the transpose, by the variable that each equation made.
+
+    None where it is not a sum of matrix products, which nothing else reads.
+    """
+    (var,) = transpose.invars
+    equation = made.get(var)
+    if equation is None or uses[var] != 1:
+        return None
+    if equation.primitive.name == "dot_general":
+        params = _swapped_params(equation, transpose.params["permutation"])
+        if params is None:
+            return None
+        factors = equation.invars[::-1]
+        return {var: equation.replace(invars=factors, outvars=[out], params=params)}
+    if equation.primitive.name != "add_any":
+        return None
+    terms, outs = {}, []
+    for term in equation.invars:
+        outs.append(_extend().Var(out.aval))
+        one = transpose.replace(invars=[term])
+        found = _transposed_terms(one, outs[-1], made, uses)
+        if found is None:
+            return None
+        terms |= found
+    return terms | {var: equation.replace(invars=outs, outvars=[out])}
+
+
+def _swapped_params(product, permutation):
+    """Those of the product of swapped factors, if that is what a permutation makes of it."""
+    (left, right), batch = product.params["dimension_numbers"]
+    leading = len(batch[0])
+    own = product.invars[0].aval.ndim - leading - len(left)
+    last = product.outvars[0].aval.ndim
+    swap = (
+        *range(leading),
+        *range(leading + own, last),
+        *range(leading, leading + own),
+    )
+    if tuple(permutation) != swap or product.params["out_sharding"] is not None:
+        return None
+    numbers = (right, left), (batch[1], batch[0])
+    return product.params | {"dimension_numbers": numbers}

@@ -118,7 +118,7 @@ class _BlockLanczos:
         found = loops.map_rows(multiply, rows)
         values, _, residuals, units = residuals_of(rows, found)
         allowed = rounding_of(params, ritz.dtype) * unit * jnp.max(jnp.abs(ritz))
-        if self.kind.coarser is not None:
+        if self.kind.is_differenced:
             _, told = Errors(self.kind)(params, batch, rows, found)
             allowed = allowed + errors_beyond(found, *told)
         return loss, (units * values, rows, units * residuals + allowed)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from flatopt._core import blocks, jaxprs, loops, risk, trees, vectors
+from flatopt.curvature import _steps
 from flatopt.curvature._kinds import Kind
 
+NARROW = 1e-4  # the epsilon of dtypes of fewer digits than float32 is larger
 SHARE = 0.25  # of eps^(1/3): what suits three small networks in float32 and bfloat16
 
 
@@ -25,35 +27,17 @@ class FiniteDifferenceHessian(Kind):
     def batch_loss(self):
         return self.loss_fn
 
-    @property
-    def coarser(self):
-        return dataclasses.replace(self, widening=2 * self.widening)
-
     def linearize(self, params, batch):
-        gradient, point, eps = self._gradient(params, batch)
-
-        def product(vector):
-            unit = blocks.unit(vector)
-            vector = blocks.divide(vector, unit)
-            step = self.widening * _step(point, vector, eps)
-
-            def side(sign):
-                moved = vectors.move(point, vectors.scale(sign * step, vector))
-                return blocks.widen(gradient(moved))
-
-            # One after the other: both gradients take the memory of one.
-            sides = loops.map_rows(side, jnp.array([1.0, -1.0], step.dtype))
-            difference = blocks.subtract(blocks.row(sides, 0), blocks.row(sides, 1))
-            return vectors.scale(unit, vectors.scale(1 / (2 * step), difference))
-
+        find = self._find(params, batch)
+        product = lambda vector: find(vector)[0]  # noqa: E731
         return risk.loss_of(self.loss_fn, params, batch), (), product
 
     def quadratic(self, params, batch, vector):
         _, _, product = self.linearize(params, batch)
         return (vectors.dot(vector, product(vector)),)
 
-    def rounding(self, params, batch, block, found):
-        r"""What rounding may do to the products found with a block, shape (rows,).
+    def errors(self, params, batch, block, found):
+        r"""Products whose distance tells the error of those found, and the least error.
 
         Each of the two gradients is off by half an epsilon of its entries, and no longer
         than :math:`\|g\| + h \|H v\|`. The difference over :math:`2 h` is off by
@@ -64,22 +48,47 @@ class FiniteDifferenceHessian(Kind):
         never by more than it was to move: :math:`v` is off by at most
         :math:`\min(\epsilon |\theta_i| / (2 h), |v_i|)`. How much longer :math:`H` makes
         that is not known: as much, it is said, as the part of :math:`v` in the same leaf.
-        """
-        gradient, point, eps = self._gradient(params, batch)
-        size = vectors.norm(blocks.widen(gradient(point)))
 
-        def of_row(pair):
+        A fit of differences at several steps knows what is left of its errors.
+        """
+        find = self._find(params, batch, is_told=True)
+        _, _, eps = self._gradient(params, batch)
+
+        def least(pair):
             vector, product = pair
+            _, of_gradients, shares = find(vector)
+            moved = vectors.norm(jax.tree.map(jnp.multiply, shares, product))
+            told = of_gradients + eps * vectors.norm(product) / 2 + moved
+            return jnp.where(vectors.largest(vector) == 0, 0.0, told)
+
+        told = loops.map_rows(least, (blocks.widen(block), found))
+        if eps > NARROW:
+            return found, told
+        wider = dataclasses.replace(self, widening=2 * self.widening)
+        _, _, product = wider.linearize(params, batch)
+        return loops.map_rows(product, blocks.widen(block)), told
+
+    def _find(self, params, batch, is_told=False):
+        """A function of a vector: product, errors of its gradients, shares of moves lost."""
+        gradient, point, eps = self._gradient(params, batch)
+        rounding = 0.0  # what it may do to a difference at step 1
+        if is_told or eps > NARROW:
+            rounding = vectors.norm(blocks.widen(gradient(point))) * (eps / 2)
+
+        def find(vector):
             unit = blocks.unit(vector)
             vector = blocks.divide(vector, unit)
             step = self.widening * _step(point, vector, eps)
-            shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
-            moved = vectors.norm(jax.tree.map(jnp.multiply, shares, product))
-            of_gradients = unit * (size / (2 * step) * eps)
-            found = of_gradients + eps * vectors.norm(product) / 2 + moved
-            return jnp.where(vectors.largest(vector) == 0, 0.0, found)
+            if eps <= NARROW:
+                product, error = _difference(gradient, point, vector, step), rounding
+                shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
+            else:
+                product, error, shares = _fitted(
+                    gradient, point, vector, step, rounding
+                )
+            return vectors.scale(unit, product), unit * error / step, shares
 
-        return loops.map_rows(of_row, (blocks.widen(block), found))
+        return find
 
     def _gradient(self, params, batch):
         """The gradient, where to take it, and the epsilon of its narrowest dtype."""
@@ -91,6 +100,32 @@ class FiniteDifferenceHessian(Kind):
             )
         dtypes = jaxprs.float_dtypes(jaxpr)
         return gradient, point, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _difference(gradient, point, vector, step):
+    def side(sign):
+        moved = vectors.move(point, vectors.scale(sign * step, vector))
+        return blocks.widen(gradient(moved))
+
+    # One after the other: both gradients take the memory of one.
+    sides = loops.map_rows(side, jnp.array([1.0, -1.0], step.dtype))
+    difference = blocks.subtract(blocks.row(sides, 0), blocks.row(sides, 1))
+    return vectors.scale(1 / (2 * step), difference)
+
+
+def _fitted(gradient, point, vector, step, rounding):
+    """``(product, error at step 1, shares of moves lost)`` of differences at several steps."""
+    steps = step * jnp.asarray(_steps.STEPS, step.dtype)
+    rows = loops.map_rows(lambda h: _difference(gradient, point, vector, h), steps)
+    product, weights, error = _steps.fit(rows, rounding / step)
+
+    def lost(p, v):
+        return sum(
+            jnp.abs(w).astype(v.dtype) * _lost(p, v, h)
+            for w, h in zip(weights, steps, strict=True)
+        )
+
+    return product, error * step, jax.tree.map(lost, point, vector)
 
 
 def _widened(loss_fn, params, batch):

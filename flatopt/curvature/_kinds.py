@@ -4,13 +4,13 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, checks, parts, platforms, risk, trees, vectors
+from flatopt._core import blocks, checks, jaxprs, parts, platforms, risk, trees, vectors
 from flatopt.curvature._cross_entropy import lean
 from flatopt.curvature._modes import forward_or_reverse
 
@@ -20,11 +20,9 @@ class Kind(abc.ABC):
 
     looks_at_data: ClassVar[bool] = False  # whether check() does anything
     is_centered: ClassVar[bool] = False  # whether batches are compared with a reference
-    # Whether products are differences: of float32 vectors or wider, sharing no work.
+    # Whether products are differences: of float32 vectors or wider, sharing no work. Their
+    # errors are more than rounding, and told by a method errors(params, batch, block, found).
     is_differenced: ClassVar[bool] = False
-    # The kind with larger errors of products, where they are more than rounding; such a
-    # kind has a method rounding(params, batch, block, products), their least.
-    coarser: ClassVar[Any] = None
 
     @property
     @abc.abstractmethod
@@ -83,7 +81,8 @@ class Hessian(Kind):
             del grads
             return value, (), lambda vector: pullback(vector)[0]
 
-        return forward_or_reverse(forward, reverse, gradient, params)
+        value, shared, product = forward_or_reverse(forward, reverse, gradient, params)
+        return value, shared, jaxprs.swap_factors(product, params)
 
     def quadratic(self, params, batch, vector):
         def slope(params):
