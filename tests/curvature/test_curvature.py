@@ -426,14 +426,23 @@ def test_operators_go_through_jit_scan_and_vmap():
     np.testing.assert_allclose(traces[0], trace(operator, KEY).value, rtol=1e-4)
 
 
-def test_a_second_product_compiles_nothing():
+def test_a_second_product_traces_and_compiles_nothing():
     """The first one looks at the loss, the second does not."""
     params, data, loss_fn = _network()
-    operator = curvature.hessian(loss_fn, params, data)
-    operator.matvec(params)
-    with count_compilations() as compiled:
+    calls = []
+
+    def counted(params, batch):
+        calls.append(1)
+        return loss_fn(params, batch)
+
+    for source in (data, _split(data, [8] * 3)):
+        operator = curvature.hessian(counted, params, source)
         operator.matvec(params)
-    assert not compiled
+        calls.clear()
+        with count_compilations() as compiled:
+            operator.matvec(params)
+        assert not compiled
+        assert not calls
 
 
 def test_memory_does_not_grow_with_the_number_of_probes():

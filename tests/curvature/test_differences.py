@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, leaves_array
+from helpers import assert_close, count_compilations, leaves_array
 
 from flatopt import curvature
 
@@ -368,9 +368,14 @@ def test_two_gradients_a_product():
     operator.matvec(jnp.ones(3))
     jax.effects_barrier()
     assert len(calls) == 2
+    with count_compilations() as compiled:  # the first one looked at the loss, too
+        operator.matvec(jnp.ones(3))
+    jax.effects_barrier()
+    assert not compiled
+    assert len(calls) == 4
     operator.dense()
     jax.effects_barrier()
-    assert len(calls) == 2 + 2 * 3
+    assert len(calls) == 4 + 2 * 3
 
 
 def _cubes(params, batch, scale):
