@@ -20,10 +20,12 @@ def suits(tree):
     """Whether vectors like these concrete arrays are small, and on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(x.size for x in leaves) <= SMALL and all(
-        not isinstance(x, jax.core.Tracer)
-        and isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
-        for x in leaves
+        not isinstance(x, jax.core.Tracer) and _is_one(x.sharding) for x in leaves
     )
+
+
+def _is_one(placed):
+    return isinstance(placed, jax.sharding.SingleDeviceSharding)
 
 
 def fetch(tree):
@@ -33,7 +35,12 @@ def fetch(tree):
     """
     if trees.is_traced(tree):
         return tree
-    return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: np.asarray(x) if _is_here(x) else x, tree)
+
+
+def _is_here(x):
+    """Whether this process holds all of an array."""
+    return getattr(x, "is_fully_addressable", True) or x.is_fully_replicated
 
 
 def together(*given):
@@ -50,9 +57,9 @@ def send(tree, params):
     """
     if not any(namespace(x) is np for x in jax.tree.leaves(tree)):
         return tree
-    # What is not committed to a device may be used with arrays of any other.
-    placed = [x for x in jax.tree.leaves(params) if x.committed]
-    device = placed[0].sharding if placed else None
+    # What is not committed to a device may be used with arrays of any other, or of many.
+    placed = [x.sharding for x in jax.tree.leaves(params) if x.committed]
+    device = next((x for x in placed if _is_one(x)), None)
     return jax.tree.map(lambda x: jax.device_put(x, device), tree)
 
 

@@ -34,9 +34,8 @@ def _extend():
 
 def trace(function, *args):
     """Trace once. Returns the function, to be called many times, and its jaxpr."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    treedef = jax.tree.structure(shapes)
-    flat = plain = _extend().jaxpr_as_fun(closed)
+    plain, treedef, closed = _traced(function, *args)
+    flat = plain
     if has_convolution(closed.jaxpr):
 
         def flat(*leaves):
@@ -56,9 +55,15 @@ def trace(function, *args):
     return traced, closed.jaxpr
 
 
+def once(function, *args):
+    """The function as traced once, convolutions as they are: later calls are cheap."""
+    flat, treedef, _ = _traced(function, *args)
+    return lambda *args: treedef.unflatten(flat(*jax.tree.leaves(args)))
+
+
 def swap_factors(function, *args):
     """The same function, its transposed sums of matrix products with swapped factors."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    _, treedef, closed = _traced(function, *args)
     try:
         jaxpr = _swapped(closed.jaxpr)
     except Exception as error:  # of a JAX whose inner parts have changed
@@ -68,9 +73,14 @@ def swap_factors(function, *args):
             stacklevel=2,
         )
         return function
-    treedef = jax.tree.structure(shapes)
     flat = _extend().jaxpr_as_fun(closed.replace(jaxpr=jaxpr))
     return lambda *args: treedef.unflatten(flat(*jax.tree.leaves(args)))
+
+
+def _traced(function, *args):
+    """The function of leaves, the structure of its results, the jaxpr."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    return _extend().jaxpr_as_fun(closed), jax.tree.structure(shapes), closed
 
 
 def has_primitive(jaxpr, name, platform=platforms.CPU):
@@ -81,6 +91,15 @@ def has_primitive(jaxpr, name, platform=platforms.CPU):
             has_primitive(inner, name, platform)
             for inner in _inner_jaxprs(equation, platform)
         )
+        for equation in jaxpr.eqns
+    )
+
+
+def has_custom_vjp(jaxpr):
+    """Whether a ``custom_vjp`` is anywhere in a jaxpr, whatever JAX calls it."""
+    return any(
+        equation.primitive.name.startswith("custom_vjp")
+        or any(map(has_custom_vjp, _inner_jaxprs(equation)))
         for equation in jaxpr.eqns
     )
 

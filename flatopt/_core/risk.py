@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -124,21 +125,26 @@ class Risk:
         if self.stream is not None:
             return self._sweep(function, rows, check)
         check = check and self.seen is None and not trees.is_traced((self, rows))
-        batch = self.given(self.batch)
-        # Where the loss costs nothing, one program serves with it and without it.
-        with_loss = check or getattr(function, "has_free_loss", False)
-        found = _on_batch(function, with_loss, self.params, batch, *rows)
+        arguments = self.params, self.given(self.batch)
+        is_free = getattr(function, "has_free_loss", False)
+        if check and not is_free:
+            # By a small program of its own: the large one serves later calls as well.
+            self._look_at(_on_batch(_Value(self.loss_fn), True, *arguments)[0])
+        found = _on_batch(function, is_free, *arguments, *rows)
         if self.bar is not None:
             self.bar.update()
-        if not with_loss:
+        if not is_free:
             return found
         loss, asked = found
-        if not check:
-            return asked
-        if not trees.is_traced(loss):  # as it is by what the loss function holds
+        if check:
+            self._look_at(loss)
+        return asked
+
+    def _look_at(self, loss):
+        """Reject a loss that is not finite, unless what the loss function holds is traced."""
+        if not trees.is_traced(loss):
             streams.check_finite(float(loss))
             self.seen = True
-        return asked
 
     def _sweep(self, function, rows, check):
         self._check_read((self, rows))
@@ -150,6 +156,9 @@ class Risk:
             start = time.monotonic()
             if total is None:
                 total, eps = _first_weighted(function, weight, *arguments)
+            elif sharding.placement_of(self.params) is not None:
+                # The program of the first batch: on a mesh it takes long to compile.
+                total = _added(total, _weighted(function, weight, *arguments))
             else:
                 total = add_weighted(function, total, weight, *arguments)
             self._check_read(total)  # traced by what the loss function holds
@@ -162,7 +171,7 @@ class Risk:
                 "loader that yields batches each time it is iterated."
             )
         weight = float(np.sum(np.sort(weights)))  # the same in every order
-        size, loss, asked = jax.tree.map(lambda x: x / weight, total)
+        size, loss, asked = _divided(total, weight)
         if check:
             found = streams.Pass(len(weights), weight, float(loss), float(size), eps)
             streams.check_same(self.seen, found)
@@ -244,7 +253,7 @@ def loss_of(loss_fn, params, batch):
     return checks.check_value(loss_fn(params, *arguments), "loss_fn")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _on_batch(function, with_loss, params, batch, *rows):
     found = function(params, batch, *rows)
     return found if with_loss else found[1]
@@ -253,7 +262,7 @@ def _on_batch(function, with_loss, params, batch, *rows):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_weighted(function, total, weight, params, batch, *rows):
     """The one weighted sum: magnitudes of losses, losses, and what is asked for."""
-    loss, asked = function(params, batch, *rows)
+    loss, asked = _on_batch(function, True, params, batch, *rows)
     found = jnp.abs(loss), loss, asked
     return jax.tree.map(
         lambda t, x: t + weight.astype(t.dtype) * x.astype(t.dtype), total, found
@@ -265,14 +274,31 @@ def _first_weighted(function, weight, params, *arguments):
 
     On a mesh it is not added to zeros: these would lie whole on one device.
     """
-    shapes = jax.eval_shape(function, params, *arguments)
+    # As a compiled function it is traced once, here for its shapes and for the sum.
+    shapes = _on_batch.eval_shape(function, True, params, *arguments)
     eps = float(jnp.finfo(shapes[0].dtype).eps)
     if sharding.placement_of(params) is not None:
         return _weighted(function, weight, params, *arguments), eps
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, trees.wide(s.dtype)), (shapes[0], *shapes)
-    )
+    leaves, treedef = jax.tree.flatten((shapes[0], *shapes))
+    zeros = _zeros(tuple((s.shape, trees.wide(s.dtype)) for s in leaves))
+    zeros = treedef.unflatten(zeros)
     return add_weighted(function, zeros, weight, params, *arguments), eps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(shapes):
+    """Arrays of zeros by one program, not one a shape."""
+    return [jnp.zeros(shape, dtype) for shape, dtype in shapes]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(total, part):
+    return jax.tree.map(jnp.add, total, part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _divided(total, weight):
+    return jax.tree.map(lambda x: x / weight, total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -284,6 +310,7 @@ def _weighted(function, weight, params, batch, *rows):
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
+    has_free_loss: ClassVar[bool] = True  # it is computed anyway
     loss_fn: Callable
 
     def __call__(self, params, batch):
@@ -293,6 +320,7 @@ class _Value:
 
 @dataclasses.dataclass(frozen=True)
 class _Gradient:
+    has_free_loss: ClassVar[bool] = True
     loss_fn: Callable
 
     def __call__(self, params, batch):

@@ -6,7 +6,8 @@ import jax
 
 from flatopt._core import blocks, checks
 from flatopt._core.estimates import Estimate
-from flatopt.curvature._operator import Operator, like_wide, unit_vectors
+from flatopt.curvature._flat import unit_vectors
+from flatopt.curvature._operator import Operator, like_wide
 from flatopt.curvature._probes import (
     GROUP,
     check_finite,

@@ -21,16 +21,15 @@ class FiniteDifferenceHessian(Kind):
 
     is_differenced: ClassVar[bool] = True
     loss_fn: Callable
-    widening: float = 1.0  # of the step
 
     @property
     def batch_loss(self):
         return self.loss_fn
 
     def linearize(self, params, batch):
-        find = self._find(params, batch)
+        find = _finder(*self._gradient(params, batch))
         product = lambda vector: find(vector)[0]  # noqa: E731
-        return risk.loss_of(self.loss_fn, params, batch), (), product
+        return self.loss(params, batch), (), product
 
     def quadratic(self, params, batch, vector):
         _, _, product = self.linearize(params, batch)
@@ -51,8 +50,8 @@ class FiniteDifferenceHessian(Kind):
 
         A fit of differences at several steps knows what is left of its errors.
         """
-        find = self._find(params, batch, is_told=True)
-        _, _, eps = self._gradient(params, batch)
+        gradient, point, eps = self._gradient(params, batch)
+        find = _finder(gradient, point, eps, is_told=True)
 
         def least(pair):
             vector, product = pair
@@ -64,31 +63,8 @@ class FiniteDifferenceHessian(Kind):
         told = loops.map_rows(least, (blocks.widen(block), found))
         if eps > NARROW:
             return found, told
-        wider = dataclasses.replace(self, widening=2 * self.widening)
-        _, _, product = wider.linearize(params, batch)
-        return loops.map_rows(product, blocks.widen(block)), told
-
-    def _find(self, params, batch, is_told=False):
-        """A function of a vector: product, errors of its gradients, shares of moves lost."""
-        gradient, point, eps = self._gradient(params, batch)
-        rounding = 0.0  # what it may do to a difference at step 1
-        if is_told or eps > NARROW:
-            rounding = vectors.norm(blocks.widen(gradient(point))) * (eps / 2)
-
-        def find(vector):
-            unit = blocks.unit(vector)
-            vector = blocks.divide(vector, unit)
-            step = self.widening * _step(point, vector, eps)
-            if eps <= NARROW:
-                product, error = _difference(gradient, point, vector, step), rounding
-                shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
-            else:
-                product, error, shares = _fitted(
-                    gradient, point, vector, step, rounding
-                )
-            return vectors.scale(unit, product), unit * error / step, shares
-
-        return find
+        find = _finder(gradient, point, eps, widening=2.0)
+        return loops.map_rows(lambda row: find(row)[0], blocks.widen(block)), told
 
     def _gradient(self, params, batch):
         """The gradient, where to take it, and the epsilon of its narrowest dtype."""
@@ -100,6 +76,26 @@ class FiniteDifferenceHessian(Kind):
             )
         dtypes = jaxprs.float_dtypes(jaxpr)
         return gradient, point, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _finder(gradient, point, eps, widening=1.0, is_told=False):
+    """A function of a vector: product, errors of its gradients, shares of moves lost."""
+    rounding = 0.0  # what it may do to a difference at step 1
+    if is_told or eps > NARROW:
+        rounding = vectors.norm(blocks.widen(gradient(point))) * (eps / 2)
+
+    def find(vector):
+        unit = blocks.unit(vector)
+        vector = blocks.divide(vector, unit)
+        step = widening * _step(point, vector, eps)
+        if eps <= NARROW:
+            product, error = _difference(gradient, point, vector, step), rounding
+            shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
+        else:
+            product, error, shares = _fitted(gradient, point, vector, step, rounding)
+        return vectors.scale(unit, product), unit * error / step, shares
+
+    return find
 
 
 def _difference(gradient, point, vector, step):

@@ -29,6 +29,10 @@ class Kind(abc.ABC):
     def batch_loss(self):
         """A hashable ``loss_fn(params, batch)``: the mean loss of a batch."""
 
+    def loss(self, params, batch):
+        """The loss of a batch, as :meth:`linearize` returns it."""
+        return risk.loss_of(self.batch_loss, params, batch)
+
     @abc.abstractmethod
     def linearize(self, params, batch):
         """What all vectors share, done once: ``(loss, shared, product)``.
@@ -66,10 +70,10 @@ class Hessian(Kind):
         return self.loss_fn
 
     def linearize(self, params, batch):
+        loss = functools.partial(self.loss, batch=batch)
+
         def gradient(params):
-            value, grads = jax.value_and_grad(
-                lambda params: risk.loss_of(self.loss_fn, params, batch)
-            )(params)
+            value, grads = jax.value_and_grad(loss)(params)
             return grads, value
 
         def forward():
@@ -81,12 +85,15 @@ class Hessian(Kind):
             del grads
             return value, (), lambda vector: pullback(vector)[0]
 
-        value, shared, product = forward_or_reverse(forward, reverse, gradient, params)
+        value, shared, product = forward_or_reverse(
+            forward, reverse, gradient, loss, params
+        )
         return value, shared, jaxprs.swap_factors(product, params)
 
     def quadratic(self, params, batch, vector):
+        loss = functools.partial(self.loss, batch=batch)
+
         def slope(params):
-            loss = lambda p: risk.loss_of(self.loss_fn, p, batch)  # noqa: E731
             return jax.jvp(loss, (params,), (vector,))[1]
 
         def forward():
@@ -96,7 +103,8 @@ class Hessian(Kind):
             _, _, product = self.linearize(params, batch)
             return (vectors.dot(vector, product(vector)),)
 
-        return forward_or_reverse(forward, reverse, lambda p: (slope(p), ()), params)
+        function = lambda p: (slope(p), ())  # noqa: E731
+        return forward_or_reverse(forward, reverse, function, loss, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +152,7 @@ class GaussNewton(Kind):
             return outputs, lambda vector: transposed(vector)[0], pull
 
         outputs, push, pull = forward_or_reverse(
-            forward, reverse, lambda p: (model(p), ()), params
+            forward, reverse, lambda p: (model(p), ()), model, params
         )
 
         def product(vector):
@@ -166,7 +174,9 @@ class GaussNewton(Kind):
             _, _, product = self.linearize(params, batch)
             return (vectors.dot(vector, product(vector)),)
 
-        return forward_or_reverse(forward, reverse, lambda p: (model(p), ()), params)
+        return forward_or_reverse(
+            forward, reverse, lambda p: (model(p), ()), model, params
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +243,19 @@ class EmpiricalFisher(Kind):
         values = jax.vmap(loss, in_axes=(axes,))(batch)
         return values, (weights / weights.sum()).astype(values.dtype)
 
+    def loss(self, params, batch):
+        values, weights = self.losses(params, batch)
+        return jnp.sum(weights * values)
+
     def check(self, params, batch):
         """Reject a loss that is no mean over examples, such as BatchNorm in training."""
         self._check_at(params, batch)
         self._check_at(_moved(params), batch)  # a last layer near 0 hides it here
 
     def _check_at(self, params, batch):
-        found = _both_losses(self, params, batch)
+        # As the same kind for all of single gradients: they share the program.
+        kind = EmpiricalFisher(self.loss_fn, self.weight_fn)
+        found = _both_losses(kind, params, batch)
         if isinstance(found[0], jax.core.Tracer):  # as it is by what the loss holds
             return
         alone, size, together = map(float, found)
@@ -267,7 +283,7 @@ class EmpiricalFisher(Kind):
             jax.eval_shape(transposed, params)
             return values, weights, lambda vector: transposed(vector)[0], pull
 
-        return forward_or_reverse(forward, reverse, losses, params)
+        return forward_or_reverse(forward, reverse, losses, losses, params)
 
     def linearize(self, params, batch):
         values, weights, push, pull = self.examples(params, batch)
@@ -276,22 +292,18 @@ class EmpiricalFisher(Kind):
 
     def slopes(self, params, batch, vector):
         """The slopes of the examples' losses along a vector, and the weights."""
+        losses = functools.partial(self.losses, batch=batch)
 
         def forward():
-            _, slopes, weights = jax.jvp(
-                lambda p: self.losses(p, batch), (params,), (vector,), has_aux=True
-            )
+            _, slopes, weights = jax.jvp(losses, (params,), (vector,), has_aux=True)
             return slopes, weights
 
         def reverse():
-            _, weights = self.losses(params, batch)
-            values, pull = jax.vjp(lambda p: self.losses(p, batch)[0], params)
+            values, pull, weights = jax.vjp(losses, params, has_aux=True)
             slopes = jax.linear_transpose(lambda u: pull(u)[0], values)(vector)[0]
             return slopes, weights
 
-        return forward_or_reverse(
-            forward, reverse, lambda p: self.losses(p, batch), params
-        )
+        return forward_or_reverse(forward, reverse, losses, losses, params)
 
     def quadratic(self, params, batch, vector):
         slopes, weights = self.slopes(params, batch, vector)

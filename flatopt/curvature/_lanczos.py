@@ -226,14 +226,24 @@ def _verify(krylov, vectors, goal, scale, is_complete):
     return Eigenpairs(values.astype(dtype), vectors, bounds, bool(is_complete)), None
 
 
-def _warm_start(krylov, start, which):
-    rows = blocks.orthonormalize(krylov.bring(blocks.widen(start.vectors)))
-    found = krylov.products(rows)
+_orthonormalize = host.compiled(blocks.orthonormalize)
+
+
+@host.compiled
+def _projected(rows, found):
+    """Products in units, the unit, the matrix within the rows, their squared norms."""
     unit = blocks.unit(found)
     found = blocks.divide(found, unit)
-    projection = float(unit) * np.asarray(blocks.gram(rows, found), "f8")
+    squares = blocks.gram(rows, rows).diagonal()
+    return found, unit, blocks.gram(rows, found), squares
+
+
+def _warm_start(krylov, start, which):
+    rows = _orthonormalize(krylov.bring(blocks.widen(start.vectors)))
+    found, unit, projection, norms = _projected(rows, krylov.products(rows))
+    projection = float(unit) * np.asarray(projection, "f8")
     krylov.used += len(projection)
-    norms = np.asarray(blocks.gram(rows, rows)).diagonal()
+    norms = np.asarray(norms)
     keep = np.flatnonzero(norms > 0.5)  # dependent vectors came back as zeros
     if not len(keep):
         return krylov.random()

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flatopt import kernels
-from flatopt._core import blocks, loops, risk, trees
+from flatopt._core import blocks, jaxprs, loops, trees
 from flatopt._core.sharding import lay_out, placement_of
 from flatopt._core.types import Params, ParamsT
+from flatopt.curvature._flat import first, raveled, single, unit_vectors, unraveled
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -83,8 +84,8 @@ class Operator:
           >>> curvature.hessian(lambda p: jnp.sum(p ** 2), jnp.ones(2)).matvec(jnp.ones(2))
           Array([2., 2.], dtype=float32)
         """
-        vector = self._check_vector(vector)
-        return blocks.row(products(self, blocks.single(vector)), 0)
+        block = single(self._check_vector(vector))
+        return first(products(self, block))
 
     def product_error(self, vector: ParamsT) -> jax.Array:
         r"""The estimated length of the error of :meth:`matvec`, shape ().
@@ -105,7 +106,7 @@ class Operator:
           >>> bool(operator.product_error(vector) < 1e-3)
           True
         """
-        block = blocks.single(self._check_vector(vector))
+        block = single(self._check_vector(vector))
         return product_errors(self, block, products(self, block))[0]
 
     def quadratic_form(self, vector: Params) -> jax.Array:
@@ -118,7 +119,7 @@ class Operator:
           >>> operator.quadratic_form(jnp.ones(2))
           Array(4., dtype=float32)
         """
-        return quadratics(self, blocks.single(self._check_vector(vector)))[0]
+        return quadratics(self, single(self._check_vector(vector)))[0]
 
     def dense(self) -> jax.Array:
         """The whole matrix, shape (d, d) in the order of ``jax.flatten_util.ravel_pytree``.
@@ -138,8 +139,7 @@ class Operator:
                 f"dense needs at most 10,000 parameters, got {size:,}; use probe, "
                 "eigenpairs or matvec."
             )
-        rows = products(self, unit_vectors(self.like))
-        return jax.vmap(lambda row: jax.flatten_util.ravel_pytree(row)[0])(rows)
+        return raveled(products(self, unit_vectors(self.like)))
 
     def flat(self) -> tuple[Callable[[jax.Array], jax.Array], jax.ShapeDtypeStruct]:
         """The matrix as a function of flat vectors, as other libraries of JAX take it.
@@ -195,13 +195,11 @@ def _scipy_operator(operator):
     import scipy.sparse.linalg  # slow to import
 
     wide = like_wide(operator.like, operator.like)
-    flat, unravel = jax.flatten_util.ravel_pytree(wide)
+    flat, _ = jax.flatten_util.ravel_pytree(wide)
 
     def matmat(matrix):
-        block = jax.vmap(unravel)(jnp.asarray(matrix.T, flat.dtype))
-        rows = products(operator, block)
-        found = jax.vmap(lambda row: jax.flatten_util.ravel_pytree(row)[0])(rows)
-        return np.asarray(found).T
+        block = unraveled(wide, jnp.asarray(matrix.T, flat.dtype))
+        return np.asarray(raveled(products(operator, block))).T
 
     def matvec(vector):
         return matmat(np.reshape(vector, (-1, 1)))[:, 0]
@@ -214,12 +212,6 @@ def _scipy_operator(operator):
         rmatmat=matmat,
         dtype=flat.dtype,
     )
-
-
-def unit_vectors(params):
-    """The unit vectors as a block, in the order of ``jax.flatten_util.ravel_pytree``."""
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
 
 
 def like_wide(vector, params):
@@ -327,7 +319,7 @@ class Errors:
     def __call__(self, params, batch, block, found):
         """``(loss, (products at other steps, least errors))``."""
         others, least = self.kind.errors(params, batch, block, found)
-        loss = risk.loss_of(self.kind.batch_loss, params, batch)
+        loss = self.kind.loss(params, batch)
         return loss, (lay_out(others, params, self.placement), least)
 
 
@@ -373,7 +365,7 @@ class Quadratics:
 
     def __call__(self, params, batch, rows, basis, reference=()):
         """``(loss, moments)``."""
-        loss, _, _ = self.kind.linearize(params, batch)
+        loss = self.kind.loss(params, batch)
 
         def moments(row):
             vector = self.make(row, basis, params)
@@ -382,6 +374,8 @@ class Quadratics:
             return self.kind.quadratic(params, batch, vector, *reference)
 
         unroll = 1 if self.kind.is_differenced else 4
+        if unroll > 1 and len(jax.tree.leaves(rows)[0]) > 1:
+            moments = jaxprs.once(moments, blocks.row(rows, 0))
         return loss, blocks.widen(loops.map_rows(moments, rows, unroll))
 
 

@@ -59,8 +59,8 @@ def hessian(
       ...     return jnp.mean((inputs @ params - targets) ** 2) / 2
       >>> batches = [(jnp.eye(2), jnp.ones(2)), (2 * jnp.ones((1, 2)), jnp.ones(1))]
       >>> curvature.hessian(loss_fn, jnp.zeros(2), batches).dense()
-      Array([[1.6666667, 1.3333334],
-             [1.3333334, 1.6666667]], dtype=float32)
+      Array([[1.6666666, 1.3333334],
+             [1.3333334, 1.6666666]], dtype=float32)
     """
     check_loss(loss_fn, data, constants)
     part = parts.choose(params, mask, constants)

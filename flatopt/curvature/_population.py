@@ -68,8 +68,8 @@ def population_frobenius_norm(
     check_finite(operator, np.sum(samples))
     unit = float(blocks.power_of_two(np.sqrt(np.abs(samples))))
     square = Estimate.of(samples / unit**2)  # float64 squares, float32 in units
-    value, error = root_of(*map(jnp.asarray, square[:2]))
-    return Estimate(value * unit, error * unit, num_probes)
+    value, error = (jnp.asarray(unit * x) for x in root_of(*square[:2]))
+    return Estimate(value, error, num_probes)
 
 
 def _cross_products(operator, signs):

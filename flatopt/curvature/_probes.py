@@ -7,7 +7,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flatopt._core import blocks, checks, host, loops, platforms
@@ -106,19 +105,20 @@ def trace(
     checks.check_random_key(key)
     basis_key, probe_key = jax.random.split(key)
     basis = leading_basis(operator, basis_key, num_deflated)
-    exact = jnp.sum(quadratics(operator, basis)) if num_deflated else 0.0
-    samples, look = jnp.zeros(0), 0
+    exact = None
+    if num_deflated:
+        exact = host.fetch(quadratics(operator, basis)).sum()
+    samples, count, look = None, 0, 0
     while True:
-        new = len(samples) or num_probes
-        keys = probe_keys(probe_key, len(samples), new)
-        found = quadratics(operator, keys, drawn, basis)
-        samples = jnp.concatenate([samples.astype(found.dtype), found])
-        estimate = Estimate.of(samples)
-        estimate = estimate._replace(
-            value=exact + estimate.value,
-            standard_error=estimate.standard_error
-            * _look_factor(len(samples), look, rtol),
-        )
+        keys = probe_keys(probe_key, count, count or num_probes)
+        found = host.fetch(quadratics(operator, keys, drawn, basis))
+        xp = host.namespace(found)
+        samples = xp.concatenate([samples, found]) if count else found
+        value, error, count = Estimate.of(samples)
+        value = value if exact is None else exact + value
+        error = error * _like(error, _look_factor(count, look, rtol))
+        value, error = host.send((value, error), operator.like)
+        estimate = Estimate(value, error, count)
         check_finite(operator, estimate.value)
         if _is_met([estimate], rtol):
             return estimate

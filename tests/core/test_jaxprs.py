@@ -1,5 +1,6 @@
 """Convolutions in loops and branches on CPU: XLA's fast kernels, the same numbers."""
 
+import functools
 import re
 
 import jax
@@ -13,7 +14,6 @@ import flatopt
 from flatopt import kernels
 from flatopt._core import jaxprs, platforms
 
-KEYS = jax.random.split(jax.random.key(3), 4)
 FAST = "b01f_01io->b01f"
 
 # spec of inputs, kernel and outputs; shapes; options
@@ -48,8 +48,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_rewritten_convolutions_and_their_gradients_are_the_same(case):
     specs, inputs_shape, kernel_shape, options = CASES[case]
-    inputs = jax.random.normal(KEYS[0], inputs_shape)
-    kernel = jax.random.normal(KEYS[1], kernel_shape)
+    inputs, kernel = _normal(inputs_shape, kernel_shape)
     options = {
         "window_strides": (1,) * (inputs.ndim - 2),
         "padding": [(1, 0)] * (inputs.ndim - 2)
@@ -71,19 +70,22 @@ def test_rewritten_convolutions_and_their_gradients_are_the_same(case):
     traced, jaxpr = jaxprs.trace(run, inputs, kernel)
     assert jaxprs.has_convolution(jaxpr)
     assert jaxprs.are_fast_in_loops(jaxpr) == (case != "groups")
-    assert_close(traced(inputs, kernel), run(inputs, kernel), rtol=1e-4, atol=1e-5)
+    both = jax.jit(lambda *args: (traced(*args), run(*args)))
+    found, expected = both(inputs, kernel)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _normal(*shapes):
+    rng = np.random.default_rng(3)
+    return [rng.normal(size=shape).astype("f4") for shape in shapes]
 
 
 def _network():
-    params = {
-        "first": jax.random.normal(KEYS[0], (3, 3, 2, 4)) / 3,
-        "second": jax.random.normal(KEYS[1], (3, 3, 4, 4)) / 6,
-        "head": jax.random.normal(KEYS[2], (4, 3)) / 2,
-    }
-    batch = {
-        "images": jax.random.normal(KEYS[3], (8, 6, 6, 2)),
-        "labels": jnp.arange(8) % 3,
-    }
+    first, second, head, images = _normal(
+        (3, 3, 2, 4), (3, 3, 4, 4), (4, 3), (8, 6, 6, 2)
+    )
+    params = {"first": first / 3, "second": second / 6, "head": head / 2}
+    batch = {"images": images, "labels": np.arange(8, dtype="i4") % 3}
 
     def value_fn(params, images, labels):
         specs = ("NHWC", "HWIO", "NHWC")
@@ -141,20 +143,21 @@ def test_jax_alone_leaves_slow_layouts_in_branches():
 @pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["scan", "vmap", 2])
 def test_loops_over_convolutions_agree_with_unrolling(strategy):
+    assert_close(_run(strategy), _run("unroll"))
+
+
+@functools.cache
+def _run(strategy):
     params, batch, value_fn = _network()
-
-    def run(strategy):
-        f = flatopt.smooth_value_and_grad(
-            value_fn,
-            0.1,
-            kernels.filterwise(),
-            num_samples=4,
-            batch_argnames=("images", "labels"),
-            strategy=strategy,
-        )
-        return jax.jit(f)(jax.random.key(0), params, **batch)
-
-    assert_close(run(strategy), run("unroll"))
+    f = flatopt.smooth_value_and_grad(
+        value_fn,
+        0.1,
+        kernels.filterwise(),
+        num_samples=4,
+        batch_argnames=("images", "labels"),
+        strategy=strategy,
+    )
+    return jax.jit(f)(jax.random.key(0), params, **batch)
 
 
 def test_convolutions_out_of_reach_are_left_and_unrolled():
