@@ -76,7 +76,7 @@ def test_the_functions_lower_under_every_layout(name, strategy):
 def test_a_program_for_eight_devices_travels_with_its_shardings(axis_type):
     params, batch = regression()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    tx = flatopt.lpf_sgd(0.1, 0.1)
+    tx = flatopt.lpf_sgd(0.1, 0.1, 2)
     step = _step(tx)
     expected = step(params, tx.init(params), batch)
     whole, split = (NamedSharding(mesh, spec) for spec in (P(), P("data")))
