@@ -382,19 +382,13 @@ def test_every_form_of_the_model_sees_the_same_noise(kernel):
 # Paths and filters
 
 
-_transformer = nnx.jit(lambda: Transformer(nnx.Rngs(0)))
-
-
 def test_nnx_split_optimizer_and_plain_dict_give_the_same_noise():
-    model = _transformer()
+    model = Transformer(nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     forms = [state, nnx.as_pure(state), nnx.to_pure_dict(state)]
     axes = flatopt.flax.filter_axes(model)
     for kernel in (kernels.isotropic(), kernels.filterwise(filter_axes=axes)):
-        draw = jax.jit(
-            lambda *forms, k=kernel: [k(jax.random.key(0), f) for f in forms]
-        )
-        noises = [leaves_array(noise) for noise in draw(*forms)]
+        noises = [leaves_array(kernel(jax.random.key(0), form)) for form in forms]
         for other in noises[1:]:
             np.testing.assert_array_equal(other, noises[0])
 
@@ -418,7 +412,7 @@ def _papers_rms(path, leaf):
 
 
 def test_filter_axes_give_the_papers_noise_on_a_transformer():
-    model = _transformer()
+    model = Transformer(nnx.Rngs(0))
     # Biases start at zero, where the noise of every convention is zero.
     rng = np.random.default_rng(0)
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -426,13 +420,10 @@ def test_filter_axes_give_the_papers_noise_on_a_transformer():
         variable.set_value(np.asarray(variable.get_value()) + noise.astype("f4"))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     axes = flatopt.flax.filter_axes(model)
-    draws = [  # by the layers, by names and shapes, by the last axis
-        kernels.filterwise(kernels.signs, filter_axes=choice)
+    noise, default, last = (  # by the layers, by names and shapes, by the last axis
+        kernels.filterwise(kernels.signs, filter_axes=choice)(jax.random.key(0), params)
         for choice in (axes, None, -1)
-    ]
-    noise, default, last = jax.jit(
-        lambda params: [draw(jax.random.key(0), params) for draw in draws]
-    )(params)
+    )
     assert_close(default, noise)
     worst_last = 1.0
     for (path, leaf), unit, naive in zip(
