@@ -11,10 +11,10 @@ import flatopt
 from flatopt import curvature, sharpness, stability
 
 KEY = jax.random.key(0)
-SCALES = {
+SCALES = {  # of links: whole optimizers hand theirs on
     name: next(n for n in ("scale", "rho", "gamma", "sigma") if n in row.arguments)
     for name, row in TRANSFORMATIONS.items()
-    if {"scale", "rho", "gamma", "sigma"} & set(row.arguments)
+    if {"scale", "rho", "gamma", "sigma"} & set(row.arguments) and not row.is_optimizer
 }
 
 

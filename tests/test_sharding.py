@@ -125,8 +125,9 @@ def test_under_shard_map_one_gradient_is_reduced_whatever_the_number_of_chunks(
     strategy,
 ):
     params, batch = _regression()
+    chunks = {"num_samples": 2, "batch_argnames": ("batch",)}
     f = flatopt.smooth_value_and_grad(
-        loss_fn, 0.1, strategy=strategy, axis_name="data", **CHUNKS
+        loss_fn, 0.1, strategy=strategy, axis_name="data", **chunks
     )
     mapped = jax.shard_map(
         lambda key, params, batch: f(key, params, batch=batch),
