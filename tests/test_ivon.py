@@ -1,5 +1,7 @@
 """IVON against its formulas in NumPy, its posterior against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +40,19 @@ SETTINGS = {
 }
 
 
+def _wide_softmax_regression():
+    params, inputs, labels = jax.tree.map(np.asarray, softmax_regression())
+    return {k: p.astype("f8") for k, p in params.items()}, inputs.astype("f8"), labels
+
+
 def _map(function, *trees):
     return {name: function(*(t[name] for t in trees)) for name in trees[0]}
+
+
+@jax.jit
+def _draw(step, index, params):
+    key = jax.random.fold_in(jax.random.key(3), step)
+    return kernels.isotropic()(jax.random.fold_in(key, index), params)
 
 
 class _Reference:
@@ -67,13 +80,9 @@ class _Reference:
         self.count = 0
 
     def _noise(self, index):
-        key = jax.random.fold_in(jax.random.key(3), self.count)
-        key = jax.random.fold_in(key, index)
-        shapes = _map(lambda p: jnp.asarray(p, jnp.float32), self.mean)
-        z = kernels.isotropic()(key, shapes)
         return _map(
             lambda z, h: np.asarray(z, "f8") / np.sqrt(ESS * (h + self.decay)),
-            z,
+            _draw(self.count, index, _map(np.float32, self.mean)),
             self.hess,
         )
 
@@ -117,9 +126,7 @@ class _Reference:
 @pytest.mark.heart
 @pytest.mark.parametrize("name", SETTINGS)
 def test_twenty_steps_follow_the_formula(name, x64):
-    params, inputs, labels = softmax_regression()
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-    inputs = inputs.astype(jnp.float64)
+    params, inputs, labels = _wide_softmax_regression()
     reference = _Reference(params, **SETTINGS[name])
     tx = flatopt.ivon(RATE, ESS, key=3, **SETTINGS[name])
     state = tx.init(params)
@@ -133,7 +140,7 @@ def test_twenty_steps_follow_the_formula(name, x64):
 
     for _ in range(20):
         params, state = update(params, state)
-        reference.step(np.asarray(inputs), np.asarray(labels))
+        reference.step(inputs, labels)
     for leaf in params:
         for ours, theirs in (
             (params, reference.mean),
@@ -148,9 +155,7 @@ def test_twenty_steps_follow_the_formula(name, x64):
 @pytest.mark.parametrize("name", ["defaults", "all", "draws"])
 def test_twenty_steps_are_those_of_the_authors(name, monkeypatch, x64):
     torch, ivon = pytest.importorskip("torch"), pytest.importorskip("ivon")
-    params, inputs, labels = softmax_regression()
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-    inputs = inputs.astype(jnp.float64)
+    params, inputs, labels = _wide_softmax_regression()
     settings = dict(SETTINGS[name])
     num_samples = settings.get("num_samples", 1)
     tx = flatopt.ivon(RATE, ESS, key=3, **settings)
@@ -168,9 +173,8 @@ def test_twenty_steps_are_those_of_the_authors(name, monkeypatch, x64):
     monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: noise.pop(0))
     x, y = torch.tensor(np.array(inputs)), torch.tensor(np.array(labels)).long()
     for step in range(20):
-        key = jax.random.fold_in(jax.random.key(3), step)
         for j in range(num_samples):
-            z = kernels.isotropic()(jax.random.fold_in(key, j), params)
+            z = _draw(step, j, params)
             flat = np.concatenate([np.ravel(z["bias"]), np.ravel(z["kernel"])])
             noise.append(torch.tensor(flat.astype("f8")))
         for _ in range(num_samples):
@@ -189,8 +193,8 @@ def test_twenty_steps_are_those_of_the_authors(name, monkeypatch, x64):
 
 
 def test_the_curvature_of_a_quadratic_is_learned(x64):
-    curvature = jnp.array([0.5, 1.0, 4.0, 0.0])
-    params = jnp.array([1.0, -2.0, 0.5, 1.0])
+    curvature = np.array([0.5, 1.0, 4.0, 0.0])
+    params = np.array([1.0, -2.0, 0.5, 1.0])
     tx = flatopt.ivon(0.05, ESS, beta2=0.995, num_samples=16, weight_decay=0.01)
 
     def step(carry, _):
@@ -199,11 +203,10 @@ def test_the_curvature_of_a_quadratic_is_learned(x64):
             None,
             state,
             params,
-            value_fn=lambda p: jnp.sum(curvature.astype(p.dtype) * p**2) / 2,
+            value_fn=lambda p: jnp.sum(curvature * p**2) / 2,
         )
         return (optax.apply_updates(params, updates), state), state.hess
 
-    params = params.astype(jnp.float64)
     _, hess = jax.jit(lambda c: jax.lax.scan(step, c, length=4000))(
         (params, tx.init(params))
     )
@@ -285,32 +288,43 @@ def test_devices_draw_their_own_noise_and_share_the_state(check_vma):
         check_vma=check_vma,
     )
     updates, state = jax.jit(mapped)(params, batch)
-    # By hand: the means over devices come before what is not linear in them.
-    key = jax.random.fold_in(jax.random.key(0), 0)
+    expected, hess = _step_by_hand()
+    assert_close(state.hess, hess, rtol=2e-5)
+    assert_close(updates, expected, rtol=1e-4)
+
+
+@functools.cache
+def _step_by_hand():
+    """The means over devices come before what is not linear in them."""
+    params, batch = jax.tree.map(np.asarray, regression())
     scale = 1 / np.sqrt(ESS * (0.5 + 1e-4))
-    grads, products = [], []
-    for device in range(8):
+
+    @jax.jit
+    def one(device, part):
+        key = jax.random.fold_in(jax.random.key(0), 0)
         own = jax.random.fold_in(jax.random.fold_in(key, device), 0)
         noise = jax.tree.map(lambda z: scale * z, kernels.isotropic()(own, params))
-        rows = slice(8 * device, 8 * device + 8)
-        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-        grads.append(jax.grad(loss_fn)(jax.tree.map(jnp.add, params, noise), part))
-        products.append(jax.tree.map(jnp.multiply, noise, grads[-1]))
-    mean = lambda trees: jax.tree.map(lambda *x: sum(x) / 8, *trees)  # noqa: E731
+        grads = jax.grad(loss_fn)(jax.tree.map(jnp.add, params, noise), part)
+        return grads, jax.tree.map(jnp.multiply, noise, grads)
+
+    parts = [
+        one(device, jax.tree.map(lambda x, d=device: np.split(x, 8)[d], batch))
+        for device in range(8)
+    ]
+    grads, products = jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *parts)
 
     def curvature(product):
         change = ESS * product * (0.5 + 1e-4) - 0.5
         return 0.5 + 0.1 * change + (0.1 * change) ** 2 / 2 / (0.5 + 1e-4)
 
-    hess = jax.tree.map(curvature, mean(products))
-    assert_close(state.hess, hess, rtol=2e-5)
-    expected = jax.tree.map(
+    hess = jax.tree.map(curvature, products)
+    updates = jax.tree.map(
         lambda g, h, p: -0.1 * (0.5 + 1e-4) * (g + 1e-4 * p) / (h + 1e-4),
-        mean(grads),
+        grads,
         hess,
         params,
     )
-    assert_close(updates, expected, rtol=1e-4)
+    return updates, hess
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

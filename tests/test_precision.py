@@ -39,11 +39,17 @@ def _half_square(params, centre):
 # bfloat16 parameters
 
 
+@jax.jit
+def _filters_and_units(key, params):
+    draws = kernels.filterwise(), kernels.isotropic()
+    return [draw(key, params)["w"] for draw in draws]
+
+
 @pytest.mark.heart
 @pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
 def test_noise_is_float32_and_rounded_once(strategy):
     params = {"w": jax.random.normal(jax.random.key(1), (40, 5), jnp.bfloat16)}
-    key, kernel = jax.random.key(2), kernels.filterwise()
+    key = jax.random.key(2)
 
     def value_fn(params):
         return jnp.sum(params["w"].astype(jnp.float32)), params
@@ -51,7 +57,7 @@ def test_noise_is_float32_and_rounded_once(strategy):
     f = flatopt.smooth_value_and_grad(
         value_fn,
         0.3,
-        kernel,
+        kernels.filterwise(),
         num_samples=2,
         antithetic=True,
         has_aux=True,
@@ -62,9 +68,8 @@ def test_noise_is_float32_and_rounded_once(strategy):
     wide = np.asarray(params["w"], np.float32)
     lengths = np.linalg.norm(wide.astype(np.float64), axis=0)
     for j in range(2):
-        noise = kernel(jax.random.fold_in(key, j), params)["w"]
+        noise, unit = _filters_and_units(jax.random.fold_in(key, j), params)
         assert noise.dtype == jnp.float32
-        unit = kernels.isotropic()(jax.random.fold_in(key, j), params)["w"]
         np.testing.assert_allclose(noise, np.asarray(unit) * lengths, rtol=1e-6)
         for i, sign in enumerate((1, -1)):
             step = np.float32(0.3) * np.asarray(noise)
@@ -360,20 +365,24 @@ def test_microbatches_inside_the_loss_serve_every_link():
 
 
 def test_multi_steps_after_the_noise_averages_its_gradients(standard_promotion):
-    params, batch = regression()
+    params, batch = jax.tree.map(np.asarray, regression())
     tx = optax.chain(
         flatopt.smooth_gradients(0.1, key=2),
         optax.MultiSteps(optax.sgd(0.5), 3).gradient_transformation(),
     )
     update = jax.jit(functools.partial(tx.update, value_fn=loss_fn))
-    gradient = jax.jit(jax.grad(loss_fn))
+
+    @jax.jit
+    def gradient(step, chunk):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), step), 0)
+        noise = kernels.isotropic()(key, params)
+        moved = jax.tree.map(lambda p, u: p + 0.1 * u, params, noise)
+        return jax.grad(loss_fn)(moved, chunk)
+
     state, grads = tx.init(params), []
     for step in range(3):
         chunk = jax.tree.map(lambda x, s=step: x[s::4], batch)
         updates, state = update(None, state, params, batch=chunk)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), step), 0)
-        noise = kernels.isotropic()(key, params)
-        moved = jax.tree.map(lambda p, u: p + 0.1 * u, params, noise)
-        grads.append(gradient(moved, chunk))
+        grads.append(jax.device_get(gradient(step, chunk)))
     expected = jax.tree.map(lambda *g: -0.5 * sum(g) / 3, *grads)
     assert_close(updates, expected, rtol=1e-4)

@@ -21,9 +21,9 @@ KEY = 3
 
 
 def _batches(num_examples=16, num_steps=NUM_STEPS):
-    keys = jax.random.split(jax.random.key(1), 2)
-    inputs = jax.random.normal(keys[0], (num_steps, num_examples, 5))
-    targets = jax.random.normal(keys[1], (num_steps, num_examples, 2))
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(num_steps, num_examples, 5)).astype("f4")
+    targets = rng.normal(size=(num_steps, num_examples, 2)).astype("f4")
     return [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
 
 
@@ -44,7 +44,16 @@ def _sgd(params, buffer, grads):
 
 
 def _mean(trees):
-    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+    return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *trees)
+
+
+def _zeros(tree):
+    return jax.tree.map(np.zeros_like, tree)
+
+
+def _numpy(tree):
+    """The same in NumPy, where the loops by hand compile nothing of their own."""
+    return jax.tree.map(np.asarray, tree)
 
 
 # A network with BatchNorm, as modules and as a formula
@@ -85,22 +94,24 @@ def _formula_loss(params, batch):
     return _mean_squares(outputs, batch), statistics
 
 
+_formula_pass = jax.jit(_formula_loss)
 _formula_grad = jax.jit(jax.value_and_grad(_formula_loss, has_aux=True))
 
 
 def _loop_by_hand(params, kernel, batch_norm):
     """LPF-SGD with running statistics; returns parameters, statistics, losses."""
-    buffer = optax.tree.zeros_like(params)
-    running, losses = {"mean": jnp.zeros(4), "var": jnp.ones(4)}, []
+    params = _numpy(params)
+    buffer = _zeros(params)
+    running, losses = {"mean": np.zeros(4), "var": np.ones(4)}, []
     for step, batch in enumerate(_batches()):
         seen = []
         for j in range(SAMPLES):
-            moved = jax.tree.map(jnp.add, params, _noise(kernel, params, step, j))
+            moved = jax.tree.map(np.add, params, _noise(kernel, params, step, j))
             chunk = jax.tree.map(lambda x, j=j: x[j::SAMPLES], batch)
             seen.append(_formula_grad(moved, chunk))
         (loss, statistics), grads = _mean(seen)
         if batch_norm == "clean":
-            _, statistics = _formula_loss(params, batch)
+            statistics = _numpy(_formula_pass(params, batch)[1])
         running = jax.tree.map(lambda r, s: 0.9 * r + 0.1 * s, running, statistics)
         params, buffer = _sgd(params, buffer, grads)
         losses.append(loss)
@@ -220,14 +231,13 @@ DROPOUT = 0.5
 
 def _ridge():
     """A regression, and the minimizer of its loss under dropout of the inputs."""
-    keys = jax.random.split(jax.random.key(5), 2)
-    inputs = np.asarray(jax.random.normal(keys[0], (12, 3)), "f8")
-    targets = np.asarray(jax.random.normal(keys[1], (12, 1)), "f8")
+    rng = np.random.default_rng(5)
+    inputs, targets = rng.normal(size=(12, 3)), rng.normal(size=(12, 1))
     penalty = DROPOUT / (1 - DROPOUT) * np.diag((inputs**2).sum(axis=0))
     solution = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)
     plain = np.linalg.lstsq(inputs, targets)[0]
     assert np.abs(solution - plain).max() > 0.1
-    batch = {"inputs": jnp.asarray(inputs, "f4"), "targets": jnp.asarray(targets, "f4")}
+    batch = {"inputs": inputs.astype("f4"), "targets": targets.astype("f4")}
     return batch, solution
 
 
@@ -336,13 +346,14 @@ def _lora_by_hand(params):
         return _mean_squares(outputs, batch)
 
     gradient = jax.jit(jax.grad(loss))
+    params = _numpy(params)
     adapter = params["dense"]["lora"]
-    buffer = optax.tree.zeros_like(adapter)
+    buffer = _zeros(adapter)
     for step, batch in enumerate(_batches()):
         noise = _noise(ISOTROPIC, {"dense": {"lora": adapter}}, step, 0)
         u = noise["dense"]["lora"]
-        plus = gradient(jax.tree.map(jnp.add, adapter, u), batch)
-        minus = gradient(jax.tree.map(jnp.subtract, adapter, u), batch)
+        plus = gradient(jax.tree.map(np.add, adapter, u), batch)
+        minus = gradient(jax.tree.map(np.subtract, adapter, u), batch)
         adapter, buffer = _sgd(adapter, buffer, _mean([plus, minus]))
     return {"dense": {**params["dense"], "lora": adapter}}
 
@@ -419,16 +430,16 @@ def test_a_linen_loop_with_a_mask_trains_the_adapter_alone():
 
     params, state = start, tx.init(start)
     gradient = jax.jit(jax.grad(value_fn))
-    expected, buffer = start, optax.tree.zeros_like(start)
+    expected, buffer = _numpy(start), _zeros(start)
     for i, batch in enumerate(_batches()):
         params, state = step(params, state, batch)
         noise = {**_noise(ISOTROPIC, expected, i, 0)}
-        noise["dense"] = optax.tree.zeros_like(noise["dense"])
-        plus = gradient(jax.tree.map(jnp.add, expected, noise), batch)
-        minus = gradient(jax.tree.map(jnp.subtract, expected, noise), batch)
+        noise["dense"] = _zeros(noise["dense"])
+        plus = gradient(jax.tree.map(np.add, expected, noise), batch)
+        minus = gradient(jax.tree.map(np.subtract, expected, noise), batch)
         grads = _mean([plus, minus])
         grads = jax.tree.map(lambda g, p: g + 0.1 * p, grads, expected)
-        grads["dense"] = optax.tree.zeros_like(grads["dense"])
+        grads["dense"] = _zeros(grads["dense"])
         expected, buffer = _sgd(expected, buffer, grads)
     assert_close(params, expected, 1e-4, 1e-5)
     assert jnp.abs(params["lora_a"]["kernel"] - start["lora_a"]["kernel"]).max() > 0.01
@@ -476,16 +487,16 @@ def test_an_equinox_loop_is_the_loop_by_hand(frozen):
 
     def thaw(tree):
         flags = _freeze_first_layer(tree)
-        zero = lambda x, flag: x if flag or not frozen else jnp.zeros_like(x)  # noqa: E731
+        zero = lambda x, flag: x if flag or not frozen else np.zeros_like(x)  # noqa: E731
         return jax.tree.map(zero, tree, flags)
 
-    expected, buffer = start, optax.tree.zeros_like(start)
+    expected, buffer = _numpy(start), _zeros(start)
     gradient = jax.jit(jax.grad(loss_fn))
     for i, batch in enumerate(_batches()):
         grads = []
         for j in range(SAMPLES):
             noise = thaw(_noise(filters, expected, i, j))
-            moved = jax.tree.map(jnp.add, expected, noise)
+            moved = jax.tree.map(np.add, expected, noise)
             chunk = jax.tree.map(lambda x, j=j: x[j::SAMPLES], batch)
             grads.append(thaw(gradient(moved, chunk)))
         expected, buffer = _sgd(expected, buffer, _mean(grads))
