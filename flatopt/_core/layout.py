@@ -193,7 +193,9 @@ def mean_of_pair(one, draw):
     One after the other where ``one`` has a loop of its own, such as scanned layers: XLA
     keeps the activations of two copies of a loop side by side, which is twice the memory.
     There an accelerator draws the noise once more, rather than keep it through a pass. On
-    CPU two copies, if ``one`` has convolutions that would be slow in the loop.
+    CPU two copies, if ``one`` has convolutions that would be slow in the loop. Without a
+    loop an accelerator begins the second pass when the first is done: TPUs kept the
+    activations of both.
     """
     signs = jnp.array([1.0, -1.0], jnp.float32)
     if not is_staged():
@@ -203,11 +205,17 @@ def mean_of_pair(one, draw):
     # Both signs use it: without the barrier XLA may draw it twice.
     noise = jax.lax.optimization_barrier(draw())
     traced, jaxpr = jaxprs.trace(one, signs[0], noise)
-    if not has_loop(jaxpr):
-        return _mean_of_two([traced(sign, noise) for sign in signs])
 
     def copies():
         return _mean_of_two([traced(sign, noise) for sign in signs])
+
+    def in_turn():
+        first = traced(signs[0], noise)
+        later, _ = jax.lax.optimization_barrier((noise, first[0]))
+        return _mean_of_two([first, traced(signs[1], later)])
+
+    if not has_loop(jaxpr):
+        return platforms.choose(copies, in_turn)
 
     def kept():
         return _halve(_scan_rows(lambda sign: traced(sign, noise), jaxpr, signs))
