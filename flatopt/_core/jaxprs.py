@@ -23,6 +23,12 @@ import jax.numpy as jnp
 from flatopt._core import platforms
 
 CONVOLUTION = "conv_general_dilated"
+BODIES = (
+    "jit",
+    "scan",
+    "checkpoint",
+    "remat2",
+)  # primitives of one jaxpr, run as it is
 
 
 def _extend():
@@ -237,11 +243,16 @@ def _swapped(jaxpr):
     replaced = {}  # equations by the variable that they made
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name in ("jit", "scan"):
+        if name in BODIES and equation.outvars:
             inner = equation.params["jaxpr"]
-            params = {"jaxpr": inner.replace(jaxpr=_swapped(inner.jaxpr))}
-            new = equation.replace(params=equation.params | params)
-            replaced[equation.outvars[0]] = new
+            is_closed = hasattr(inner, "consts")
+            new = (
+                inner.replace(jaxpr=_swapped(inner.jaxpr))
+                if is_closed
+                else _swapped(inner)
+            )
+            params = equation.params | {"jaxpr": new}
+            replaced[equation.outvars[0]] = equation.replace(params=params)
         if name == "transpose" and _is_sum(equation.invars[0], made):
             terms = _transposed_terms(equation, equation.outvars[0], made, uses)
             if terms is not None:

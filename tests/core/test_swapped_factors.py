@@ -28,6 +28,13 @@ def scanned(params, x):
     )
 
 
+def rematerialized(params, x):
+    layer = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))
+    for w in params:
+        x = layer(x, w)
+    return jnp.sum(x**2)
+
+
 def heads(params, x):
     """Kernels of several axes, as those of attention."""
     into, out = params
@@ -45,6 +52,7 @@ def grouped(params, x):
 CASES = {
     "dense": (dense, [normal((3, 4), 0), normal((4, 5), 1), normal((5, 2), 2)], (6, 3)),
     "scanned": (scanned, normal((3, 4, 4), 0), (6, 4)),
+    "rematerialized": (rematerialized, [normal((4, 4), i) for i in range(3)], (6, 4)),
     "heads": (heads, [normal((6, 2, 3), 0), normal((2, 3, 6), 1)], (2, 5, 6)),
     "grouped": (grouped, [normal((2, 3, 4), 0), normal((2, 4, 3), 1)], (2, 6, 3)),
 }
