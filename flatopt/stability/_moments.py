@@ -75,7 +75,7 @@ class Space(NamedTuple):
 
     def rate(self, learning_rate):
         """The learning rate in the units of these eigenvalues."""
-        return jnp.asarray(learning_rate * self.scale, self.values.dtype)
+        return narrow(learning_rate * self.scale, self.values.dtype)
 
 
 def space(lin):
@@ -102,9 +102,10 @@ def sharp_space(lin):
 def _space(lin, coordinates, values, scale):
     n, c, rank = coordinates.shape
     missing = _width(rank, max(min(n * c, lin.num_params), rank)) - rank
+    dtype = values.dtype
     return Space(
-        jnp.asarray(np.pad(coordinates, ((0, 0), (0, 0), (0, missing)))),
-        jnp.asarray(np.pad(values, (0, missing))),
+        narrow(np.pad(coordinates, ((0, 0), (0, 0), (0, missing))), dtype),
+        narrow(np.pad(values, (0, missing)), dtype),
         scale,
         rank,
     )
@@ -307,11 +308,11 @@ def stationary(lin, learning_rate, batch_size, sampling):
     found, rest = _stationary(
         room.coordinates,
         room.values,
-        jnp.asarray(residuals / unit, room.values.dtype),
+        narrow(residuals / unit, room.values.dtype),
         room.rate(learning_rate),
         weights,
     )
-    if not rest < 1e-2:
+    if not float(rest) < 1e-2:
         raise ValueError(
             f"learning_rate {learning_rate:.6g} is too close to the exact threshold to "
             "solve for where SGD settles; take a smaller one, or enable jax_enable_x64."
@@ -319,6 +320,7 @@ def stationary(lin, learning_rate, batch_size, sampling):
     return room.cut(found).astype("f8") * (unit**2 / room.scale)
 
 
+@jax.jit
 def minimum_noise(coordinates, values, residuals):
     """The mean of the examples' gradients times themselves at the model's minimum."""
     n, c, width = coordinates.shape
