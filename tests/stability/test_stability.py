@@ -27,12 +27,12 @@ NECESSARY = (
 
 def _linear(jacobian, residuals=None):
     """The linearization of a model with this Jacobian, shape (n, c, d)."""
-    jacobian = jnp.asarray(jacobian)
     n, c, d = jacobian.shape
     residuals = np.zeros((n, c)) if residuals is None else np.asarray(residuals)
-    start = jnp.zeros(d, jacobian.dtype)
-    targets = jnp.asarray(-residuals.astype(jacobian.dtype))
-    return stability.linearize(linear_outputs, start, jacobian, targets)
+    start, rows, targets = jax.device_put(
+        (np.zeros(d, jacobian.dtype), jacobian, -residuals.astype(jacobian.dtype))
+    )
+    return stability.linearize(linear_outputs, start, rows, targets)
 
 
 def _exact_linear(jacobian):
@@ -520,7 +520,7 @@ def _mlp_model(params, inputs):
 def _mlp(dtype="f4"):
     rng = np.random.default_rng(0)
     first, second, inputs, targets = (
-        jnp.asarray(rng.normal(size=shape).astype(dtype))
+        jax.device_put(rng.normal(size=shape).astype(dtype))
         for shape in ((3, 5), (5, 2), (30, 3), (30, 2))
     )
     return _mlp_model, {"first": first, "second": second / 2}, inputs, targets
