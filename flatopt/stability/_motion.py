@@ -62,7 +62,7 @@ class Motion(NamedTuple):
         dtype = self.room.values.dtype
         largest = np.abs(moment).max()
         unit = largest if largest > 0 else 1.0
-        padded = _moments.narrow(self.room.pad(moment / unit), dtype)
+        padded = self.room.pad(moment / unit).astype(dtype)
         found = _noise(
             self.room.coordinates, self.room.values, self.weights.whole, padded
         )
