@@ -258,8 +258,8 @@ def _tanh(params, inputs):
 def test_the_estimated_alignment_covers_the_exact_one(streamed):
     rng = np.random.default_rng(15)
     params = jnp.asarray(rng.normal(size=(12, 2)), jnp.float32)
-    inputs = jnp.asarray(rng.normal(size=(40, 12)), jnp.float32)
-    targets = jnp.asarray(rng.normal(size=(40, 2)), jnp.float32)
+    inputs = rng.normal(size=(40, 12)).astype("f4")
+    targets = rng.normal(size=(40, 2)).astype("f4")
     exact = stability.alignment(stability.linearize(_tanh, params, inputs, targets))
     data = (inputs, targets)
     if streamed:
