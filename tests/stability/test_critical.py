@@ -86,7 +86,6 @@ def test_any_optimizers_update_is_taken(optimizer, standard_promotion):
     params, batch = _quadratic()
     loss_fn = lambda p, b: _square(p["w"][:, 0], b)  # noqa: E731
     tree = {"w": params[:, None]}
-
     grads = {"w": _slope(params, batch)[:, None]}
     first = jax.jit(lambda g, tree: optimizer.update(g, optimizer.init(tree), tree)[0])
     updates = first(grads, tree)
@@ -158,7 +157,8 @@ def _no(x, g):
 
 
 CURVES = {
-    "waves": lambda t: t * (t - 1.0) * (t - 4.0) * (t - 6.0),  # falls, rises, twice
+    # Falls, rises, falls, rises.
+    "waves": lambda t: t * (t - 1.0) * (t - 4.0) * (t - 6.0),
     "line up": lambda t: t,
     "parabola up": lambda t: t + t**2,
     "tip": jnp.abs,
@@ -182,13 +182,12 @@ def _curve(t, batch):
 
 def _along(name, start=None, offset=0.0):
     """The search over t of a curve, from its loss at 0."""
-    batch = {"curve": np.array([[*CURVES].index(name)]), "offset": np.array([offset])}
+    data = {
+        "curve": np.array([[*CURVES].index(name)], "i4"),
+        "offset": np.array([offset], "f4"),
+    }
     return stability.critical_learning_rate(
-        _curve,
-        jnp.zeros(()),
-        jnp.ones(()),
-        {"curve": batch["curve"].astype("i4"), "offset": batch["offset"].astype("f4")},
-        start=start,
+        _curve, jnp.zeros(()), jnp.ones(()), data, start=start
     )
 
 
