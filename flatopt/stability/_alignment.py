@@ -336,11 +336,12 @@ def batch_sharpness(loss_fn: LossFn, params: Any, batches: Any) -> Estimate:
     for count, batch in enumerate(batches, 1):  # noqa: B007
         batch = jax.tree.map(jnp.asarray, batch)
         size = streams.batch_size(batch)
-        loss, norm, ratio = _along_gradient(loss_fn, params, batch)
-        if not bool(jnp.isfinite(jnp.stack([loss, norm, ratio])).all()):
+        found = jax.device_get(_along_gradient(loss_fn, params, batch))
+        loss, norm, ratio = found
+        if not np.isfinite(found).all():
             raise ValueError(
-                f"the loss of batch {count} is {float(loss):g}, the norm of its gradient "
-                f"{float(norm):g} and the curvature along it {float(ratio):g}; look at the "
+                f"the loss of batch {count} is {loss:g}, the norm of its gradient "
+                f"{norm:g} and the curvature along it {ratio:g}; look at the "
                 "loss at these parameters first."
             )
         if norm > 0:

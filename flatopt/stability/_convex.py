@@ -60,14 +60,14 @@ def _derivatives_of(loss_fn, outputs, targets, dtype):
     def widen(leaf):
         leaf = np.asarray(leaf)
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.asarray(leaf, dtype if is_float else None)
+        return leaf.astype(dtype) if is_float else leaf
 
     shape = outputs.shape[1:]
     targets = jax.tree.map(widen, targets)
     outputs = widen(outputs)
     flat = outputs.reshape(len(outputs), -1)
     found = _derivatives(loss_fn, shape, flat, targets)
-    scale = _derivatives(loss_fn, shape, jnp.zeros_like(flat), targets)
+    scale = _derivatives(loss_fn, shape, np.zeros_like(flat), targets)
     narrowest = jax.eval_shape(loss_fn, outputs, targets).dtype  # of a loss that casts
     eps = max(float(jnp.finfo(x).eps) for x in (flat.dtype, narrowest))
     return *(np.asarray(x, "f8") for x in (*found, *scale)), eps
@@ -101,7 +101,7 @@ def _check_mean(loss_fn, outputs, targets):
                 f"{outputs.shape}, got shape {leaf.shape}."
             )
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if is_float and not bool(jnp.isfinite(leaf).all()):
+        if is_float and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
                 "targets must be finite, got NaN or an infinity; leave these examples out."
             )
@@ -115,11 +115,12 @@ def _check_mean(loss_fn, outputs, targets):
             f"got an error from it: {error}"
         ) from error
     loss = trees.widen(checks.check_value(loss, "loss_fn"))
-    flat = wide.reshape(n, -1)
+    flat = np.asarray(wide).reshape(n, -1)
     each = _values(loss_fn, outputs.shape[1:], flat, targets)
-    at_zero = _values(loss_fn, outputs.shape[1:], jnp.zeros_like(flat), targets)
+    at_zero = _values(loss_fn, outputs.shape[1:], np.zeros_like(flat), targets)
     mean, size = _mean_and_size(each)
-    unit = float(jnp.max(jnp.where(jnp.isfinite(at_zero), jnp.abs(at_zero), 0.0)))
+    at_zero = np.abs(np.asarray(at_zero))
+    unit = float(np.max(at_zero, where=np.isfinite(at_zero), initial=0.0))
     if not (math.isfinite(mean) and math.isfinite(float(loss))):
         raise ValueError(
             f"loss_fn returned {float(loss):g}; look at the model's outputs first."
@@ -128,8 +129,9 @@ def _check_mean(loss_fn, outputs, targets):
     whole = float(loss)
     if abs(whole - mean) <= 1e-3 * size + rounding:
         # At a fit a sum is zero as a mean is: look beside it too.
-        moved = flat + jnp.maximum(jnp.max(jnp.abs(flat)), 1)
-        whole = float(loss_fn(moved.reshape(outputs.shape), targets))
+        with np.errstate(over="ignore"):
+            moved = flat + np.maximum(np.abs(flat).max(), 1)
+        whole = float(loss_fn(jax.device_put(moved.reshape(outputs.shape)), targets))
         mean, size = _mean_and_size(_values(loss_fn, outputs.shape[1:], moved, targets))
     if abs(whole - mean) > 1e-3 * size + rounding:
         shapes = jax.tree.map(jnp.shape, targets)
@@ -143,7 +145,8 @@ def _check_mean(loss_fn, outputs, targets):
 
 
 def _mean_and_size(values):
-    return float(jnp.mean(values)), float(jnp.mean(jnp.abs(values)))
+    values = np.asarray(values, "f8")
+    return float(np.mean(values)), float(np.mean(np.abs(values)))
 
 
 def _split(slopes, hessians, slopes_at_zero, hessians_at_zero, eps):

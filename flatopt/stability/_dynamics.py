@@ -132,7 +132,7 @@ def _start(run):
     moment = np.zeros((slots, slots, *(2 * room.values.shape)))
     distance = np.eye(room.rank) * 2 / np.sum(np.asarray(room.values, "f8"))
     moment[0, 0] = room.pad(distance)
-    return jnp.asarray(moment, room.values.dtype)
+    return _moments.narrow(moment, room.values.dtype)
 
 
 def _mean_losses(run, moment, count):

@@ -67,7 +67,7 @@ class Space(NamedTuple):
     def pad(self, matrix):
         """A matrix of the directions with curvature, as wide as the arrays."""
         missing = self.coordinates.shape[2] - self.rank
-        return np.pad(matrix, ((0, missing), (0, missing)))
+        return np.pad(matrix, ((0, missing), (0, missing))) if missing else matrix
 
     def cut(self, matrix):
         """The directions with curvature of a matrix, on the host."""
@@ -75,7 +75,7 @@ class Space(NamedTuple):
 
     def rate(self, learning_rate):
         """The learning rate in the units of these eigenvalues."""
-        return jnp.asarray(learning_rate * self.scale, self.values.dtype)
+        return narrow(learning_rate * self.scale, self.values.dtype)
 
 
 def space(lin):
@@ -102,9 +102,10 @@ def sharp_space(lin):
 def _space(lin, coordinates, values, scale):
     n, c, rank = coordinates.shape
     missing = _width(rank, max(min(n * c, lin.num_params), rank)) - rank
+    dtype = values.dtype
     return Space(
-        jnp.asarray(np.pad(coordinates, ((0, 0), (0, 0), (0, missing)))),
-        jnp.asarray(np.pad(values, (0, missing))),
+        narrow(np.pad(coordinates, ((0, 0), (0, 0), (0, missing))), dtype),
+        narrow(np.pad(values, (0, missing)), dtype),
         scale,
         rank,
     )
@@ -152,7 +153,6 @@ def _dot(subscripts, *arrays):
     return np.einsum(subscripts, *arrays, optimize=True)
 
 
-@jax.jit
 def moment_step(coordinates, values, rate, weights, moment):
     """The second moment after one step of plain SGD."""
     drift = values[:, None] * moment + moment * values[None]
@@ -191,9 +191,15 @@ def _transpose(moment):
 
 
 @jax.jit
-def _shifted_step(coordinates, values, rate, weights, moment):
+def _shifted_step(coordinates, values, rate, weights, matrix):
     # Shifted by the identity: the step may map to zero.
-    return moment + moment_step(coordinates, values, rate, weights, moment)
+    moment = _mirrored(matrix)
+    return _mirrored(moment + moment_step(coordinates, values, rate, weights, moment))
+
+
+def _mirrored(matrix):
+    """The symmetric part."""
+    return (matrix + matrix.T) / 2
 
 
 def _drift_scale(values):
@@ -202,11 +208,15 @@ def _drift_scale(values):
     return jnp.where(drift > 0, jax.lax.rsqrt(jnp.where(drift > 0, drift, 1.0)), 0.0)
 
 
-@jax.jit
 def scaled_noise(coordinates, values, weights, moment):
     """C^{-1/2} D C^{-1/2}, with C elementwise in the eigenbasis of H."""
     scale = _drift_scale(values)
     return scale * _batch_moment(coordinates, values, weights, scale * moment)
+
+
+@jax.jit
+def _mirrored_noise(coordinates, values, weights, matrix):
+    return _mirrored(scaled_noise(coordinates, values, weights, _mirrored(matrix)))
 
 
 def exact_threshold(lin, batch_size, sampling, shown=None):
@@ -215,7 +225,7 @@ def exact_threshold(lin, batch_size, sampling, shown=None):
     room = sharp_space(lin)
 
     def apply(moment):
-        return scaled_noise(room.coordinates, room.values, weights, moment)
+        return _mirrored_noise(room.coordinates, room.values, weights, moment)
 
     top = _largest_eigenvalue(apply, room, shown, "the exact threshold")
     return 2 / top / room.scale
@@ -237,17 +247,11 @@ def growth(lin, learning_rate, batch_size, sampling, shown=None):
     return max(found, 1 - 2 * learning_rate * float(lin.eigenvalues[-1]))
 
 
-@jax.jit
-def _mirrored(matrix):
-    """The symmetric part."""
-    return (matrix + matrix.T) / 2
-
-
 def _largest_eigenvalue(apply, room, shown, description):
     """Of a linear map of symmetric matrices, symmetric itself; starts from the identity.
 
-    The map is positive: its top eigenvector is a positive semidefinite matrix, which the
-    identity is never orthogonal to.
+    ``apply`` takes any matrix and maps its symmetric part. The map is positive: its top
+    eigenvector is a positive semidefinite matrix, which the identity is never orthogonal to.
     """
     rank, dtype = room.rank, room.values.dtype
     with progress.bar(shown, EXPECTED_PRODUCTS, description) as steps:
@@ -255,7 +259,7 @@ def _largest_eigenvalue(apply, room, shown, description):
         def product(vector):
             # Rounded before it is padded, and mirrored on the device: the host is slow.
             matrix = np.asarray(vector, dtype).reshape(rank, rank)
-            found = _mirrored(apply(_mirrored(room.pad(matrix))))
+            found = apply(room.pad(matrix))
             steps.update()
             return room.cut(found).astype("f8").ravel()
 
@@ -304,11 +308,11 @@ def stationary(lin, learning_rate, batch_size, sampling):
     found, rest = _stationary(
         room.coordinates,
         room.values,
-        jnp.asarray(residuals / unit, room.values.dtype),
+        narrow(residuals / unit, room.values.dtype),
         room.rate(learning_rate),
         weights,
     )
-    if not rest < 1e-2:
+    if not float(rest) < 1e-2:
         raise ValueError(
             f"learning_rate {learning_rate:.6g} is too close to the exact threshold to "
             "solve for where SGD settles; take a smaller one, or enable jax_enable_x64."
@@ -316,6 +320,7 @@ def stationary(lin, learning_rate, batch_size, sampling):
     return room.cut(found).astype("f8") * (unit**2 / room.scale)
 
 
+@jax.jit
 def minimum_noise(coordinates, values, residuals):
     """The mean of the examples' gradients times themselves at the model's minimum."""
     n, c, width = coordinates.shape

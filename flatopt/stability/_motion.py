@@ -62,7 +62,7 @@ class Motion(NamedTuple):
         dtype = self.room.values.dtype
         largest = np.abs(moment).max()
         unit = largest if largest > 0 else 1.0
-        padded = jnp.asarray(self.room.pad(moment / unit), dtype)
+        padded = self.room.pad(moment / unit).astype(dtype)
         found = _noise(
             self.room.coordinates, self.room.values, self.weights.whole, padded
         )
@@ -349,7 +349,7 @@ def stationary(found: Motion, residuals, rate):
 
     residuals = np.asarray(residuals)
     largest = float(np.abs(residuals).max())
-    errors = jnp.asarray(residuals / (largest or 1.0), found.room.values.dtype)
+    errors = _moments.narrow(residuals / (largest or 1.0), found.room.values.dtype)
     room = found.room
     noise = _moments.minimum_noise(room.coordinates, room.values, errors)
     noise = room.cut(noise).astype("f8") * (largest**2 * room.scale)

@@ -248,8 +248,8 @@ def report(
         lin = linearize(model_fn, params, inputs, targets, loss_scale=scale, **shown)
         targets = _losses.check_targets(outputs, targets)
         whole = _losses.square_loss(model_fn, scale)
-        means = jnp.broadcast_to(targets.mean(axis=0)[None], targets.shape)
-        constant = scale * float(_losses.half_square(means, targets))
+        wide = np.asarray(targets, "f8")
+        constant = scale * np.sum((wide - wide.mean(axis=0)) ** 2) / (2 * len(wide))
     whole, point = _in_coordinates(whole, params, factors)
     hessian = curvature.hessian(whole, point, (inputs, targets))
     top = curvature.eigenpairs(hessian, jax.random.key(0), 1)
@@ -260,7 +260,7 @@ def report(
         batch_size=int(batch_size),
         loss=float(lin.loss),
         reducible_loss=float(lin.reducible_loss),
-        constant_loss=constant,
+        constant_loss=float(constant),
         gradient_norm=float(lin.gradient_norm),
         max_eigenvalue=float(values[0]),
         hessian_eigenvalue=float(top.values[0]),

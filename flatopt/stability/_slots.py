@@ -74,14 +74,16 @@ class Layout(NamedTuple):
             for leaf, place in zip(state_leaves, self.places, strict=True)
         ]
 
-    def take(self, state_leaves):
+    def take(self, state_leaves, numpy=jnp):
         """The slots of a state's leaves, shape (slots, size); zero where one has none."""
-        rows = [[jnp.zeros(size) for size in self.sizes] for _ in range(self.num_slots)]
+        rows = [
+            [numpy.zeros(size) for size in self.sizes] for _ in range(self.num_slots)
+        ]
         for leaf, place in zip(state_leaves, self.places, strict=True):
             if place is not None:
-                rows[place[0]][place[1]] = leaf.astype(jnp.float64).ravel()
-        flat = [jnp.concatenate(row) for row in rows]
-        return jnp.stack(flat) if flat else jnp.zeros((0, self.size))
+                rows[place[0]][place[1]] = leaf.astype(numpy.float64).ravel()
+        flat = [numpy.concatenate(row) for row in rows]
+        return numpy.stack(flat) if flat else numpy.zeros((0, self.size))
 
 
 class Machine(NamedTuple):
@@ -254,7 +256,8 @@ def machine(optimizer, params, opt_state):
             tuple(places),
             tuple(is_fresh),
         )
-        slots = np.asarray(layout.take([jnp.asarray(x) for x in given]))
+        pairs = zip(given, places, strict=True)
+        slots = layout.take([np.asarray(x) if at else x for x, at in pairs], np)
     state = jax.tree.unflatten(structure, given)
     return Machine(optimizer, layout, slots, given, state, parents)
 

@@ -1,5 +1,7 @@
 """The monitor beside training, against closed forms on quadratics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import flatopt
 
+HEAVY_BALL = optax.sgd(0.1, momentum=0.9)
 CURVATURE = np.array([10.0, 4.0, 1.0])
 
 
@@ -15,6 +18,7 @@ def _loss(params, scale):
     return scale * jnp.sum(jnp.asarray(CURVATURE, jnp.float32) * params["p"] ** 2) / 2
 
 
+@functools.cache  # a monitor compiles its own programs
 def _watch(tx, num_steps=40, every=1):
     params = {"p": jnp.ones(3)}
     state, monitor = tx.init(params), flatopt.monitor(_loss, tx, every=every)
@@ -41,7 +45,7 @@ def _watch(tx, num_steps=40, every=1):
     ("tx", "top", "margin"),
     [
         (optax.sgd(0.1), 1.0, 2.0),
-        (optax.sgd(0.1, momentum=0.9), 1.0, 3.8),
+        (HEAVY_BALL, 1.0, 3.8),
         (optax.inject_hyperparams(optax.sgd)(0.05, momentum=0.5), 0.5, 6.0),
         (flatopt.nso_sgd(0.1), 1.0, 3.8),
     ],
@@ -74,7 +78,7 @@ def test_a_schedule_is_followed_and_a_start_at_zero_waited_out():
 
 
 def test_the_critical_rate_is_that_of_the_next_update():
-    results, params, state = _watch(optax.sgd(0.1, momentum=0.9))
+    results, params, state = _watch(HEAVY_BALL)
     slopes = CURVATURE * np.asarray(params["p"])
     update = -0.1 * (slopes + 0.9 * np.asarray(state[0].trace["p"]))
     expected = -2 * (slopes @ update) / (update**2 @ CURVATURE)

@@ -191,22 +191,22 @@ def test_types_never_change(dtype, x64):
     state = tx.init(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert types(jax.eval_shape(tx.init, shapes)) == types(state)
-    updates, new_state = tx.update(
-        _zeros(params), state, params, value_fn=loss_fn, batch=batch
+    found = jax.eval_shape(
+        lambda s: tx.update(params, s, params, value_fn=loss_fn, batch=batch), state
     )
-    assert types(updates) == types(params)
-    assert types(new_state) == types(state)
+    assert types(found) == (types(params), types(state))
 
 
 def test_state_goes_through_scan_cond_map_and_pickle():
-    params, batch = regression()
-    tx = flatopt.lpf_sgd(0.1, 0.1)
+    params = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3]])}
+    tx = flatopt.lpf_sgd(0.1, 0.1, 2, batch_argnames=())
+
+    def value_fn(params):
+        return jnp.sum(jnp.cos(params["w"]))
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(
-            _zeros(params), state, params, value_fn=loss_fn, batch=batch
-        )
+        updates, state = tx.update(_zeros(params), state, params, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), None
 
     start = (params, tx.init(params))

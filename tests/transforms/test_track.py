@@ -1,5 +1,7 @@
 """The tracker against dense Hessians; it changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,22 @@ def test_values_converge_to_those_of_the_hessian_and_margins_follow():
     np.testing.assert_allclose(state.frobenius_margin, margin, rtol=1e-5)
 
 
+@functools.cache
+def _of_squares(batch_size, decay=0.8):
+    """A tracker of ``factor`` times the sum of squares of three ones, and its step."""
+    tx = flatopt.track_stability(0.1, batch_size, every=1, decay=decay)
+    params = jnp.ones(3)
+
+    def value_fn(params, factor):
+        return factor * jnp.sum(params**2)
+
+    @jax.jit
+    def step(state, factor):
+        return tx.update(params, state, params, value_fn=value_fn, factor=factor)[1]
+
+    return tx.init(params), step
+
+
 def test_it_measures_at_every_few_steps_alone_and_compiles_once():
     calls = []
 
@@ -79,7 +97,7 @@ def test_it_measures_at_every_few_steps_alone_and_compiles_once():
 
 def test_training_is_the_same_with_it():
     params, batch = regression()
-    for base in (optax.sgd(0.1, momentum=0.9), flatopt.lpf_sgd(0.1)):
+    for base in (optax.sgd(0.1, momentum=0.9), flatopt.lpf_sgd(0.1, num_samples=2)):
         found = []
         for tx in (base, optax.chain(flatopt.track_stability(0.1, 64, every=2), base)):
             point, state = params, tx.init(params)
@@ -113,14 +131,9 @@ def test_types_never_change(dtype, x64):
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
 def test_a_batch_without_curvature_leaves_no_trace(bad, when):
     # All eigenvalues are 2: every measurement of a good batch is exact.
-    tx = flatopt.track_stability(0.1, 8, every=1)
-    params = jnp.ones(3)
-    state = tx.init(params)
+    state, step = _of_squares(8)
     for index in range(6):
-        factor = bad if index == when else 1.0
-        _, state = tx.update(
-            params, state, params, value_fn=lambda p, f=factor: f * jnp.sum(p**2)
-        )
+        state = step(state, np.float32(bad if index == when else 1.0))
         if index > when:  # already at the next measurement
             np.testing.assert_allclose(state.max_eigenvalue, 2, rtol=1e-6)
             np.testing.assert_allclose(state.eigenvalue_margin, 10, rtol=1e-6)
@@ -131,13 +144,9 @@ def test_a_batch_without_curvature_leaves_no_trace(bad, when):
 @pytest.mark.heart
 @pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e25])
 def test_curvatures_of_every_size_are_measured(size):
-    tx = flatopt.track_stability(0.1, 4, every=1)
-    params = jnp.ones(3)
-    state = tx.init(params)
+    state, step = _of_squares(4)
     for _ in range(4):
-        _, state = tx.update(
-            params, state, params, value_fn=lambda p: size / 2 * jnp.sum(p**2)
-        )
+        state = step(state, np.float32(size / 2))
     np.testing.assert_allclose(state.max_eigenvalue, size, rtol=1e-5)
     np.testing.assert_allclose(state.trace, 3 * size, rtol=1e-5)
     np.testing.assert_allclose(state.frobenius_norm, 3**0.5 * size, rtol=1e-5)
@@ -146,18 +155,14 @@ def test_curvatures_of_every_size_are_measured(size):
 
 
 def test_a_loss_that_becomes_flat_is_seen_to_be_flat():
-    tx = flatopt.track_stability(0.1, 8, every=1, decay=0.5)
-    params = jnp.ones(3)
-    state = tx.init(params)
+    state, step = _of_squares(8, decay=0.5)
     for factor in [1.0] * 4 + [0.0] * 40:
-        _, state = tx.update(
-            params, state, params, value_fn=lambda p, f=factor: f * jnp.sum(p**2)
-        )
+        state = step(state, np.float32(factor))
     assert state.max_eigenvalue == 0
     assert state.trace < 1e-4
     assert state.eigenvalue_margin == jnp.inf
     for _ in range(3):
-        _, state = tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2))
+        state = step(state, np.float32(1))
     np.testing.assert_allclose(state.max_eigenvalue, 2, rtol=1e-6)
 
 
@@ -170,9 +175,11 @@ def test_masked_leaves_are_no_part_of_the_curvature():
 
     tx = flatopt.track_stability(0.1, 8, every=1, mask=mask)
     state = tx.init(params)
-    for _ in range(40):
-        updates, state = tx.update(params, state, params, value_fn=value_fn)
+    updates, _ = tx.update(params, state, params, value_fn=value_fn)
     assert updates is params
+    step = jax.jit(lambda state: tx.update(params, state, params, value_fn=value_fn)[1])
+    for _ in range(40):
+        state = step(state)
     np.testing.assert_allclose(state.max_eigenvalue, 10, rtol=1e-3)
     np.testing.assert_allclose(state.trace, 16, rtol=1e-5)  # signs on a diagonal
     with pytest.raises(TypeError, match="floating point, got int32 at 'n'; .* mask="):
@@ -193,11 +200,12 @@ def test_no_parameters_have_no_curvature():
     assert state.trace == 0
 
 
-@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_it_starts_and_steps_under_the_checks_of_jax(name, flag, standard_promotion):
+def test_it_starts_and_steps_under_the_checks_of_jax(name, standard_promotion):
     tx, params = transformation(name), jnp.ones(3)
-    jax.config.update(flag, True)
+    flags = "jax_debug_nans", "jax_debug_infs"
+    for flag in flags:
+        jax.config.update(flag, True)
     try:
         tx.init(params)
         state = jax.jit(tx.init)(params)
@@ -210,7 +218,8 @@ def test_it_starts_and_steps_under_the_checks_of_jax(name, flag, standard_promot
                 batch=jnp.ones(8),
             )
     finally:
-        jax.config.update(flag, False)
+        for flag in flags:
+            jax.config.update(flag, False)
 
 
 # Devices

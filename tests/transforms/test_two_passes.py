@@ -68,6 +68,13 @@ def _make(name, **options):
     return maker(f"{name}_gradients")(rho=RHO, **OPTIONS[name], **options)
 
 
+# Whose second step is their first at other parameters.
+STATELESS = [
+    (name, {})
+    for name in ("sam", "usam", "gsam", "asam", "filterwise_asam", "fisher_sam")
+]
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [*[(name, {}) for name in OPTIONS], *MORE]
 )
@@ -79,7 +86,7 @@ def test_a_scanned_network_makes_the_steps_of_the_same_network_without_a_loop(
     tx = _make(name, **options)
     jitted = jax.jit(_update(tx, _scanned))
     state = expected = tx.init(params)
-    for _ in range(2):
+    for _ in range(1 if (name, options) in STATELESS else 2):
         updates, state = jitted(state, params, batch)
         others, expected = _update(tx, _unrolled)(expected, params, batch)
         assert_close(updates, others, rtol=1e-4, atol=1e-6)
