@@ -75,6 +75,7 @@ def count(jaxpr, name, made=()):
     return found
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("name", CASES)
 def test_products_are_those_of_jax_without_transposed_sums(name):
     loss, params, shape = CASES[name]

@@ -34,6 +34,7 @@ def wrong_and_told(rows, truth, rounding, scale=1.0):
     return np.linalg.norm(found - truth), float(error) / scale, np.asarray(weights)
 
 
+@pytest.mark.heart
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_alone_takes_all_steps_as_least_squares_does(seed):
     truth, rows = differences(noise=0.1, seed=seed)
