@@ -130,6 +130,7 @@ bench: $(VENV)/.bench
 bench-curvature: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curvature
 	$(BIN)/python -m benchmarks.small
+	$(BIN)/python -m benchmarks.differences
 
 bench-stability: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.stability

@@ -293,3 +293,13 @@ def test_the_page_of_curvature_says_what_was_measured_on_small_problems():
     page = (ROOT / "docs" / "curvature.md").read_text()
     assert render.diagonals(report) in page
     assert render.networks(report) in " ".join(page.split())
+
+
+def test_the_page_of_curvature_says_how_far_off_differences_are():
+    from benchmarks import differences
+
+    report = json.loads(differences.OUTPUT.read_text())
+    page = (ROOT / "docs" / "curvature.md").read_text()
+    assert differences.table(report) in page
+    for title in differences.DTYPES:
+        assert differences.told(report, title) in " ".join(page.split())

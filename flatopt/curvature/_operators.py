@@ -92,7 +92,7 @@ def finite_difference_hessian(
     out where they differ from the rest by more than rounding explains (Lepskii's rule).
 
     :meth:`Operator.product_error` estimates the error of a product, some 1e-4 of it in
-    float32, 0.03 to 0.09 where a smooth network computes in bfloat16. Bounds of eigenpairs
+    float32, 0.03 to 0.2 where a smooth network computes in bfloat16. Bounds of eigenpairs
     contain it; standard errors of :func:`trace` and :func:`probe` do not. Ask for it first
 
     - where the network has kinks, such as those of ReLU: the gradient jumps there, the
