@@ -19,7 +19,7 @@ OUTPUT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "difference
 DTYPES = {"float32": jnp.float32, "computing in bfloat16": jnp.bfloat16}
 
 
-def _mlp(params, x):
+def mlp(params, x):
     return jnp.tanh(x @ params["in"] + params["bias"]) @ params["out"]
 
 
@@ -29,7 +29,7 @@ def _deep(params, x):
     return x @ params["out"]
 
 
-def _cnn(params, x):
+def cnn(params, x):
     x = jax.nn.gelu(jax.lax.conv(x, params["kernel"], (2, 2), "SAME"))
     return x.reshape(len(x), -1) @ params["head"]
 
@@ -47,7 +47,7 @@ def _norm(x, scale):
     return wide.astype(x.dtype) * scale
 
 
-def _transformer(params, tokens):
+def transformer(params, tokens):
     x = params["embed"][tokens]
     query, key, value = jnp.split(_norm(x, params["first"]) @ params["qkv"], 3, -1)
     scores = query @ key.swapaxes(1, 2) / x.shape[-1] ** 0.5
@@ -70,10 +70,10 @@ def _recurrent(params, tokens):
 
 # Name, network, shapes of kernels, shape of inputs, classes; inputs of one number are words.
 NETWORKS = {
-    "MLP, tanh": (_mlp, {"in": (6, 10), "bias": (10,), "out": (10, 4)}, (64, 6), 4),
-    "CNN, GELU": (_cnn, {"kernel": (4, 1, 3, 3), "head": (64, 4)}, (64, 1, 8, 8), 4),
+    "MLP, tanh": (mlp, {"in": (6, 10), "bias": (10,), "out": (10, 4)}, (64, 6), 4),
+    "CNN, GELU": (cnn, {"kernel": (4, 1, 3, 3), "head": (64, 4)}, (64, 1, 8, 8), 4),
     "Transformer": (
-        _transformer,
+        transformer,
         {
             "embed": (8, 8),
             "qkv": (8, 24),
@@ -85,7 +85,7 @@ NETWORKS = {
         8,
     ),
     "wider Transformer": (
-        _transformer,
+        transformer,
         {
             "embed": (12, 16),
             "qkv": (16, 48),
@@ -126,11 +126,11 @@ def make(name, rng):
         return rng.normal(size=shape) / inner**0.5
 
     params = {key: draw(shape) for key, shape in shapes.items()}
-    if network is _transformer:
+    if network is transformer:
         params |= {key: np.ones(len(params["mix"])) for key in ("first", "second")}
     if "embed" in params:
         words = len(params["embed"])
-        labels = shape if network is _transformer else shape[:1]
+        labels = shape if network is transformer else shape[:1]
         data = rng.integers(0, words, shape), rng.integers(0, classes, labels)
     else:
         data = _rounded(rng.normal(size=shape)), rng.integers(0, classes, shape[0])

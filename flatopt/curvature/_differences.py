@@ -27,9 +27,11 @@ class FiniteDifferenceHessian(Kind):
         return self.loss_fn
 
     def linearize(self, params, batch):
-        find = _finder(*self._gradient(params, batch))
-        product = lambda vector: find(vector)[0]  # noqa: E731
-        return self.loss(params, batch), (), product
+        return (
+            self.loss(params, batch),
+            (),
+            _multiplication(*self._gradient(params, batch)),
+        )
 
     def quadratic(self, params, batch, vector):
         _, _, product = self.linearize(params, batch)
@@ -51,20 +53,31 @@ class FiniteDifferenceHessian(Kind):
         A fit of differences at several steps knows what is left of its errors.
         """
         gradient, point, eps = self._gradient(params, batch)
-        find = _finder(gradient, point, eps, is_told=True)
+        rounding = _rounding(gradient, point, eps)
 
         def least(pair):
-            vector, product = pair
-            _, of_gradients, shares = find(vector)
+            row, product = pair
+            unit = blocks.unit(row)
+            vector = blocks.divide(row, unit)
+            step = _step(point, vector, eps)
+            steps, weights, error = [step], [jnp.ones_like(step)], rounding / step
+            if eps > NARROW:
+                steps, (_, weights, error) = _fitted(
+                    gradient, point, vector, step, rounding
+                )
+            shares = jax.tree.map(
+                lambda p, v: _lost(p, v, steps, weights), point, vector
+            )
             moved = vectors.norm(jax.tree.map(jnp.multiply, shares, product))
-            told = of_gradients + eps * vectors.norm(product) / 2 + moved
+            told = unit * error + eps * vectors.norm(product) / 2 + moved
             return jnp.where(vectors.largest(vector) == 0, 0.0, told)
 
-        told = loops.map_rows(least, (blocks.widen(block), found))
+        block = blocks.widen(block)
+        told = loops.map_rows(least, (block, found))
         if eps > NARROW:
             return found, told
-        find = _finder(gradient, point, eps, widening=2.0)
-        return loops.map_rows(lambda row: find(row)[0], blocks.widen(block)), told
+        wider = _multiplication(gradient, point, eps, widening=2.0)
+        return loops.map_rows(wider, block), told
 
     def _gradient(self, params, batch):
         """The gradient, where to take it, and the epsilon of its narrowest dtype."""
@@ -78,24 +91,26 @@ class FiniteDifferenceHessian(Kind):
         return gradient, point, max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
-def _finder(gradient, point, eps, widening=1.0, is_told=False):
-    """A function of a vector: product, errors of its gradients, shares of moves lost."""
-    rounding = 0.0  # what it may do to a difference at step 1
-    if is_told or eps > NARROW:
-        rounding = vectors.norm(blocks.widen(gradient(point))) * (eps / 2)
+def _multiplication(gradient, point, eps, widening=1.0):
+    """The product as a function of the vector."""
+    rounding = _rounding(gradient, point, eps) if eps > NARROW else None
 
-    def find(vector):
+    def multiply(vector):
         unit = blocks.unit(vector)
         vector = blocks.divide(vector, unit)
         step = widening * _step(point, vector, eps)
-        if eps <= NARROW:
-            product, error = _difference(gradient, point, vector, step), rounding
-            shares = jax.tree.map(lambda p, v: _lost(p, v, step), point, vector)
+        if rounding is None:
+            product = _difference(gradient, point, vector, step)
         else:
-            product, error, shares = _fitted(gradient, point, vector, step, rounding)
-        return vectors.scale(unit, product), unit * error / step, shares
+            _, (product, _, _) = _fitted(gradient, point, vector, step, rounding)
+        return vectors.scale(unit, product)
 
-    return find
+    return multiply
+
+
+def _rounding(gradient, point, eps):
+    """What rounding may do to a difference at step 1, a norm."""
+    return vectors.norm(blocks.widen(gradient(point))) * (eps / 2)
 
 
 def _difference(gradient, point, vector, step):
@@ -110,18 +125,10 @@ def _difference(gradient, point, vector, step):
 
 
 def _fitted(gradient, point, vector, step, rounding):
-    """``(product, error at step 1, shares of moves lost)`` of differences at several steps."""
+    """The steps of several differences, and what :func:`_steps.fit` makes of these."""
     steps = step * jnp.asarray(_steps.STEPS, step.dtype)
     rows = loops.map_rows(lambda h: _difference(gradient, point, vector, h), steps)
-    product, weights, error = _steps.fit(rows, rounding / step)
-
-    def lost(p, v):
-        return sum(
-            jnp.abs(w).astype(v.dtype) * _lost(p, v, h)
-            for w, h in zip(weights, steps, strict=True)
-        )
-
-    return product, error * step, jax.tree.map(lost, point, vector)
+    return steps, _steps.fit(rows, rounding / step)
 
 
 def _widened(loss_fn, params, batch):
@@ -162,12 +169,21 @@ def _step(params, vector, eps):
     return jnp.maximum(SHARE * eps ** (1 / 3) * size / move, least)
 
 
-def _lost(param, vector, step):
-    """The share of a leaf's move, by its length, that rounding of the parameter may take."""
+def _lost(param, vector, steps, weights):
+    """The share of a leaf's moves, by their length, that rounding of the parameter may take."""
     half = jnp.abs(trees.widen(param)) * float(jnp.finfo(param.dtype).eps / 2)
-    lost = jnp.minimum(half / step.astype(vector.dtype), jnp.abs(vector))
     length = vectors.norm(vector)
-    return (vectors.norm(lost) / jnp.where(length == 0, 1.0, length)).astype(lost.dtype)
+    length = jnp.where(length == 0, 1.0, length)
+
+    def share(step):
+        lost = jnp.minimum(half / step.astype(vector.dtype), jnp.abs(vector))
+        return (vectors.norm(lost) / length).astype(lost.dtype)
+
+    shares = [share(step) for step in steps]
+    return sum(
+        jnp.abs(weight).astype(x.dtype) * x
+        for weight, x in zip(weights, shares, strict=True)
+    )
 
 
 def _root_mean_square(x):

@@ -25,8 +25,6 @@ from flatopt.curvature._operator import (
 )
 
 GROUP = 8  # vectors that share one pass over streamed data
-
-
 MOST_PROBES = 1 << 14
 
 
@@ -390,13 +388,8 @@ def summarize(params, moments, count, factor):
             )
         value, error = (host.send(x, params) for x in (value, error))
         found[name] = Estimate(value, error, count)
-    return Probe(
-        trace=found["trace"],
-        diagonal=found["diagonal"],
-        frobenius_norm=found["square"],
-        layer_traces=found["layers"],
-        row_norms=found["rows"],
-    )
+    fields = "trace", "diagonal", "square", "layers", "rows"
+    return Probe(*map(found.get, fields))
 
 
 def _like(array, number):

@@ -10,6 +10,7 @@ import optax
 import pytest
 from helpers import assert_close, count_compilations, leaves_array
 
+from benchmarks import differences
 from flatopt import curvature
 
 KEY = jax.random.key(0)
@@ -25,34 +26,9 @@ def _normal(*shape, scale=1.0):
     return scale * RNG.normal(size=shape)
 
 
-def _mlp(params, inputs):
-    return jnp.tanh(inputs @ params["in"] + params["bias"]) @ params["out"]
-
-
-def _cnn(params, inputs):
-    x = jax.lax.conv(inputs, params["kernel"], (2, 2), "SAME")
-    return jax.nn.gelu(x).reshape(len(x), -1) @ params["head"]
-
-
-def _norm(x, scale):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = wide - wide.mean(-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-5)
-    return wide.astype(x.dtype) * scale
-
-
-def _transformer(params, tokens):
-    x = params["embed"][tokens]
-    query, key, value = jnp.split(_norm(x, params["first"]) @ params["qkv"], 3, -1)
-    scores = query @ key.swapaxes(1, 2) / x.shape[-1] ** 0.5
-    x = x + jax.nn.softmax(scores, -1) @ value @ params["mix"]
-    x = x + jax.nn.gelu(_norm(x, params["second"]) @ params["up"]) @ params["down"]
-    return x @ params["embed"].T
-
-
 NETWORKS = {
     "MLP": (
-        _mlp,
+        differences.mlp,
         {
             "in": _normal(6, 10, scale=6**-0.5),
             "bias": _normal(10, scale=0.1),
@@ -61,7 +37,7 @@ NETWORKS = {
         (_normal(64, 6), RNG.integers(0, 4, 64)),
     ),
     "CNN": (
-        _cnn,
+        differences.cnn,
         {
             "kernel": _normal(4, 1, 3, 3, scale=1 / 3),
             "head": _normal(64, 4, scale=1 / 8),
@@ -69,7 +45,7 @@ NETWORKS = {
         (_normal(64, 1, 8, 8), RNG.integers(0, 4, 64)),
     ),
     "Transformer": (
-        _transformer,
+        differences.transformer,
         {
             "embed": _normal(8, 8, scale=0.5),
             "qkv": _normal(8, 24, scale=8**-0.5),
