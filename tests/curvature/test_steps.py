@@ -126,3 +126,44 @@ def test_kinks_are_told(dtype):
         assert off <= 1.2 * operator.product_error(vector)
         offs.append(off / optax.tree.norm(truth))
     assert max(offs) > 0.3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_few_digits_streamed_and_inside_jit_and_vmap(dtype):
+    rng = np.random.default_rng(0)
+    params = [
+        jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, "f4") for s in ((6, 8), (8, 4))
+    ]
+    inputs = jnp.asarray(rng.normal(size=(48, 6)), "f4")
+    labels = jnp.asarray(rng.integers(0, 4, 48))
+
+    def loss_fn(params, batch, dtype=jnp.float32):
+        first, second = (x.astype(dtype) for x in params)
+        logits = jnp.tanh(batch[0].astype(dtype) @ first) @ second
+        logits = logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    def narrow(params, batch):
+        return loss_fn(params, batch, dtype)
+
+    data = inputs, labels
+    batches = [(inputs[:16], labels[:16]), (inputs[16:], labels[16:])]
+    vector = [jnp.asarray(rng.normal(size=x.shape), "f4") for x in params]
+    truth = curvature.hessian(loss_fn, params, data).matvec(vector)
+
+    def check(found, told):
+        off = optax.tree.norm(optax.tree.sub(found, truth))
+        assert off <= told
+        assert off <= 0.1 * optax.tree.norm(truth)
+
+    def measure(params, vector):
+        operator = curvature.finite_difference_hessian(narrow, params, data)
+        return operator.matvec(vector), operator.product_error(vector)
+
+    streamed = curvature.finite_difference_hessian(narrow, params, batches)
+    check(streamed.matvec(vector), streamed.product_error(vector))
+    check(*jax.jit(measure)(params, vector))
+    pair = jax.tree.map(lambda x: jnp.stack([x, -x]), vector)
+    found = jax.vmap(measure, in_axes=(None, 0))(params, pair)
+    check(*jax.tree.map(lambda x: x[0], found))
+    np.testing.assert_allclose(found[0][0][1], -found[0][0][0], rtol=1e-4, atol=1e-6)
