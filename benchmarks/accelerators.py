@@ -48,6 +48,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 SHARDED = "transformer, 4 chips"
+LARGER = {f"resnet18, {size}": size for size in (512, 1024)}  # batches
 
 
 def ivon(problem):
@@ -74,6 +75,9 @@ ROWS = {
     "LPF normal, scan, rbg key": (c.lpf("normal", "scan"), "rbg"),
     "LPF normal, auto, rbg key": (c.lpf("normal", "auto"), "rbg"),
     "LPF no noise, vmap": (c.lpf("no noise", "vmap"), None),
+    "LPF signs, scan, 2 chunks": (c.lpf("signs", "scan", 2), None),
+    "LPF signs, vmap, 2 chunks": (c.lpf("signs", "vmap", 2), None),
+    "LPF signs, scan, 4 chunks": (c.lpf("signs", "scan", 4), None),
     "IVON": (ivon, None),
 }
 # Minutes each: without --rows these alone.
@@ -81,7 +85,10 @@ FEW = {
     "resnet18": ("plain", "LPF no noise, scan", "LPF signs, scan", "NSO signs"),
     SHARDED: ("plain", "LPF signs, scan", "NSO signs"),
 }
-FEW |= {name: ("plain", "LPF signs, scan", "LPF signs, vmap") for name in layouts.NAMES}
+FEW |= {
+    name: ("plain", "LPF signs, scan", "LPF signs, vmap")
+    for name in (*LARGER, *layouts.NAMES)
+}
 
 
 def find_topology(target):
@@ -155,6 +162,8 @@ def problem_named(name):
     if name == SHARDED:
         # As many sequences a chip as on one chip, in as many chunks.
         return make_large("transformer", abstract=True, batch_size=32)
+    if name in LARGER:
+        return make_large("resnet18", abstract=True, batch_size=LARGER[name])
     if name in layouts.NAMES:
         return layouts.make(name)
     return make_large(name, abstract=True)
@@ -174,13 +183,14 @@ def versions(target):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    names = [*NAMES, SHARDED, *layouts.NAMES]
+    names = [*NAMES, SHARDED, *LARGER, *layouts.NAMES]
     add("--target", choices=["tpu", "h100"], default="tpu")
     add("--problems", nargs="+", choices=names, default=names)
     add(
         "--rows", nargs="+", choices=list(ROWS), help="all if absent; few of those slow"
     )
     add("--results", type=pathlib.Path, default=RESULTS)
+    add("--programs", type=pathlib.Path, help="a folder that keeps the programs' texts")
     arguments = parser.parse_args(argv)
     topology = find_topology(arguments.target)
     path, report = arguments.results, {}
@@ -205,6 +215,9 @@ def main(argv=None):
                     problem, make, topology, generator, name == SHARDED
                 )
                 figures = measure(compiled)
+                if arguments.programs:
+                    kept = arguments.programs / f"{arguments.target}, {name}, {row}.txt"
+                    kept.write_text(compiled.as_text())
             except Exception as error:  # the other rows go on
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
             figures["compile_seconds"] = round(time.perf_counter() - start, 1)
