@@ -206,7 +206,7 @@ def main(argv=None):
         found["num_parameters"] = problem.num_parameters
         found["batch_size"] = len(problem.batch["labels"])
         if name != SHARDED:
-            found["rule"] = layouts.rule_for(problem)
+            found["rule"] = layouts.rule_for(problem, arguments.target)
         for row in arguments.rows or FEW.get(name, ROWS):
             make, generator = ROWS[row]
             start = time.perf_counter()

@@ -6,7 +6,7 @@ from flax import nnx
 
 from benchmarks.large import Decoder, language_problem, of_images
 from benchmarks.problems import CNN, ResNet18, TransformerBlock
-from flatopt._core import layout
+from flatopt._core import rules
 
 TITLES = {
     "cnn": "CNN of four convolutions",
@@ -16,8 +16,9 @@ TITLES = {
     "mixer": "MLP-Mixer of six blocks",
     "vit, wide": "ViT of six blocks, twice as wide",
 }
-# The same network with fewer images a chunk.
-TITLES |= {f"cnn, {batch}": TITLES["cnn"] for batch in (128, 256, 512)}
+# The same networks with fewer or more images a chunk.
+TITLES |= {f"cnn, {batch}": TITLES["cnn"] for batch in (128, 256, 512, 4096)}
+TITLES |= {"resnet10, 512": TITLES["resnet10"]}
 NAMES = tuple(TITLES)
 CHUNKS = 8
 
@@ -80,23 +81,22 @@ def make(name):
     """One of :data:`NAMES` as shapes, in bfloat16."""
     if name == "decoder":
         return language_problem(name, Decoder(4, 256, 4, 8192, 128), 64)
-    if name.startswith("cnn, "):
-        return of_images(
-            name, lambda: CNN(nnx.Rngs(0)), 24, int(name[5:]), jnp.bfloat16
-        )
+    kind, _, other = name.partition(", ")
+    kind = kind if other.isdigit() else name
     network, options, side, batch_size = {
         "cnn": (CNN, (), 24, 1024),
         "resnet10": (ResNet18, [(64, 64, 128, 256, 512)], 32, 128),
         "vit": (ViT, (), 32, 256),
         "vit, wide": (ViT, [384], 32, 256),
         "mixer": (Mixer, (), 32, 256),
-    }[name]
+    }[kind]
+    batch_size = int(other) if other.isdigit() else batch_size
     make_model = lambda: network(nnx.Rngs(0), *options)  # noqa: E731
     return of_images(name, make_model, side, batch_size, jnp.bfloat16)
 
 
-def rule_for(problem):
-    """What ``strategy="auto"`` takes on accelerators for chunks of a batch."""
+def rule_for(problem, target):
+    """What ``strategy="auto"`` takes on a target for chunks of a batch."""
 
     def chunk(x):
         return jax.ShapeDtypeStruct((len(x) // CHUNKS, *x.shape[1:]), x.dtype)
@@ -106,4 +106,5 @@ def rule_for(problem):
 
     batch = {name: chunk(x) for name, x in problem.batch.items()}
     traced = jax.make_jaxpr(value_and_grad)(problem.params, batch)
-    return layout.strategy_elsewhere(traced.jaxpr, CHUNKS, True)
+    rule = {"tpu": rules.strategy_on_tpu, "h100": rules.strategy_on_gpu}[target]
+    return rule(traced.jaxpr, CHUNKS, True)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import flatopt
+from flatopt._core import platforms
 
 STRATEGIES = ["vmap", "scan", "unroll", 3, "auto"]
 
@@ -405,6 +406,16 @@ def public_transformations():
         for name, function in functions.items()
         if inspect.signature(function, eval_str=True).return_annotation in kinds
     }
+
+
+def take_ways_of(monkeypatch, platform):
+    """Run what programs for another platform hold, on CPU."""
+
+    def choose(on_cpu, elsewhere, *args, on_tpu=None):
+        ways = {"cpu": on_cpu, "tpu": on_tpu or elsewhere}
+        return ways.get(platform, elsewhere)(*args)
+
+    monkeypatch.setattr(platforms, "choose", choose)
 
 
 def collectives(lowered):

@@ -128,11 +128,29 @@ def float_dtypes(jaxpr):
 
 def num_convolutions(jaxpr):
     """How many convolutions a jaxpr holds, those of a loop's body once."""
-    return sum(
-        (equation.primitive.name == CONVOLUTION)
-        + sum(map(num_convolutions, _inner_jaxprs(equation)))
-        for equation in jaxpr.eqns
-    )
+    return len(_convolutions(jaxpr))
+
+
+def convolution_flops(jaxpr):
+    """The floating-point operations of each convolution, zeros of strides included."""
+    return [_flops(equation) for equation in _convolutions(jaxpr)]
+
+
+def _convolutions(jaxpr):
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == CONVOLUTION:
+            found.append(equation)
+        for inner in _inner_jaxprs(equation):
+            found.extend(_convolutions(inner))
+    return found
+
+
+def _flops(convolution):
+    """Each value of the result is a sum over one filter of the kernel."""
+    kernel = convolution.invars[1].aval
+    num_filters = kernel.shape[convolution.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * convolution.outvars[0].aval.size * kernel.size // max(num_filters, 1)
 
 
 def has_convolution(jaxpr):

@@ -6,17 +6,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import jaxprs, platforms
+from flatopt._core import jaxprs, platforms, rules
 from flatopt._core.loops import repeat
 from flatopt._core.platforms import is_staged
 from flatopt._core.sharding import explicit_sharding, make_varying, varying_axes
 
-MOST_UNROLLED = 16
-MOST_UNROLLED_VALUES = 1_000_000
-MOST_UNROLLED_CONVOLUTIONS = 16
-MOST_BATCHED_BYTES = 128e6
-LOOPS = ("scan", "while")
-INNER = (*LOOPS, "cond")
+INNER = (*rules.LOOPS, "cond")
 
 
 def split_batch(kwargs, names, num_samples, count_name="num_samples"):
@@ -178,13 +173,14 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
     traced, jaxpr = jaxprs.trace(one, jnp.int32(0), [x[:, 0] for x in arrays])
     if strategy != "auto":
         return lay_out(strategy, traced)
-    on_cpu = strategy_on_cpu(jaxpr, num_samples, rematerialize)
-    elsewhere = strategy_elsewhere(jaxpr, num_samples, bool(arrays))
-    if on_cpu == elsewhere:
-        return lay_out(on_cpu, traced)
-    return platforms.choose(
-        lambda: lay_out(on_cpu, traced), lambda: lay_out(elsewhere, traced)
+    names = (
+        rules.strategy_on_cpu(jaxpr, num_samples, rematerialize),
+        rules.strategy_on_gpu(jaxpr, num_samples, bool(arrays)),
+        rules.strategy_on_tpu(jaxpr, num_samples, bool(arrays)),
     )
+    ways = {name: functools.partial(lay_out, name, traced) for name in names}
+    on_cpu, on_gpu, on_tpu = (ways[name] for name in names)
+    return platforms.choose(on_cpu, on_gpu, on_tpu=on_tpu)
 
 
 def mean_of_pair(one, draw):
@@ -214,7 +210,7 @@ def mean_of_pair(one, draw):
         later, _ = jax.lax.optimization_barrier((noise, first[0]))
         return _mean_of_two([first, traced(signs[1], later)])
 
-    if not has_loop(jaxpr):
+    if not rules.has_loop(jaxpr):
         return platforms.choose(copies, in_turn)
 
     def kept():
@@ -256,7 +252,7 @@ def two_passes(value_and_grad, first, move):
     if not is_staged():
         return copies(value_and_grad, value_and_grad)
     traced, jaxpr = jaxprs.trace(value_and_grad, first)
-    rounds = _two_rounds(traced, jaxpr, first, move) if has_loop(jaxpr) else None
+    rounds = _two_rounds(traced, jaxpr, first, move) if rules.has_loop(jaxpr) else None
     if rounds is None:
         return copies(traced, value_and_grad)
     if _is_slow_in_rounds(jaxpr):
@@ -299,11 +295,6 @@ def _two_rounds(traced, jaxpr, first, move):
     return lambda: jax.lax.scan(step, (value, grads, kept), rounds)[0]
 
 
-def has_loop(jaxpr):
-    """Whether a jaxpr holds a loop, such as scanned layers."""
-    return any(jaxprs.has_primitive(jaxpr, name) for name in LOOPS)
-
-
 def _unroll(one, num_samples):
     total, aux = one(jnp.int32(0))
     auxes = [aux]
@@ -343,46 +334,3 @@ def _zeros(aval):
     sharding = explicit_sharding(aval)
     zeros = jnp.zeros(aval.shape, aval.dtype, out_sharding=sharding)
     return make_varying(zeros, varying_axes(aval))
-
-
-def strategy_on_cpu(jaxpr, num_samples, rematerialize=False):
-    """The layout for ``strategy="auto"`` in a trace, on CPU; see ``docs/strategies.md``.
-
-    A loop, but for convolutions in two cases. Few parameters in few layers: XLA runs the
-    samples side by side, which is a little faster, and their compile time is made up for
-    within 500 steps. Convolutions that XLA would run slowly in a loop: those that cannot be
-    rewritten, and those of a backward pass that is still to come.
-    """
-    if (
-        num_samples <= MOST_UNROLLED
-        and jaxprs.has_convolution(jaxpr)
-        and (_is_small(jaxpr) or rematerialize or not jaxprs.are_fast_in_loops(jaxpr))
-    ):
-        return "unroll"
-    return "scan"
-
-
-def strategy_elsewhere(jaxpr, num_samples, is_split):
-    """The layout for ``strategy="auto"`` in a trace, on accelerators.
-
-    All chunks of a batch at once where the network is of dense layers alone and a copy of
-    its parameters for each chunk is small: a loop would start many small kernels. A whole
-    batch for each sample would multiply the activations, so it takes the loop.
-    """
-    inner = (jaxprs.CONVOLUTION, *LOOPS)
-    is_dense = not any(
-        jaxprs.has_primitive(jaxpr, name, platforms.ELSEWHERE) for name in inner
-    )
-    size = 4 * num_samples * _num_values(jaxpr)
-    return "vmap" if is_split and is_dense and size <= MOST_BATCHED_BYTES else "scan"
-
-
-def _is_small(jaxpr):
-    return (
-        _num_values(jaxpr) <= MOST_UNROLLED_VALUES
-        and jaxprs.num_convolutions(jaxpr) <= MOST_UNROLLED_CONVOLUTIONS
-    )
-
-
-def _num_values(jaxpr):
-    return sum(v.aval.size for v in jaxpr.outvars)

@@ -10,18 +10,24 @@ import jax.numpy as jnp
 from flatopt._core import trees
 
 CPU = "cpu"
+TPU = "tpu"
 ELSEWHERE = "elsewhere"
 
 
-def choose(on_cpu, elsewhere, *args):
+def choose(on_cpu, elsewhere, *args, on_tpu=None):
     """``on_cpu(*args)`` in programs for CPU, ``elsewhere(*args)`` in those for others.
 
-    Outside a trace it is the platform of the arrays.
+    With ``on_tpu`` the programs for TPUs have a way of their own. Outside a trace it is the
+    platform of the arrays.
     """
+    ways = {CPU: on_cpu, TPU: on_tpu or elsewhere}
+    ways = {name: way for name, way in ways.items() if way is not elsewhere}
+    if not ways:
+        return elsewhere(*args)
     leaves = jax.tree.leaves(args)
     if not trees.is_traced(leaves) and not is_staged():
-        return (on_cpu if platform_of(leaves) == CPU else elsewhere)(*args)
-    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
+        return ways.get(platform_of(leaves), elsewhere)(*args)
+    return jax.lax.platform_dependent(*args, **ways, default=elsewhere)
 
 
 def platform_of(leaves):
@@ -36,16 +42,17 @@ def platform_of(leaves):
 
 
 def branches_on(equation, platform):
-    """The jaxprs of an equation that :func:`choose` made, on one of the two; else None."""
+    """The jaxprs of an equation that :func:`choose` made, on CPU or elsewhere; else None."""
     platforms = equation.params.get("branches_platforms")
     if platforms is None:
         return None
-    is_cpu = platform == CPU
-    return [
-        branch
-        for branch, names in zip(equation.params["branches"], platforms, strict=True)
-        if (names is not None and CPU in names) == is_cpu
+    # The last branch, of no names, is that of the platforms which are not named.
+    named = {name for names in platforms for name in names or ()}
+    on_cpu = [
+        CPU in (names if names is not None else {CPU} - named) for names in platforms
     ]
+    branches = zip(equation.params["branches"], on_cpu, strict=True)
+    return [branch for branch, is_cpu in branches if is_cpu == (platform == CPU)]
 
 
 def is_staged():

@@ -244,3 +244,23 @@ def test_the_precision_is_that_of_what_depends_on_the_parameters():
 
     assert dtypes(narrow_inside) == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
     assert dtypes(narrow_beside) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_flops_of_a_convolution_and_of_its_gradients(groups):
+    """Two for each product: batch x places x outputs x (inputs of a group x window)."""
+    images, kernel = jnp.ones((5, 8, 8, 4)), jnp.ones((3, 3, 4 // groups, 6))
+
+    def convolution(images, kernel):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    def flops(function):
+        return jaxprs.convolution_flops(jax.make_jaxpr(function)(images, kernel).jaxpr)
+
+    one = 2 * 5 * 8 * 8 * 6 * (4 // groups * 3 * 3)
+    assert flops(convolution) == [one]
+    loss = lambda *args: convolution(*args).sum()  # noqa: E731
+    assert flops(jax.jit(jax.grad(loss, argnums=(0, 1)))) == [one] * 3

@@ -7,7 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, loss_fn, regression
+from helpers import assert_close, loss_fn, regression, take_ways_of
 
 import flatopt
 from flatopt import kernels
@@ -64,16 +64,34 @@ def test_whole_batches_and_named_layouts_are_laid_out_as_said(options, num_loops
         assert _program(traced, platform).count("stablehlo.while") == num_loops
 
 
-def test_a_small_convolution_is_unrolled_on_cpu_and_in_a_loop_elsewhere():
+def test_a_small_convolution_is_unrolled_on_cpu_looped_on_gpu_and_batched_on_tpu():
     params = {"w": jnp.ones((3, 4, 5))}
     traced = _trace(_convolutional, params, jnp.ones((8, 6, 4)))
-    # A forward and a backward convolution for each of the four samples, or for the loop.
-    text = _program(traced, "cpu")
-    assert text.count("stablehlo.convolution(") == 8
-    for platform in ACCELERATORS:
+    # A forward and a backward convolution for each of the four samples, or for all.
+    num_convolutions = {"cpu": 8, "cuda": 2, "tpu": 2}
+    for platform, expected in num_convolutions.items():
         text = _program(traced, platform)
-        assert text.count("stablehlo.while") == 1
-        assert text.count("stablehlo.convolution(") == 2
+        assert text.count("stablehlo.convolution(") == expected
+        if platform != "cpu":  # where generators are loops
+            assert text.count("stablehlo.while") == (platform == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("num_features", "num_rows", "expected"),
+    [
+        (64, 2048, 0),  # 3 x 64 x 64 x 4,096 x 2 operations a chunk: 0.1 billion
+        (512, 2048, 1),  # 6 billion
+        (2000, 8, 0),  # 12 million parameters
+        (4000, 8, 1),  # 4 x 48 million x 4 bytes
+    ],
+)
+def test_large_convolutions_keep_the_loop_of_samples_on_tpu(
+    num_features, num_rows, expected
+):
+    shapes = (3, num_features, num_features), (4, num_rows, num_features)
+    params, batch = (jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes)
+    traced = _trace(_convolutional, {"w": params}, batch)
+    assert _program(traced, "tpu").count("stablehlo.while") == expected
 
 
 def test_convolutions_in_loops_are_rewritten_on_cpu_alone():
@@ -97,12 +115,17 @@ def test_scanned_layers_keep_the_loop_of_samples_everywhere():
         assert _program(traced, platform).count("stablehlo.while") == 3
 
 
-def test_a_large_network_keeps_the_loop_of_samples():
-    params = jax.eval_shape(lambda: {"w": jnp.ones((4096, 4096))})
-    batch = jax.eval_shape(lambda: jnp.ones((8, 4096)))
+@pytest.mark.parametrize(
+    ("width", "platforms"), [(4096, ["cuda"]), (8192, ACCELERATORS)]
+)
+def test_a_large_network_keeps_the_loop_of_samples(width, platforms):
+    params = {"w": jax.ShapeDtypeStruct((width, width), jnp.float32)}
+    batch = jax.ShapeDtypeStruct((8, width), jnp.float32)
     loss = lambda params, batch: jnp.mean((batch @ params["w"]) ** 2)  # noqa: E731
-    traced = _trace(loss, params, batch)  # 4 x 16.8 million x 4 bytes
-    assert _program(traced, "tpu").count("stablehlo.while") == 1
+    traced = _trace(loss, params, batch)  # 4 x width x width x 4 bytes
+    for platform in ACCELERATORS:
+        loops = _program(traced, platform).count("stablehlo.while")
+        assert loops == (platform in platforms)
 
 
 @pytest.mark.parametrize("sampler", ["normal", "uniform", "laplace", "signs"])
@@ -129,14 +152,11 @@ def test_both_ways_of_drawing_give_the_same_values(sampler, shape, monkeypatch):
     params = {"a": jnp.ones(shape), "b": jnp.ones((3, 7))}
     kernel = kernels.isotropic(getattr(kernels, sampler))
     found = {}
-    for name in ("cpu", "elsewhere"):
-        take = lambda on_cpu, elsewhere, *args, name=name: (  # noqa: E731
-            on_cpu if name == "cpu" else elsewhere
-        )(*args)
-        monkeypatch.setattr(platforms, "choose", take)
+    for name in ("cpu", "gpu"):
+        take_ways_of(monkeypatch, name)
         found[name] = jax.jit(lambda key: kernel(key, params))(KEY)
     for name, leaf in found["cpu"].items():
-        np.testing.assert_array_equal(leaf, found["elsewhere"][name])
+        np.testing.assert_array_equal(leaf, found["gpu"][name])
 
 
 def test_small_leaves_are_drawn_by_one_generator_on_cpu_and_apart_elsewhere():

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, maker
+from helpers import assert_close, maker, take_ways_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flatopt
 from flatopt import kernels
-from flatopt._core import platforms
 
 RHO = 0.3
 OPTIONS = {
@@ -152,11 +151,8 @@ def test_noise_drawn_once_more_is_the_same(sampler, monkeypatch):
     kernel = kernels.filterwise(sampler)
     tx = flatopt.smooth_gradients(0.1, kernel, antithetic=True, num_samples=2)
     expected, _ = _update(tx, _unrolled)(tx.init(params), params, batch)
-    for name in ("on_cpu", "elsewhere"):
-        take = lambda on_cpu, elsewhere, *args, name=name: (  # noqa: E731
-            on_cpu if name == "on_cpu" else elsewhere
-        )(*args)
-        monkeypatch.setattr(platforms, "choose", take)
+    for name in ("cpu", "gpu", "tpu"):
+        take_ways_of(monkeypatch, name)
         step = jax.jit(lambda *args: _update(tx, _scanned)(*args))
         found, _ = step(tx.init(params), params, batch)
         assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -252,9 +248,8 @@ def test_two_copies_and_two_rounds_make_the_same_step(name, monkeypatch):
     params, batch, value_fn = _with_convolutions(jax.checkpoint(_convolve))
     tx = OF_TWO_PASSES[name]()
     expected, _ = _update(tx, value_fn)(tx.init(params), params, batch)
-    for index in (0, 1):
-        take = lambda *ways, index=index: ways[index](*ways[2:])  # noqa: E731
-        monkeypatch.setattr(platforms, "choose", take)
+    for platform in ("cpu", "gpu"):
+        take_ways_of(monkeypatch, platform)
         step = jax.jit(lambda *args: _update(tx, value_fn)(*args))
         found, _ = step(tx.init(params), params, batch)
         assert_close(found, expected, rtol=1e-4, atol=1e-6)
