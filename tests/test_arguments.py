@@ -286,6 +286,7 @@ SKIPPED = {
     "kernels.normal",
     "kernels.signs",
     "kernels.uniform",
+    "kernels.irwin_hall",
     "kernels.laplace",
 }
 

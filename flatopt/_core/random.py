@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import platforms
+from flatopt._core import platforms, quantile
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -130,12 +130,17 @@ def laplace(key, shape, dtype, out_sharding=None):
 
 
 @_jit
+def irwin_hall(key, shape, dtype, out_sharding=None):
+    return to_irwin_hall(bits(key, shape, out_sharding)).astype(dtype)
+
+
+@_jit
 def signs(key, shape, dtype, out_sharding=None):
     return to_signs(_flags(key, shape, out_sharding)).astype(dtype)
 
 
 def to_normal(words):
-    return jnp.float32(2**0.5) * jax.lax.erf_inv(_open_interval(words))
+    return quantile.normal_quantile(_open_interval(words))
 
 
 def to_uniform(words):
@@ -146,6 +151,14 @@ def to_laplace(words):
     values = _open_interval(words)
     size = -jnp.log1p(-jnp.abs(values)) / jnp.float32(2**0.5)
     return jnp.sign(values) * size
+
+
+def to_irwin_hall(words):
+    """The sum of the four bytes of a word: two pairs at a time, then their sum."""
+    pairs = (words & jnp.uint32(0x00FF00FF)) + ((words >> 8) & jnp.uint32(0x00FF00FF))
+    total = (pairs & jnp.uint32(0xFFFF)) + (pairs >> 16)
+    deviation = math.sqrt(4 * (256**2 - 1) / 12)
+    return (total.astype(jnp.float32) - 510) * jnp.float32(1 / deviation)
 
 
 def to_signs(flags):

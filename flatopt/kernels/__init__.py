@@ -17,12 +17,13 @@ from flatopt.kernels._hardware import polynomial, relative_to_max, rounding
 from flatopt.kernels._independent import elementwise, filterwise, isotropic
 from flatopt.kernels._kernel import Kernel
 from flatopt.kernels._samplers import Sampler as Sampler
-from flatopt.kernels._samplers import laplace, normal, signs, uniform
+from flatopt.kernels._samplers import irwin_hall, laplace, normal, signs, uniform
 
 __all__ = [
     "Kernel",
     "elementwise",
     "filterwise",
+    "irwin_hall",
     "isotropic",
     "laplace",
     "masked",

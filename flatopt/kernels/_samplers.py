@@ -13,11 +13,13 @@ Sampler = Callable[..., jax.Array]
 
 
 def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
-    """Standard normal values: those of ``jax.random.normal``, drawn faster.
+    """Standard normal values: those of ``jax.random.normal`` up to rounding, drawn faster.
 
-    The values are computed in float32 whatever ``dtype`` (a bfloat16 draw of
-    ``jax.random.normal`` never exceeds 2.9). The generator is written so that XLA fuses
-    it with what uses the noise; on CPU this is faster and stores no random words.
+    The random words are the same; of the exact values that belong to them these differ by
+    at most 1e-5, those of ``jax.random.normal`` by up to 2.2e-5. The values are computed in
+    float32 whatever ``dtype`` (a bfloat16 draw of ``jax.random.normal`` never exceeds 2.9).
+    The generator is written so that XLA fuses it with what uses the noise; on CPU this is
+    faster and stores no random words.
 
     Args:
       key: a JAX random key.
@@ -31,7 +33,8 @@ def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
     Example:
       >>> import jax, flatopt
       >>> key = jax.random.key(0)
-      >>> bool((flatopt.kernels.normal(key, (9,)) == jax.random.normal(key, (9,))).all())
+      >>> difference = flatopt.kernels.normal(key, (9,)) - jax.random.normal(key, (9,))
+      >>> bool(abs(difference).max() < 3e-5)
       True
     """
     return random.normal(key, tuple(shape), dtype, out_sharding)
@@ -79,6 +82,31 @@ def uniform(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
       (1.0, True)
     """
     return random.uniform(key, tuple(shape), dtype, out_sharding)
+
+
+def irwin_hall(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
+    """Nearly normal values: the sum of the four bytes of a random word.
+
+    Sums of four independent uniform variables (Irwin-Hall), of mean 0 and variance 1. Their
+    fourth moment is 2.7 where the normal one is 3, and none is beyond 3.47. On CPU they cost
+    little more than the random words, a third of what :func:`normal` costs.
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the result.
+      dtype: floating dtype of the result.
+      out_sharding: sharding of the result on an Explicit mesh.
+
+    Returns:
+      An array of ``shape``.
+
+    Example:
+      >>> import jax, flatopt
+      >>> values = flatopt.kernels.irwin_hall(jax.random.key(0), (10_000,))
+      >>> round(float(values.var()), 1), bool(abs(values).max() < 3.47)
+      (1.0, True)
+    """
+    return random.irwin_hall(key, tuple(shape), dtype, out_sharding)
 
 
 def laplace(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
@@ -151,6 +179,7 @@ def _drawn_together(sampler, keys, leaves):
 TRANSFORMS = {
     normal: random.to_normal,
     uniform: random.to_uniform,
+    irwin_hall: random.to_irwin_hall,
     laplace: random.to_laplace,
 }
 

@@ -128,7 +128,9 @@ def test_a_large_network_keeps_the_loop_of_samples(width, platforms):
         assert loops == (platform in platforms)
 
 
-@pytest.mark.parametrize("sampler", ["normal", "uniform", "laplace", "signs"])
+@pytest.mark.parametrize(
+    "sampler", ["normal", "uniform", "irwin_hall", "laplace", "signs"]
+)
 def test_a_sampler_is_the_same_arithmetic_in_every_program(sampler):
     """Same key, same values: integer words by one formula, then the same operations."""
     draw = jax.jit(
