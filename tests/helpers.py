@@ -11,6 +11,7 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -406,6 +407,13 @@ def public_transformations():
         for name, function in functions.items()
         if inspect.signature(function, eval_str=True).return_annotation in kinds
     }
+
+
+def run_program_of(platform, function, *args):
+    """What a function's program for another platform returns, compiled for CPU and run."""
+    check = jax.export.DisabledSafetyCheck.platform()
+    export = jax.export.export(function, platforms=(platform,), disabled_checks=[check])
+    return export(*args).call(*args)
 
 
 def take_ways_of(monkeypatch, platform):

@@ -9,6 +9,7 @@ from helpers import (
     assert_close,
     loss_fn,
     regression,
+    run_program_of,
     transformation,
 )
 from jax.sharding import AxisType, NamedSharding
@@ -59,6 +60,19 @@ def test_an_exported_step_makes_the_step(name):
     step = _step(tx)
     exported = jax.export.export(step, platforms=("cpu", *ACCELERATORS))(*arguments)
     assert_close(exported.call(*arguments), step(*arguments))
+
+
+@pytest.mark.parametrize("platform", ACCELERATORS)
+@pytest.mark.parametrize(
+    "name", ["lpf_sgd", "nso_sgd", "look_sam_gradients", "smooth_gradients"]
+)
+def test_the_program_of_an_accelerator_makes_the_step_of_cpu(name, platform):
+    """The operations that are handed to another compiler, run on CPU: noise and all."""
+    tx = transformation(name, **MORE.get(name, {}))
+    params, batch = regression()
+    arguments = params, tx.init(params), batch
+    step = _step(tx)
+    assert_close(run_program_of(platform, step, *arguments), step(*arguments))
 
 
 @pytest.mark.heart

@@ -7,7 +7,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, loss_fn, regression, take_ways_of
+from helpers import (
+    assert_close,
+    loss_fn,
+    regression,
+    run_program_of,
+    take_ways_of,
+)
 
 import flatopt
 from flatopt import kernels
@@ -145,6 +151,20 @@ def test_a_sampler_is_the_same_arithmetic_in_every_program(sampler):
 
 def _operations(text):
     return re.findall(r"stablehlo\.\w+", text)
+
+
+@pytest.mark.parametrize("platform", ACCELERATORS)
+@pytest.mark.parametrize(
+    "sampler", ["normal", "uniform", "irwin_hall", "laplace", "signs"]
+)
+def test_the_program_of_an_accelerator_draws_the_noise_of_cpu(sampler, platform):
+    """Bit for bit, where one compiler makes both programs: all leaves, of any size."""
+    params = {"a": jnp.ones((64, 96)), "b": jnp.ones((3, 7)), "c": jnp.ones(())}
+    kernel = kernels.isotropic(getattr(kernels, sampler))
+    draw = jax.jit(lambda key: kernel(key, params))
+    found, expected = run_program_of(platform, draw, KEY), draw(KEY)
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(found[name], leaf)
 
 
 @pytest.mark.heart
