@@ -186,29 +186,29 @@ def sum_samples(sample, num_samples, chunks, strategy, rematerialize):
 def mean_of_pair(one, draw):
     """The mean of ``one(sign, noise)[0]`` at the signs 1 and -1; the aux ``[1]`` stacked.
 
-    One after the other where ``one`` has a loop of its own, such as scanned layers: XLA
-    keeps the activations of two copies of a loop side by side, which is twice the memory.
-    There an accelerator draws the noise once more, rather than keep it through a pass. On
-    CPU two copies, if ``one`` has convolutions that would be slow in the loop. Without a
-    loop an accelerator begins the second pass when the first is done: TPUs kept the
-    activations of both.
+    Where ``one`` has a loop of its own, such as scanned layers, XLA keeps the activations of
+    two copies of it side by side, which is twice the memory. So the passes are one loop of
+    two rounds; on a TPU the second one stands in a computation of its own. Accelerators
+    draw the noise once more, rather than keep it through a pass. On CPU two copies, if
+    ``one`` has convolutions that would be slow in the loop. Without a loop an accelerator
+    begins the second pass when the first is done: TPUs kept the activations of both.
     """
     signs = jnp.array([1.0, -1.0], jnp.float32)
     if not is_staged():
         noise = draw()
         outs = [one(sign, noise) for sign in signs]
-        return _mean_of_two(outs)
+        return _mean_of_two(*outs)
     # Both signs use it: without the barrier XLA may draw it twice.
     noise = jax.lax.optimization_barrier(draw())
     traced, jaxpr = jaxprs.trace(one, signs[0], noise)
 
     def copies():
-        return _mean_of_two([traced(sign, noise) for sign in signs])
+        return _mean_of_two(*[traced(sign, noise) for sign in signs])
 
     def in_turn():
         first = traced(signs[0], noise)
         later, _ = jax.lax.optimization_barrier((noise, first[0]))
-        return _mean_of_two([first, traced(signs[1], later)])
+        return _mean_of_two(first, traced(signs[1], later))
 
     if not rules.has_loop(jaxpr):
         return platforms.choose(copies, in_turn)
@@ -219,7 +219,17 @@ def mean_of_pair(one, draw):
     def redrawn():
         return _halve(_scan_rows(lambda sign: traced(sign, draw(sign)), jaxpr, signs))
 
-    return platforms.choose(copies if _is_slow_in_rounds(jaxpr) else kept, redrawn)
+    def second(first):
+        total, aux = traced(signs[1], draw())
+        return _mean(first[0], total), aux
+
+    def apart():
+        total, aux = traced(signs[0], draw())
+        total, other = _apart(second, (total, aux))
+        return total, _stack(aux, other)
+
+    on_cpu = copies if _is_slow_in_rounds(jaxpr) else kept
+    return platforms.choose(on_cpu, redrawn, on_tpu=apart)
 
 
 def _halve(found):
@@ -227,20 +237,36 @@ def _halve(found):
     return jax.tree.map(lambda x: x / 2, total), aux
 
 
-def _mean_of_two(outs):
-    (plus, aux_plus), (minus, aux_minus) = outs
-    total = jax.tree.map(lambda a, b: (a + b) / 2, plus, minus)
-    return total, jax.tree.map(lambda *a: jnp.stack(a), aux_plus, aux_minus)
+def _mean_of_two(plus, minus):
+    return _mean(plus[0], minus[0]), _stack(plus[1], minus[1])
+
+
+def _mean(tree, other):
+    return jax.tree.map(lambda a, b: (a + b) / 2, tree, other)
+
+
+def _stack(*auxes):
+    return jax.tree.map(lambda *a: jnp.stack(a), *auxes)
+
+
+def _apart(function, like):
+    """``function(like)``, of the same types as ``like``, in a computation of its own.
+
+    It is one branch of a conditional. The barrier hides from XLA that it is always taken.
+    """
+    is_true = jax.lax.optimization_barrier(jnp.array(True))
+    return jax.lax.cond(is_true, function, lambda like: like, like)
 
 
 def two_passes(value_and_grad, first, move):
     """Gradients at ``first``, then at the point that ``move`` makes of them.
 
     ``move(grads)`` returns the point and what else is to be kept. Returns the first value,
-    the second gradients and what was kept. A loss with a loop of its own stands in the
-    program once, in a loop of two rounds: two copies would share the zeros that their
-    stacked activations begin as, and XLA would write them in each step on a TPU. On CPU
-    two copies all the same, if the loss has convolutions that would be slow in the loop.
+    the second gradients and what was kept. Where the loss has a loop of its own, two copies
+    of it would share the zeros that their stacked activations begin as, and XLA would write
+    them in each step on a TPU. There the second pass stands in a computation of its own. On
+    GPU the loss stands in the program once, in a loop of two rounds; on CPU too, but for a
+    loss with convolutions that would be slow in the loop.
     """
 
     def copies(first_pass, second_pass):
@@ -255,9 +281,16 @@ def two_passes(value_and_grad, first, move):
     rounds = _two_rounds(traced, jaxpr, first, move) if rules.has_loop(jaxpr) else None
     if rounds is None:
         return copies(traced, value_and_grad)
-    if _is_slow_in_rounds(jaxpr):
-        return platforms.choose(lambda: copies(traced, traced), rounds)
-    return rounds()
+
+    def apart():
+        value, grads = traced(first)
+        _, kept = move(grads)
+        grads = _apart(lambda grads: traced(move(grads)[0])[1], grads)
+        return value, grads, kept
+
+    is_slow = _is_slow_in_rounds(jaxpr)
+    on_cpu = (lambda: copies(traced, traced)) if is_slow else rounds
+    return platforms.choose(on_cpu, rounds, on_tpu=apart)
 
 
 def _is_slow_in_rounds(jaxpr):

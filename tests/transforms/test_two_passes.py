@@ -95,17 +95,23 @@ def test_a_scanned_network_makes_the_steps_of_the_same_network_without_a_loop(
 
 @pytest.mark.heart
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_network_stands_in_the_program_once(name):
+def test_the_second_pass_is_a_round_of_a_loop_or_on_tpu_a_computation_of_its_own(name):
     params, batch = _problem()
     tx = _make(name)
     traced = jax.jit(_update(tx, _scanned)).trace(tx.init(params), params, batch)
-    for platform in ("tpu", "cuda"):
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        # The layers forward, the layers backward, and the two rounds around them.
-        assert text.count("stablehlo.while") == 3
+    texts = [
+        traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu")
+    ]
+    # The layers forward, the layers backward, and the two rounds around them; or both twice.
+    assert [text.count("stablehlo.while") for text in texts] == [3, 4]
+    on_gpu, on_tpu = (text.count("stablehlo.case") for text in texts)
+    assert on_tpu == on_gpu + 1
 
 
-def test_each_device_takes_two_passes_of_its_own_under_shard_map():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_each_device_takes_two_passes_of_its_own_under_shard_map(platform, monkeypatch):
+    take_ways_of(monkeypatch, platform)
     params, batch = _problem()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = _make("sam", axis_name="data")
@@ -158,13 +164,13 @@ def test_noise_drawn_once_more_is_the_same(sampler, monkeypatch):
         assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_accelerator_keeps_no_noise_through_a_pass():
+def test_a_gpu_keeps_no_noise_through_a_pass():
     params, batch = _problem()
     tx = flatopt.smooth_gradients(0.1, antithetic=True)
     traced = jax.jit(_update(tx, _scanned)).trace(tx.init(params), params, batch)
     texts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "tpu")
+        for platform in ("cpu", "cuda")
     }
     barriers = {
         platform: [line for line in text.splitlines() if "optimization_barrier" in line]
@@ -173,7 +179,7 @@ def test_an_accelerator_keeps_no_noise_through_a_pass():
     of_noise = lambda line: "tensor<3x4x4xf32>" in line  # noqa: E731
     assert any(map(of_noise, barriers["cpu"]))
     # Words of a key and the sign of the pass: drawn anew once the sign is there.
-    assert any("ui32" in x and "tensor<f32>" in x for x in barriers["tpu"])
+    assert any("ui32" in x and "tensor<f32>" in x for x in barriers["cuda"])
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", None])
@@ -234,21 +240,21 @@ def test_convolutions_out_of_reach_stand_in_two_copies_on_cpu_alone(name, is_rea
     state = tx.init(params)
     traced = jax.jit(_update(tx, value_fn)).trace(state, params, batch)
     loops = {}
-    for platform in ("cpu", "tpu"):
+    for platform in ("cpu", "cuda"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         loops[platform] = text.count("stablehlo.while")
     # The layers forward and backward; the rounds around them, or all of it twice. On CPU
     # NSO draws its leaves in one loop more.
     draws = int(name == "nso")
-    assert loops == {"cpu": (3 if is_reached else 4) + draws, "tpu": 3}
+    assert loops == {"cpu": (3 if is_reached else 4) + draws, "cuda": 3}
 
 
 @pytest.mark.parametrize("name", OF_TWO_PASSES)
-def test_two_copies_and_two_rounds_make_the_same_step(name, monkeypatch):
+def test_copies_rounds_and_a_computation_apart_make_the_same_step(name, monkeypatch):
     params, batch, value_fn = _with_convolutions(jax.checkpoint(_convolve))
     tx = OF_TWO_PASSES[name]()
     expected, _ = _update(tx, value_fn)(tx.init(params), params, batch)
-    for platform in ("cpu", "gpu"):
+    for platform in ("cpu", "gpu", "tpu"):
         take_ways_of(monkeypatch, platform)
         step = jax.jit(lambda *args: _update(tx, value_fn)(*args))
         found, _ = step(tx.init(params), params, batch)
