@@ -132,7 +132,9 @@ def test_each_device_takes_two_passes_of_its_own_under_shard_map(platform, monke
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_parameters_may_be_sharded(axis_type):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_parameters_may_be_sharded(axis_type, platform, monkeypatch):
+    take_ways_of(monkeypatch, platform)
     params, batch = _problem()
     tx = _make("sam")
     expected, _ = _update(tx, _unrolled)(tx.init(params), params, batch)
@@ -180,6 +182,19 @@ def test_a_gpu_keeps_no_noise_through_a_pass():
     assert any(map(of_noise, barriers["cpu"]))
     # Words of a key and the sign of the pass: drawn anew once the sign is there.
     assert any("ui32" in x and "tensor<f32>" in x for x in barriers["cuda"])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_pair_is_differentiated_and_batched_on_every_platform(platform, monkeypatch):
+    params, batch = _problem()
+    smoothed = flatopt.smooth(_unrolled, 0.1, antithetic=True)
+    keys = jax.random.split(jax.random.key(9), 2)
+    gradient = lambda f, key: jax.grad(lambda p: f(key, p, batch=batch))(params)  # noqa: E731
+    expected = [gradient(smoothed, key) for key in keys]
+    take_ways_of(monkeypatch, platform)
+    scanned = flatopt.smooth(_scanned, 0.1, antithetic=True)
+    found = jax.jit(jax.vmap(lambda key: gradient(scanned, key)))(keys)
+    assert_close(found, jax.tree.map(lambda *x: jnp.stack(x), *expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", None])
