@@ -108,23 +108,29 @@ class Program:
 
     def bytes_moved(self):
         """Bytes that kernels read from and write to the device's main memory."""
-        total = 0
-        for line, body, times in self.run():
-            if line.opcode in FREE or line.rest.find("AllocateBuffer") >= 0:
-                continue
-            reads = [
-                self._read(line, i, body[name].result)
-                for i, name in enumerate(line.operands)
-                if name in body
-            ]
-            total += times * (self._written(line) + sum(reads))
-        return total
+        return sum(times * self.moved(line, body) for line, body, times in self.run())
+
+    def moved(self, line, body):
+        """Those of one instruction of the computation ``body``."""
+        if line.opcode in FREE or line.rest.find("AllocateBuffer") >= 0:
+            return 0
+        if line.opcode in ("copy-start", "slice-start"):
+            # The result names both ends, of which the smaller is what is copied.
+            ends = [match[0] for match in ARRAY.finditer(line.result)][:2]
+            size = min(num_bytes(end, anywhere=True) for end in ends)
+            return sum(min(size, num_bytes(end)) for end in ends)
+        reads = [
+            self._read(line, i, body[name].result)
+            for i, name in enumerate(line.operands)
+            if name in body
+        ]
+        return self._written(line) + sum(reads)
 
     def _read(self, line, index, result):
         """Of an operand that is only sliced, the slices are read."""
         whole = num_bytes(result)
         inner = self.computations.get(line.called("calls") or "", {})
-        if line.opcode in ("dynamic-slice", "slice-start"):
+        if line.opcode == "dynamic-slice":
             return min(whole, num_bytes(line.result) or whole)
         names = {
             x.name

@@ -74,3 +74,20 @@ def test_collectives_in_a_loop_count_once_a_round():
     text = jax.jit(mapped).lower(jnp.ones((16, 30))).compile().as_text()
     found = hlo.Program(text).collectives()
     assert found == {"all-reduce": {"count": 5, "bytes": 5 * 2 * 30 * 4}}
+
+
+def test_copies_that_go_on_beside_kernels_count_once_an_end():
+    # The result names both ends, of a slice also the whole that it is taken from.
+    text = """
+ENTRY %main (x: f32[4,8]) -> f32[1,8] {
+  %x = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %in = (f32[4,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %copied = f32[4,8]{1,0:T(8,128)S(1)} copy-done(%in)
+  %out = (f32[4,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%copied)
+  %back = f32[4,8]{1,0:T(8,128)} copy-done(%out)
+  %row = ((f32[4,8]{1,0:T(8,128)}), f32[1,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%back), slice={[0:1], [0:8]}
+  ROOT %last = f32[1,8]{1,0:T(8,128)S(1)} slice-done(%row)
+}
+"""
+    assert hlo.Program(text).bytes_moved() == 128 + 128 + 32
