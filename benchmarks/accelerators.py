@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import flatopt
 from benchmarks import contenders as c
-from benchmarks import hlo, layouts
+from benchmarks import hlo, layouts, roofline
 from benchmarks.large import NAMES, make_large
 from flatopt import kernels
 
@@ -141,17 +141,24 @@ def compile_step(problem, make, topology, generator=None, is_sharded=False):
     return jitted.lower(key, params, state, batch).compile()
 
 
-def measure(compiled):
+def measure(compiled, target):
     """What the compiler tells of a program, and what is counted in it."""
     memory = compiled.memory_analysis()
-    program = hlo.Program(compiled.as_text())
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "allocated_bytes": getattr(memory, "total_allocation_bytes", None),
         "alias_bytes": memory.alias_size_in_bytes,
-        "cycles": program.cycles(),
+    } | count(compiled.as_text(), target)
+
+
+def count(text, target):
+    """What is counted in a program. Cycles are estimated by the TPU's compiler alone."""
+    program = hlo.Program(text)
+    return {
+        "cycles": program.cycles() if target == "tpu" else None,
+        "roofline_seconds": roofline.seconds(program, roofline.CHIPS[target]),
         "bytes_moved": program.bytes_moved(),
         "kernels": program.kernels(),
         "collectives": program.collectives(),
@@ -214,7 +221,7 @@ def main(argv=None):
                 compiled = compile_step(
                     problem, make, topology, generator, name == SHARDED
                 )
-                figures = measure(compiled)
+                figures = measure(compiled, arguments.target)
                 if arguments.programs:
                     kept = arguments.programs / f"{arguments.target}, {name}, {row}.txt"
                     kept.write_text(compiled.as_text())

@@ -1,38 +1,88 @@
 """The part of ``docs/accelerators.md`` on programs that are compiled and not run."""
 
+import textwrap
+
 from benchmarks import layouts
 from benchmarks.large import TITLES
+from benchmarks.roofline import CHIPS as PEAKS
 from benchmarks.tables import megabytes, ratio, reason, table, versions_of
 
 CHIPS = {"tpu": "TPU v5e", "h100": "H100"}
+ARTICLES = {"tpu": "a TPU v5e", "h100": "an H100"}
+# By what programs are compared: its key, and its name on the page.
+FIGURES = {"tpu": ("cycles", "cycles"), "h100": ("roofline_seconds", "roofline")}
 SHARDED_TITLE = "The same Transformer on four chips, parameters sharded (FSDP)"
 CLOCK = 1.503e9  # of a v5e, Hz
-COMPILED = """## Compiled for a {chip}, not run
-
-`make bench-accelerators` compiles the steps with the chip's own compiler, which runs on a CPU,
-and reads the programs. The figures are the same on every run of the same versions
-({versions}).
-
-- **Cycles over plain**: the sum of the compiler's estimates for all kernels, loops times their
-  length. It knows nothing of overlap, and overstates kernels that wait for memory.
-- **Bytes over plain**: what kernels read from and write to the main memory, counted in the
-  program; of operands that are only sliced, the slices. What stays in the chip's own 128 MB
-  does not count.
-- **Temporaries** are the compiler's own figure (`temp_size_in_bytes`), beside parameters and
-  state, which are written in place. It counts room that buffers share more than once.
-- **Peak** is the most that is alive at once (`peak_memory_in_bytes`), with parameters, state
-  and batch. On the MLP it is more than all that is allocated in the main memory, so that what
-  stays in the chip's own memory seems to count here. The compiler does not refuse a program
-  that is too large: a v5e has 16 GB.
-- **Kernels**: how many operations a step starts.
-
-They say which of two programs is the better one for the chip, not how long a step takes.
+COMPILED = """{command} compiles the steps with the chip's own compiler, which runs on a CPU,
+and reads the programs. The figures are the same on every run of the same versions ({versions}).
 """
+ENDING = """They say which of two programs is the better one for the chip, not how long a step
+takes.
+"""
+ROOFLINE = """**Roofline over plain**: the time of all kernels one after another at the chip's
+peaks. Each takes the longest of three: its bytes at {bandwidth:,.0f} GB/s; its products of
+matrices and convolutions at {bf16:.0f} TFLOP/s{float32}; its other arithmetic, one operation an
+element, at {vector:.1f} × 10¹² a second{integer}. It does not see units that a small shape
+leaves idle, nor what it takes to start a kernel: the smaller the kernels, the further it is
+from the truth."""
+CYCLES = """**Cycles over plain**: the sum of the compiler's estimates for all kernels, loops
+times their length. It knows nothing of overlap, and overstates kernels that wait for memory."""
+BYTES = """**Bytes over plain**: what kernels read from and write to the main memory, counted in
+the program; of operands that are only sliced, the slices."""
+TEMPORARIES = """**Temporaries** are the compiler's own figure (`temp_size_in_bytes`), beside
+parameters and state, which are written in place."""
+PEAK = """**Peak** is the most that is alive at once (`peak_memory_in_bytes`), with parameters,
+state and batch."""
+KERNELS = "**Kernels**: how many operations a step starts."
+TPU_BYTES = " What stays in the chip's own 128 MB does not count."
+TPU_TEMPORARIES = " It counts room that buffers share more than once."
+TPU_PEAK = """ On the MLP it is more than all that is allocated in the main memory, so that what
+stays in the chip's own memory seems to count here. The compiler does not refuse a program
+that is too large: a v5e has 16 GB."""
+
+
+def legend(target):
+    """What the columns are."""
+    peaks = PEAKS[target]
+    products, integer = peaks.matrix["f32"], peaks.integer
+    is_slower = products < peaks.matrix["bf16"]
+    roofline = ROOFLINE.format(
+        bandwidth=peaks.bandwidth / 1e9,
+        bf16=peaks.matrix["bf16"] / 1e12,
+        float32=f", those of float32 at {products / 1e12:.0f}" if is_slower else "",
+        vector=peaks.vector / 1e12,
+        integer=f", on integers {integer / 1e12:.1f}" if integer < peaks.vector else "",
+    )
+    texts = [roofline, BYTES, TEMPORARIES, PEAK, KERNELS]
+    if target == "tpu":
+        more = ["", TPU_BYTES, TPU_TEMPORARIES, TPU_PEAK, ""]
+        texts = [CYCLES, *map(str.__add__, texts, more)]
+    return "\n".join(map(bullet, texts)) + "\n"
+
+
+def bullet(text):
+    return wrapped(f"- {text}", "  ")
+
+
+def wrapped(text, indent=""):
+    """A paragraph in lines of 100 columns."""
+    return textwrap.fill(
+        " ".join(text.split()), 100, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def paragraph(text, **values):
+    return wrapped(text.format(**values)) + "\n"
 
 
 def section(target, report):
+    """All that the page says of the programs for one chip."""
+    chip = CHIPS[target]
+    command = "bench-accelerators" + (f" TARGET={target}" if target != "tpu" else "")
     versions = versions_of(report["versions"])
-    lines = [COMPILED.format(chip=CHIPS[target], versions=versions)]
+    text = paragraph(COMPILED, command=f"`make {command}`", versions=versions)
+    lines = [f"## Compiled for {ARTICLES[target]}, not run\n", text, legend(target)]
+    lines += [paragraph(ENDING)]
     problems = report["problems"]
     if not problems.get("resnet18", {}).get("rows"):
         lines += ["ResNet-18 was not compiled yet: a step takes long to compile.\n"]
@@ -41,19 +91,19 @@ def section(target, report):
             continue
         size, batch = problem["num_parameters"] / 1e6, problem["batch_size"]
         title = TITLES.get(name, SHARDED_TITLE)
-        lines += [
-            f"### {title}: {size:.1f} M parameters, batch {batch} ({CHIPS[target]})"
-        ]
+        lines += [f"### {title}: {size:.1f} M parameters, batch {batch} ({chip})"]
         lines += [f"\n{plain_line(problem['rows'].get('plain', {}))}\n"]
-        lines += [compiled_table(problem["rows"])]
+        lines += [compiled_table(problem["rows"], target)]
         lines += memory_section(problem["rows"]) if name == "transformer" else []
-    lines += noise_section(problems) + layout_section(problems)
+    lines += noise_section(problems, target) + layout_section(problems, target)
     lines += chunk_section(problems)
     return lines + examples_section(report.get("examples", {}))
 
 
 MEMORY = """**The memory of two passes**, over the plain step; peak and allocated without what
-goes in. They differ: SAM's temporaries and what goes in add up to {total:.0f} MB, but the
+goes in.
+"""
+SHARED = """They differ: SAM's temporaries and what goes in add up to {total:.0f} MB, but the
 compiler allocates {allocated:.0f} MB in all, since buffers that are not alive together share
 room.
 """
@@ -73,15 +123,15 @@ def memory_section(rows):
         return []
     cells = [[n, *map(ratio, size, sizes["plain"])] for n, size in sizes.items()]
     row = rows["SAM"]
-    text = MEMORY.format(
-        total=(row["temporary_bytes"] + row["argument_bytes"]) / 1e6,
-        allocated=row["allocated_bytes"] / 1e6,
-    )
-    lines = [text, table(["step", *kinds], cells)]
+    total = (row["temporary_bytes"] + row["argument_bytes"]) / 1e6
+    allocated = row["allocated_bytes"] / 1e6
+    lines = [paragraph(MEMORY), table(["step", *kinds], cells)]
+    if total > 1.01 * allocated:
+        lines += [paragraph(SHARED, total=total, allocated=allocated)]
     if copies := row.get("two_copies"):
         before, after = (x["temporary_bytes"] / 1e6 for x in (copies, row))
         cycles = copies["cycles"] / rows["plain"]["cycles"]
-        lines += [COPIES.format(before=before, after=after, cycles=cycles)]
+        lines += [paragraph(COPIES, before=before, after=after, cycles=cycles)]
     return lines
 
 
@@ -91,13 +141,17 @@ def memory(row):
     return [row["temporary_bytes"], *beside]
 
 
-NOISE = """### What the noise costs
-
-LPF-SGD over its own chunks without noise (*LPF no noise, scan*), in the compiler's cycles. A
-hardware key is `jax.random.key(0, impl="rbg")`: the chip's own generator makes the bits, and
-the values depend on the platform. Chunks without noise all at once are the gradient of the
-whole batch: 1.13 times plain on the MLP, which no noise comes near.
+NOISE = """LPF-SGD over its own chunks without noise (*LPF no noise, scan*), in {figure}. A
+hardware key is `jax.random.key(0, impl="rbg")`: {hardware}.
 """
+WHOLE = """Chunks without noise all at once are the gradient of the whole batch: {ratio} times
+plain on the MLP, which no noise comes near.
+"""
+HARDWARE = {
+    "tpu": """the chip's own generator makes the bits, and the values depend on the
+platform""",
+    "h100": """a GPU has no such generator, so that XLA computes its bits by another rule""",
+}
 NOISES = {
     "signs, auto": "signs",
     "signs, scan": "signs, in a loop",
@@ -108,29 +162,41 @@ NOISES = {
 }
 
 
-def noise_section(problems):
+def noise_section(problems, target):
     cells = []
+    key, figure = FIGURES[target]
     for name, title in TITLES.items():
         rows = problems.get(name, {}).get("rows", {})
-        floor = rows.get("LPF no noise, scan", {}).get("cycles")
+        floor = rows.get("LPF no noise, scan", {}).get(key)
         found = [rows.get(f"LPF {noise}", {}) for noise in NOISES]
         if floor and any(found):
-            ratios = [ratio(row.get("cycles"), floor) for row in found]
+            ratios = [ratio(row.get(key), floor) for row in found]
             cells += [[title, *ratios]]
-    return [NOISE, table(["network", *NOISES.values()], cells)] if cells else []
+    title = f"### What the noise costs ({CHIPS[target]})\n"
+    text = paragraph(NOISE, figure=figure, hardware=HARDWARE[target])
+    rows = problems.get("mlp", {}).get("rows", {})
+    whole, plain = (rows.get(x, {}).get(key) for x in ("LPF no noise, vmap", "plain"))
+    lines = [title, text, table(["network", *NOISES.values()], cells)]
+    if whole and plain:
+        lines += [paragraph(WHOLE, ratio=ratio(whole, plain))]
+    return lines if cells else []
 
 
-LAYOUTS = """### The layout of the chunks
-
-LPF-SGD with signs and 8 chunks, all at once (*vmap*) and in a loop (*scan*): cycles over the
-plain step, and temporaries. **Rule** is what `strategy="auto"` takes; **regret** is how much
-more cycles that takes than the better of the two. Convolutions take the loop by the rule: by
-this compiler all at once is better for them, at a multiple of the memory, but what a GPU does
-with a kernel for each chunk was not looked at. `strategy="vmap"` is one word.
+LAYOUTS = """LPF-SGD with signs and 8 chunks, all at once (*vmap*) and in a loop (*scan*):
+{figure} over the plain step, and temporaries. **Rule** is what `strategy="auto"` takes;
+**regret** is how much more {figure} that takes than the better of the two. `strategy="vmap"` is
+one word.
 """
+CONVOLUTIONS = {
+    "tpu": """Convolutions take the loop by the rule: by this compiler all at once is better for
+them, at a multiple of the memory.
+""",
+    "h100": "",
+}
 
 
-def layout_section(problems):
+def layout_section(problems, target):
+    key, figure = FIGURES[target]
     head = ["network", "parameters, M", "batch", "scan", "vmap"]
     head += ["scan, MB", "vmap, MB", "rule", "regret, %"]
     cells = []
@@ -139,23 +205,25 @@ def layout_section(problems):
         both = {
             layout: rows.get(f"LPF signs, {layout}", {}) for layout in ("scan", "vmap")
         }
-        cycles = {layout: row.get("cycles") for layout, row in both.items()}
-        plain, rule = rows.get("plain", {}).get("cycles"), problem.get("rule")
-        if not all(cycles.values()) or not plain or not rule:
+        found = {layout: row.get(key) for layout, row in both.items()}
+        plain, rule = rows.get("plain", {}).get(key), problem.get("rule")
+        if not all(found.values()) or not plain or not rule:
             continue
-        regret = 100 * (cycles[rule] / min(cycles.values()) - 1)
+        regret = 100 * (found[rule] / min(found.values()) - 1)
         cells += [
             [
                 (TITLES | layouts.TITLES)[name],
                 f"{problem['num_parameters'] / 1e6:.1f}",
                 str(problem["batch_size"]),
-                *[ratio(row["cycles"], plain) for row in both.values()],
+                *[ratio(value, plain) for value in found.values()],
                 *[megabytes(row["temporary_bytes"]) for row in both.values()],
                 rule,
                 f"{regret:.0f}",
             ]
         ]
-    return [LAYOUTS, table(head, cells)] if cells else []
+    title = f"### The layout of the chunks ({CHIPS[target]})\n"
+    text = paragraph(LAYOUTS + CONVOLUTIONS[target], figure=figure)
+    return [title, text, table(head, cells)] if cells else []
 
 
 CHUNKS = """### Small chunks
@@ -202,33 +270,36 @@ def examples_section(examples):
 
 
 def plain_line(plain):
-    if "cycles" not in plain:
+    if "bytes_moved" not in plain:
         return "The plain step was not compiled."
     text = f"Plain: {plain['temporary_bytes'] / 1e6:.0f} MB of temporaries"
-    if plain["cycles"]:
+    if plain.get("cycles"):
         milliseconds = 1e3 * plain["cycles"] / CLOCK
         text += f", {plain['cycles'] / 1e6:.2f} M cycles ({milliseconds:.2f} ms)"
+    if plain.get("roofline_seconds"):
+        text += f", roofline {1e3 * plain['roofline_seconds']:.3f} ms"
     return text + f", {plain['bytes_moved'] / 1e9:.2f} GB moved."
 
 
-def compiled_table(rows):
+def compiled_table(rows, target="tpu"):
     plain = rows.get("plain", {})
+    compared = {
+        "cycles": "cycles",
+        "roofline_seconds": "roofline",
+        "bytes_moved": "bytes",
+    }
+    if target != "tpu":
+        del compared["cycles"]
     kinds = sorted({k for row in rows.values() for k in row.get("collectives", {})})
-    head = [
-        "step",
-        "cycles over plain",
-        "bytes over plain",
-        "temporaries, MB",
-        "peak, MB",
-        "kernels",
-    ]
+    head = ["step", *[f"{name} over plain" for name in compared.values()]]
+    head += ["temporaries, MB", "peak, MB", "kernels"]
     head += [f"{kind}, GB" for kind in kinds]
     cells = []
     for name, row in rows.items():
         if "error" in row:
             cells += [[name, reason(row), *["–"] * (len(head) - 2)]]
             continue
-        ratios = [ratio(row[k], plain.get(k)) for k in ("cycles", "bytes_moved")]
+        ratios = [ratio(row.get(key), plain.get(key)) for key in compared]
         sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
         sizes += [f"{row['kernels']:,}"]
         moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
