@@ -27,7 +27,8 @@ help:
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
 	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
 	@echo "make bench-language   plan the curvature of a language model for a TPU; no TPU is needed"
-	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed"
+	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed;"
+	@echo "                  with TARGET=h100 for a GPU, which downloads 4 GB; no GPU is needed"
 	@echo "make bench-fits  whether the examples' training steps fit a TPU of 16 GB (half an hour); no TPU is needed"
 	@echo "make bench-gpu    measure on a GPU, in at most 8 minutes; DATA=FOLDER trains on CIFAR-10 too"
 	@echo "make reproduce    rerun the evidence: every command of examples/reproduce (three hours);"
@@ -142,32 +143,37 @@ bench-planning: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.planning
 
 TPU := $(VENV)-tpu
+GPU := $(VENV)-gpu
+TARGET ?= tpu
 ROWS ?=
 LANGUAGE_ARGS ?=
 
-# jax[tpu] compiles without a TPU; it needs Python 3.12. Nothing is run where there is none.
-define with_tpu_compiler
+# Python of an environment with one extra: jax[tpu] and jax[cuda13] compile without a device;
+# they need Python 3.12. Nothing is run where there is none.
+define with_compiler
 	@python=$$(.ci/newest-python) || { \
 		echo "make $@: no CPython from 3.12 to 3.14 is found: nothing is run"; exit 0; }; \
 	set -ex; \
-	test "$$($(TPU)/bin/python -V 2>&1)" = "$$($$python -V)" || $$python -m venv --clear $(TPU); \
-	$(TPU)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'; \
-	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu
+	test "$$($(1)/bin/python -V 2>&1)" = "$$($$python -V)" || $$python -m venv --clear $(1); \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(2)]'; \
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu $(1)/bin/python
 endef
+with_tpu_compiler = $(call with_compiler,$(TPU),tpu)
+with_gpu_compiler = $(call with_compiler,$(GPU),gpu)
 
 test-tpu: pyproject.toml
-	$(with_tpu_compiler) $(TPU)/bin/python -m pytest -q --noconftest -W default tests/tpu_programs.py
+	$(with_tpu_compiler) -m pytest -q --noconftest -W default tests/tpu_programs.py
 
 bench-accelerators: pyproject.toml
-	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.accelerators $(ROWS)
+	$(if $(filter h100,$(TARGET)),$(with_gpu_compiler),$(with_tpu_compiler)) \
+		-m benchmarks.accelerators --target $(TARGET) $(ROWS)
 
 bench-fits: pyproject.toml
-	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.fits
+	$(with_tpu_compiler) -m benchmarks.fits
 
 bench-language: pyproject.toml
-	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.language $(LANGUAGE_ARGS)
+	$(with_tpu_compiler) -m benchmarks.language $(LANGUAGE_ARGS)
 
-GPU := $(VENV)-gpu
 DATA ?=
 GPU_ARGS ?=
 

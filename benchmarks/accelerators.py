@@ -3,7 +3,8 @@
 The compilers of JAX run on a CPU. Nothing is executed: figures are the compiler's own
 or counted in the program, and are the same on every run of the same versions.
 
-Example: python -m benchmarks.accelerators --problems mlp --rows plain "NSO signs"
+Examples: python -m benchmarks.accelerators --problems mlp --rows plain "NSO signs"
+          python -m benchmarks.accelerators --target h100
 """
 
 import argparse
@@ -159,6 +160,7 @@ def count(text, target):
     return {
         "cycles": program.cycles() if target == "tpu" else None,
         "roofline_seconds": roofline.seconds(program, roofline.CHIPS[target]),
+        "matrix_flops": roofline.total_matrix_flops(program),
         "bytes_moved": program.bytes_moved(),
         "kernels": program.kernels(),
         "collectives": program.collectives(),
@@ -226,7 +228,8 @@ def main(argv=None):
                     kept = arguments.programs / f"{arguments.target}, {name}, {row}.txt"
                     kept.write_text(compiled.as_text())
             except Exception as error:  # the other rows go on
-                figures = {"error": f"{type(error).__name__}: {error}"[:300]}
+                text = f"{type(error).__name__}: {error}"
+                figures = {"error": text.splitlines()[0][:300]}
             figures["compile_seconds"] = round(time.perf_counter() - start, 1)
             found["rows"][row] = figures
             print(name, row, json.dumps(figures), file=sys.stderr, flush=True)

@@ -34,11 +34,28 @@ parameters and state, which are written in place."""
 PEAK = """**Peak** is the most that is alive at once (`peak_memory_in_bytes`), with parameters,
 state and batch."""
 KERNELS = "**Kernels**: how many operations a step starts."
-TPU_BYTES = " What stays in the chip's own 128 MB does not count."
-TPU_TEMPORARIES = " It counts room that buffers share more than once."
-TPU_PEAK = """ On the MLP it is more than all that is allocated in the main memory, so that what
-stays in the chip's own memory seems to count here. The compiler does not refuse a program
-that is too large: a v5e has 16 GB."""
+# What holds for one chip alone, after these.
+MORE = {
+    "tpu": {
+        BYTES: """What stays in the chip's own 128 MB does not count.""",
+        TEMPORARIES: "It counts room that buffers share more than once.",
+        PEAK: """On the MLP it is more than all that is allocated in the main memory, so that
+what stays in the chip's own memory seems to count here. The compiler does not refuse a program
+that is too large: a v5e has 16 GB.""",
+    },
+    "h100": {
+        BYTES: """The cache of 50 MB is left out: what is small need not go to the main
+memory.""",
+        PEAK: """The compiler does not refuse a program that is too large: an H100 has 80
+GB.""",
+        KERNELS: """To start one takes a GPU some time, which the roofline leaves out: where it
+holds few microseconds a kernel, the fewer kernels may win.""",
+    },
+}
+UNTUNED = """Without a card the compiler cannot time what it may choose from. It makes all
+products of matrices kernels of its own in small tiles, none a call of cuBLAS, and leaves the
+algorithms of convolutions to cuDNN. On a card it may choose otherwise.
+"""
 
 
 def legend(target):
@@ -53,10 +70,9 @@ def legend(target):
         vector=peaks.vector / 1e12,
         integer=f", on integers {integer / 1e12:.1f}" if integer < peaks.vector else "",
     )
-    texts = [roofline, BYTES, TEMPORARIES, PEAK, KERNELS]
-    if target == "tpu":
-        more = ["", TPU_BYTES, TPU_TEMPORARIES, TPU_PEAK, ""]
-        texts = [CYCLES, *map(str.__add__, texts, more)]
+    texts = [BYTES, TEMPORARIES, PEAK, KERNELS]
+    texts = [roofline, *[f"{x} {MORE[target].get(x, '')}" for x in texts]]
+    texts = [CYCLES, *texts] if target == "tpu" else texts
     return "\n".join(map(bullet, texts)) + "\n"
 
 
@@ -83,6 +99,7 @@ def section(target, report):
     text = paragraph(COMPILED, command=f"`make {command}`", versions=versions)
     lines = [f"## Compiled for {ARTICLES[target]}, not run\n", text, legend(target)]
     lines += [paragraph(ENDING)]
+    lines += [paragraph(UNTUNED)] if target == "h100" else []
     problems = report["problems"]
     if not problems.get("resnet18", {}).get("rows"):
         lines += ["ResNet-18 was not compiled yet: a step takes long to compile.\n"]
@@ -96,7 +113,7 @@ def section(target, report):
         lines += [compiled_table(problem["rows"], target)]
         lines += memory_section(problem["rows"]) if name == "transformer" else []
     lines += noise_section(problems, target) + layout_section(problems, target)
-    lines += chunk_section(problems)
+    lines += chunk_section(problems) if target == "tpu" else []
     return lines + examples_section(report.get("examples", {}))
 
 
@@ -141,16 +158,16 @@ def memory(row):
     return [row["temporary_bytes"], *beside]
 
 
-NOISE = """LPF-SGD over its own chunks without noise (*LPF no noise, scan*), in {figure}. A
+NOISE = """LPF-SGD over its own chunks without noise (*LPF no noise, scan*), by {figure}. A
 hardware key is `jax.random.key(0, impl="rbg")`: {hardware}.
 """
-WHOLE = """Chunks without noise all at once are the gradient of the whole batch: {ratio} times
-plain on the MLP, which no noise comes near.
+WHOLE = """Chunks without noise all at once are {ratio} times plain on the MLP, which no noise
+comes near.
 """
 HARDWARE = {
     "tpu": """the chip's own generator makes the bits, and the values depend on the
 platform""",
-    "h100": """a GPU has no such generator, so that XLA computes its bits by another rule""",
+    "h100": "XLA computes the bits by Philox, whose 64-bit products count as one operation",
 }
 NOISES = {
     "signs, auto": "signs",
@@ -184,14 +201,17 @@ def noise_section(problems, target):
 
 LAYOUTS = """LPF-SGD with signs and 8 chunks, all at once (*vmap*) and in a loop (*scan*):
 {figure} over the plain step, and temporaries. **Rule** is what `strategy="auto"` takes;
-**regret** is how much more {figure} that takes than the better of the two. `strategy="vmap"` is
-one word.
+**regret** is how much more that is than the better of the two. `strategy="vmap"` is one word.
 """
 CONVOLUTIONS = {
     "tpu": """Convolutions take the loop by the rule: by this compiler all at once is better for
 them, at a multiple of the memory.
 """,
-    "h100": "",
+    "h100": """Convolutions take the loop by the rule. All at once each is a call of cuDNN in 8
+groups, and so are its gradients: that of a kernel is a convolution whose window is the whole
+image, and around strides zeros are written out and multiplied. Products over the loop's:
+{products}.
+""",
 }
 
 
@@ -199,7 +219,8 @@ def layout_section(problems, target):
     key, figure = FIGURES[target]
     head = ["network", "parameters, M", "batch", "scan", "vmap"]
     head += ["scan, MB", "vmap, MB", "rule", "regret, %"]
-    cells = []
+    head += ["scan, kernels", "vmap, kernels"] if target == "h100" else []
+    cells, products = [], []
     for name, problem in problems.items():
         rows = problem["rows"]
         both = {
@@ -219,10 +240,17 @@ def layout_section(problems, target):
                 *[megabytes(row["temporary_bytes"]) for row in both.values()],
                 rule,
                 f"{regret:.0f}",
+                *[f"{row['kernels']:,}" for row in both.values() if target == "h100"],
             ]
         ]
+        more, less = (
+            both[layout].get("matrix_flops", 0) for layout in ("vmap", "scan")
+        )
+        if more > 1.001 * less:
+            products += [f"{(TITLES | layouts.TITLES)[name]} {ratio(more, less)}"]
     title = f"### The layout of the chunks ({CHIPS[target]})\n"
-    text = paragraph(LAYOUTS + CONVOLUTIONS[target], figure=figure)
+    text = LAYOUTS + CONVOLUTIONS[target]
+    text = paragraph(text, figure=figure, products="; ".join(products))
     return [title, text, table(head, cells)] if cells else []
 
 

@@ -12,7 +12,13 @@ import pytest
 from helpers import environment
 from test_examples import write_binary, write_cifar10
 
-from benchmarks import contenders, gpu, render_accelerators, render_compiled
+from benchmarks import (
+    contenders,
+    gpu,
+    render_accelerators,
+    render_compiled,
+    roofline,
+)
 from benchmarks.large import NAMES, make_large
 
 pytestmark = pytest.mark.program
@@ -198,3 +204,51 @@ def test_memory_is_shown_beside_what_goes_in():
     found = render_compiled.compiled_table(rows)
     assert "| NSO signs | 1.00 | – | 1.00 | 50 | 40 | 2 |" in found
     assert "| plain | 1.00" in found
+
+
+def _counted(seconds, kernels=10, **more):
+    sizes = {"argument_bytes": 2e6, "temporary_bytes": 4e6, "peak_bytes": 6e6}
+    sizes |= {"allocated_bytes": 6e6, "bytes_moved": 1e9, "kernels": kernels}
+    return (
+        sizes | {"roofline_seconds": seconds, "cycles": None, "collectives": {}} | more
+    )
+
+
+def test_programs_for_a_gpu_are_compared_by_their_roofline():
+    rows = {
+        "plain": _counted(2e-3),
+        "LPF no noise, scan": _counted(4e-3),
+        "LPF signs, scan": _counted(5e-3, 1200, matrix_flops=100),
+        "LPF signs, vmap": _counted(6e-3, 300, matrix_flops=150),
+        "SAM": {"error": "ValueError: no | room"},
+    }
+    sizes = {"num_parameters": 3e6, "batch_size": 64}
+    problems = {name: sizes | {"rows": rows, "rule": "vmap"} for name in ("mlp", "cnn")}
+    report = {"versions": {"jax": "1.2"}, "problems": problems}
+    page = "\n".join(render_compiled.section("h100", report))
+    assert "cycles" not in page
+    assert "Small chunks" not in page
+    assert page.startswith("## Compiled for an H100, not run\n")
+    assert "Plain: 4 MB of temporaries, roofline 2.000 ms, 1.00 GB moved." in page
+    assert "| LPF signs, scan | 2.50 | 1.00 | 4 | 6 | 1,200 |" in page
+    assert "| SAM | ValueError: no / room | – | – | – | – |" in page
+    # The noise over its chunks without noise: 5 over 4 ms. The rule's regret: 6 over 5.
+    assert "| MLP, float32 | – | 1.25 | – |" in page
+    assert "| 3.0 | 64 | 2.50 | 3.00 | 4 | 4 | vmap | 20 | 1,200 | 300 |" in page
+    assert "CNN of four convolutions 1.50" in " ".join(page.split())
+
+
+def test_rows_without_a_roofline_are_shown_without_it():
+    rows = {"plain": _counted(None, cycles=100), "SAM": _counted(None, cycles=250)}
+    found = render_compiled.compiled_table(rows, "tpu")
+    assert "| SAM | 2.50 | – | 1.00 | 4 | 6 | 10 |" in found
+    assert "roofline" not in render_compiled.plain_line(rows["plain"])
+
+
+@pytest.mark.parametrize("target", ["tpu", "h100"])
+def test_the_legend_tells_the_peaks_that_are_counted_with(target):
+    text = " ".join(render_compiled.legend(target).split())
+    chip = roofline.CHIPS[target]
+    assert f"at {chip.bandwidth / 1e9:,.0f} GB/s" in text
+    assert f"{chip.matrix['bf16'] / 1e12:.0f} TFLOP/s" in text
+    assert ("of float32 at 495" in text) == (target == "h100")
