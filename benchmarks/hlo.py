@@ -18,7 +18,7 @@ WIDTHS = {
     "f64": 8,
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
-# What makes no kernel of its own.
+# What makes no kernel of its own, as all that only waits for what was started before.
 FREE = {
     "parameter",
     "constant",
@@ -28,12 +28,14 @@ FREE = {
     "while",
     "conditional",
     "call",
-    "copy-done",
-    "slice-done",
     "after-all",
     "partition-id",
     "opt-barrier",
 }
+# What only names the same values otherwise.
+SAME = ("bitcast", "reshape", "transpose", "copy")
+# What writes in place, and which of its operands it writes.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -51,6 +53,21 @@ class Instruction(NamedTuple):
     def called(self, attribute):
         match = re.search(rf"{attribute}=%?([\w.-]+)", self.rest)
         return match and match[1]
+
+    @property
+    def is_free(self):
+        return self.opcode in FREE or self.opcode.endswith("-done")
+
+    @property
+    def alone(self):
+        """What is started to go on beside other kernels, as one that does not."""
+        kind = self.opcode.removesuffix("-start")
+        if kind in (self.opcode, "all-reduce"):
+            return self
+        # The result holds what goes in (after what comes out, of a copy) and more.
+        first, rest = _split(self.result[1:], ",")
+        result = first if kind == "copy" else _split(rest, ",")[0]
+        return self._replace(opcode=kind, result=result)
 
     @property
     def cycles(self):
@@ -104,7 +121,7 @@ class Program:
 
     def kernels(self):
         """How many operations are started."""
-        return sum(times for line, _, times in self.run() if line.opcode not in FREE)
+        return sum(times for line, _, times in self.run() if not line.is_free)
 
     def bytes_moved(self):
         """Bytes that kernels read from and write to the device's main memory."""
@@ -112,13 +129,9 @@ class Program:
 
     def moved(self, line, body):
         """Those of one instruction of the computation ``body``."""
-        if line.opcode in FREE or line.rest.find("AllocateBuffer") >= 0:
+        if line.is_free or line.rest.find("AllocateBuffer") >= 0:
             return 0
-        if line.opcode in ("copy-start", "slice-start"):
-            # The result names both ends, of which the smaller is what is copied.
-            ends = [match[0] for match in ARRAY.finditer(line.result)][:2]
-            size = min(num_bytes(end, anywhere=True) for end in ends)
-            return sum(min(size, num_bytes(end)) for end in ends)
+        line = line.alone
         reads = [
             self._read(line, i, body[name].result)
             for i, name in enumerate(line.operands)
@@ -130,21 +143,27 @@ class Program:
         """Of an operand that is only sliced, the slices are read."""
         whole = num_bytes(result)
         inner = self.computations.get(line.called("calls") or "", {})
-        if line.opcode == "dynamic-slice":
-            return min(whole, num_bytes(line.result) or whole)
+        if line.opcode in ("slice", "dynamic-slice"):
+            return min(whole, num_bytes(line.result, anywhere=True))
         names = {
             x.name
             for x in inner.values()
             if x.opcode == "parameter" and x.operands[0] == str(index)
         }
-        users = [x for x in inner.values() if names & set(x.operands)]
+        users = []
+        for x in inner.values():  # an operand comes before its users
+            if names & set(x.operands):
+                if x.opcode in SAME:
+                    names.add(x.name)
+                else:
+                    users.append(x)
         if not users or not whole:
             return whole
         sizes = []
         for user in users:
             if user.opcode == "dynamic-slice":
                 sizes.append(num_bytes(user.result, anywhere=True))
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] in names:
+            elif user.opcode in UPDATES and user.operands[0] in names:
                 sizes.append(0)
             else:
                 return whole
@@ -152,10 +171,10 @@ class Program:
 
     def _written(self, line):
         inner = self.computations.get(line.called("calls") or "", {})
-        updates = [x for x in inner.values() if x.opcode == "dynamic-update-slice"]
+        updates = [x for x in inner.values() if x.opcode in UPDATES]
         whole = num_bytes(line.result)
         if len(updates) == 1 and updates[0].result.split("{")[0] in line.result:
-            update = inner[updates[0].operands[1]]
+            update = inner[updates[0].operands[UPDATES[updates[0].opcode]]]
             return min(whole, num_bytes(update.result, anywhere=True))
         return whole
 

@@ -61,7 +61,7 @@ def seconds(program, chip):
     return sum(
         times * kernel_seconds(program, line, body, chip)
         for line, body, times in program.run()
-        if line.opcode not in hlo.FREE
+        if not line.is_free
     )
 
 

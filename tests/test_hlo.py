@@ -91,3 +91,52 @@ slice-start(%back), slice={[0:1], [0:8]}
 }
 """
     assert hlo.Program(text).bytes_moved() == 128 + 128 + 32
+
+
+# As GPU programs have them: fusions that slice or write a stack of 5 rows of 32 bytes behind a
+# bitcast, one of them beside other kernels, and one that writes 2 numbers in place.
+FUSIONS = """
+%sliced (stack: f32[8,5], at: s32[]) -> f32[8] {
+  %stack = f32[8,5]{0,1} parameter(0)
+  %at = s32[] parameter(1)
+  %same = f32[5,8]{1,0} bitcast(%stack)
+  %row = f32[1,8]{1,0} dynamic-slice(%same, %at), dynamic_slice_sizes={1,8}
+  ROOT %twice = f32[1,8]{1,0} add(%row, %row)
+}
+
+%written (stack.1: f32[8,5], at.1: s32[], new: f32[1,8]) -> f32[5,8] {
+  %stack.1 = f32[8,5]{0,1} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %new = f32[1,8]{1,0} parameter(2)
+  %same.1 = f32[5,8]{1,0} bitcast(%stack.1)
+  ROOT %updated = f32[5,8]{1,0} dynamic-update-slice(%same.1, %new, %at.1)
+}
+
+%scattered (whole: f32[5,8], places: s32[2,2], values: f32[2]) -> f32[5,8] {
+  %whole = f32[5,8]{1,0} parameter(0)
+  %places = s32[2,2]{1,0} parameter(1)
+  %values = f32[2]{0} parameter(2)
+  ROOT %put = f32[5,8]{1,0} scatter(%whole, %places, %values), to_apply=%sum
+}
+
+ENTRY %main (x: f32[8,5], i: s32[], p: s32[2,2], v: f32[2]) -> f32[5,8] {
+  %x = f32[8,5]{0,1} parameter(0)
+  %i = s32[] parameter(1)
+  %p = s32[2,2]{1,0} parameter(2)
+  %v = f32[2]{0} parameter(3)
+  %started = ((f32[8,5]{0,1}, s32[]), f32[1,8]{1,0}, u32[]) fusion-start(%x, %i), \
+kind=kLoop, calls=%sliced
+  %read = f32[1,8]{1,0} fusion-done(%started)
+  %kept = f32[5,8]{1,0} fusion(%x, %i, %read), kind=kLoop, calls=%written
+  ROOT %last = f32[5,8]{1,0} fusion(%kept, %p, %v), kind=kInput, calls=%scattered
+}
+"""
+
+
+def test_fusions_move_what_they_slice_and_what_they_write_in_place():
+    program = hlo.Program(FUSIONS)
+    assert program.kernels() == 3
+    row, index = 32, 4
+    places, values = 4 * index, 2 * 4
+    expected = (row + index + row) + (row + index + row) + (places + 2 * values)
+    assert program.bytes_moved() == expected
