@@ -54,7 +54,8 @@ holds few microseconds a kernel, the fewer kernels may win.""",
 }
 UNTUNED = """Without a card the compiler cannot time what it may choose from. It makes all
 products of matrices kernels of its own in small tiles, none a call of cuBLAS, and leaves the
-algorithms of convolutions to cuDNN. On a card it may choose otherwise.
+algorithms of convolutions to cuDNN, without the memory that these may take. On a card it may
+choose otherwise.
 """
 
 
