@@ -205,8 +205,8 @@ LAYOUTS = """LPF-SGD with signs and 8 chunks, all at once (*vmap*) and in a loop
 **regret** is how much more that is than the better of the two. `strategy="vmap"` is one word.
 """
 CONVOLUTIONS = {
-    "tpu": """Convolutions take the loop by the rule: by this compiler all at once is better for
-them, at a multiple of the memory.
+    "tpu": """Convolutions take all at once by the rule where they are small, at a multiple of
+the memory, and the loop where they are large.
 """,
     "h100": """Convolutions take the loop by the rule. All at once each is a call of cuDNN in 8
 groups, and so are its gradients: that of a kernel is a convolution whose window is the whole
