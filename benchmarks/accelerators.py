@@ -49,7 +49,6 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 SHARDED = "transformer, 4 chips"
-LARGER = {f"resnet18, {size}": size for size in (512, 1024)}  # batches
 
 
 def ivon(problem):
@@ -86,10 +85,7 @@ FEW = {
     "resnet18": ("plain", "LPF no noise, scan", "LPF signs, scan", "NSO signs"),
     SHARDED: ("plain", "LPF signs, scan", "NSO signs"),
 }
-FEW |= {
-    name: ("plain", "LPF signs, scan", "LPF signs, vmap")
-    for name in (*LARGER, *layouts.NAMES)
-}
+FEW |= {name: ("plain", "LPF signs, scan", "LPF signs, vmap") for name in layouts.NAMES}
 
 
 def find_topology(target):
@@ -171,8 +167,6 @@ def problem_named(name):
     if name == SHARDED:
         # As many sequences a chip as on one chip, in as many chunks.
         return make_large("transformer", abstract=True, batch_size=32)
-    if name in LARGER:
-        return make_large("resnet18", abstract=True, batch_size=LARGER[name])
     if name in layouts.NAMES:
         return layouts.make(name)
     return make_large(name, abstract=True)
@@ -192,7 +186,7 @@ def versions(target):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    names = [*NAMES, SHARDED, *LARGER, *layouts.NAMES]
+    names = [*NAMES, SHARDED, *layouts.NAMES]
     add("--target", choices=["tpu", "h100"], default="tpu")
     add("--problems", nargs="+", choices=names, default=names)
     add(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.large import TITLES as LARGE_TITLES
 from benchmarks.large import Decoder, language_problem, of_images
 from benchmarks.problems import CNN, ResNet18, TransformerBlock
 from flatopt._core import rules
@@ -19,6 +20,7 @@ TITLES = {
 # The same networks with fewer or more images a chunk.
 TITLES |= {f"cnn, {batch}": TITLES["cnn"] for batch in (128, 256, 512, 4096)}
 TITLES |= {"resnet10, 512": TITLES["resnet10"]}
+TITLES |= {f"resnet18, {batch}": LARGE_TITLES["resnet18"] for batch in (512, 1024)}
 NAMES = tuple(TITLES)
 CHUNKS = 8
 
@@ -85,6 +87,7 @@ def make(name):
     kind = kind if other.isdigit() else name
     network, options, side, batch_size = {
         "cnn": (CNN, (), 24, 1024),
+        "resnet18": (ResNet18, (), 32, 128),
         "resnet10": (ResNet18, [(64, 64, 128, 256, 512)], 32, 128),
         "vit": (ViT, (), 32, 256),
         "vit, wide": (ViT, [384], 32, 256),

@@ -257,9 +257,10 @@ def layout_section(problems, target):
 
 CHUNKS = """### Small chunks
 
-LPF-SGD with signs in a loop of 8 chunks over the plain step, in cycles, by the examples in a
-chunk: a chunk that does not fill the chip takes nearly as long as one that does.
+LPF-SGD with signs over the plain step of the same batch, in cycles, by the images in a chunk: a
+chunk that does not fill the chip takes nearly as long as one that does.
 """
+COUNTS = {8: "", 4: ", 4 chunks", 2: ", 2 chunks"}
 
 
 def chunk_section(problems):
@@ -268,13 +269,17 @@ def chunk_section(problems):
         if not name.startswith(("cnn", "resnet")):
             continue
         rows, batch = problem["rows"], problem["batch_size"]
-        plain, loop = (
-            rows.get(row, {}).get("cycles") for row in ("plain", "LPF signs, scan")
-        )
-        if plain and loop:
-            title = (TITLES | layouts.TITLES)[name]
-            cells += [[title, batch, batch // layouts.CHUNKS, ratio(loop, plain)]]
-    head = ["network", "batch", "images a chunk", "cycles over plain"]
+        plain = rows.get("plain", {}).get("cycles")
+        for count, ending in COUNTS.items():
+            both = [
+                rows.get(f"LPF signs, {layout}{ending}", {}).get("cycles")
+                for layout in ("scan", "vmap")
+            ]
+            if any(both):
+                title = (TITLES | layouts.TITLES)[name]
+                sizes = batch, count, batch // count
+                cells += [[title, *sizes, *[ratio(x, plain) for x in both]]]
+    head = ["network", "batch", "chunks", "images a chunk", "in a loop", "all at once"]
     cells = [[str(cell) for cell in row] for row in sorted(cells)]
     return [CHUNKS, table(head, cells)] if len(cells) > 1 else []
 
