@@ -125,9 +125,8 @@ SHARED = """They differ: SAM's temporaries and what goes in add up to {total:.0f
 compiler allocates {allocated:.0f} MB in all, since buffers that are not alive together share
 room.
 """
-COPIES = """As two copies, in an earlier version, SAM had {before:.0f} MB of temporaries, fewer
-than the {after:.0f} MB of its loop of two rounds, but {cycles:.2f} times the cycles of the
-plain step. The peak of the copies was not written down.
+COPIES = """As two plain copies, in an earlier version, SAM had {before:.0f} MB of temporaries,
+now {after:.0f}, and {cycles:.2f} times the cycles of the plain step.
 """
 
 
