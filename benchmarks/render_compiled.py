@@ -250,7 +250,7 @@ def layout_section(problems, target):
             products += [f"{(TITLES | layouts.TITLES)[name]} {ratio(more, less)}"]
     title = f"### The layout of the chunks ({CHIPS[target]})\n"
     text = LAYOUTS + CONVOLUTIONS[target]
-    text = paragraph(text, figure=figure, products="; ".join(products))
+    text = paragraph(text, figure=figure, products="; ".join(dict.fromkeys(products)))
     return [title, text, table(head, cells)] if cells else []
 
 

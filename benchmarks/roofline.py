@@ -58,7 +58,7 @@ LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
 def seconds(program, chip):
     """The roofline of a whole program, loops times their length."""
-    return sum(
+    return math.fsum(  # the same on every Python
         times * kernel_seconds(program, line, body, chip)
         for line, body, times in program.run()
         if not line.is_free
