@@ -78,13 +78,15 @@ class Program:
     """The computations of a compiled program, and what it runs."""
 
     def __init__(self, text):
-        self.computations, self.entry, lines = {}, None, None
+        self.computations, self.roots, self.entry, lines = {}, {}, None, None
         for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                lines = self.computations.setdefault(head[2], {})
+                name, lines = head[2], self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
             elif lines is not None and (instruction := _instruction(line)):
                 lines[instruction.name] = instruction
+                if line.lstrip().startswith("ROOT "):
+                    self.roots[name] = instruction
 
     def run(self, name=None, times=1):
         """Yield ``(instruction, its computation, times)`` for all that is run."""
@@ -142,41 +144,74 @@ class Program:
     def _read(self, line, index, result):
         """Of an operand that is only sliced, the slices are read."""
         whole = num_bytes(result)
-        inner = self.computations.get(line.called("calls") or "", {})
         if line.opcode in ("slice", "dynamic-slice"):
             return min(whole, num_bytes(line.result, anywhere=True))
-        names = {
-            x.name
-            for x in inner.values()
-            if x.opcode == "parameter" and x.operands[0] == str(index)
-        }
-        users = []
-        for x in inner.values():  # an operand comes before its users
-            if names & set(x.operands):
-                if x.opcode in SAME:
-                    names.add(x.name)
-                else:
-                    users.append(x)
-        if not users or not whole:
-            return whole
-        sizes = []
-        for user in users:
-            if user.opcode == "dynamic-slice":
-                sizes.append(num_bytes(user.result, anywhere=True))
-            elif user.opcode in UPDATES and user.operands[0] in names:
-                sizes.append(0)
-            else:
-                return whole
-        return min(whole, sum(sizes))
+        sliced = self._sliced(line.called("calls"), index) if whole else None
+        return whole if sliced is None else min(whole, sliced)
+
+    def _sliced(self, name, index):
+        """Bytes that a computation slices from a parameter; ``None`` if it takes it all."""
+        total, names = 0, set()
+        for x in self.computations.get(name or "", {}).values():
+            if x.opcode == "parameter" and x.operands[0] == str(index):
+                names.add(x.name)
+            places = [i for i, operand in enumerate(x.operands) if operand in names]
+            if not places:
+                continue
+            if x.opcode in SAME:
+                names.add(x.name)  # an operand comes before its users
+            elif x.opcode in ("slice", "dynamic-slice"):
+                total += num_bytes(x.result, anywhere=True)
+            elif x.opcode == "fusion":
+                parts = [self._sliced(x.called("calls"), i) for i in places]
+                if None in parts:
+                    return None
+                total += sum(parts)
+            elif x.opcode not in UPDATES or places != [0]:
+                return None
+        return total if names else None
 
     def _written(self, line):
-        inner = self.computations.get(line.called("calls") or "", {})
-        updates = [x for x in inner.values() if x.opcode in UPDATES]
-        whole = num_bytes(line.result)
-        if len(updates) == 1 and updates[0].result.split("{")[0] in line.result:
-            update = inner[updates[0].operands[UPDATES[updates[0].opcode]]]
-            return min(whole, num_bytes(update.result, anywhere=True))
-        return whole
+        """Of a result that an operand is updated to, in place, the updates are written."""
+        arrays = [match[0] for match in ARRAY.finditer(line.result)]
+        outputs = self._outputs(line.called("calls"))
+        if len(outputs) != len(arrays):
+            return num_bytes(line.result)
+        total = 0
+        for array, (name, output) in zip(arrays, outputs, strict=True):
+            whole, updated = num_bytes(array), self._updated(name, output)
+            total += whole if updated is None else min(whole, updated)
+        return total
+
+    def _outputs(self, name):
+        """What a computation gives, with the name of the computation."""
+        root = self.roots.get(name)
+        if root is None:
+            return []
+        names = root.operands if root.opcode == "tuple" else (root.name,)
+        return [(name, self.computations[name][x]) for x in names]
+
+    def _updated(self, name, output):
+        """Bytes that a computation writes into a parameter to make an output, or ``None``."""
+        body = self.computations[name]
+        if output.opcode == "parameter":
+            return 0
+        if output.opcode == "fusion":
+            inner = self._outputs(output.called("calls"))
+            return self._updated(*inner[0]) if len(inner) == 1 else None
+        if output.opcode == "get-tuple-element":
+            made = body[output.operands[0]]
+            inner = self._outputs(made.called("calls"))
+            index = int(output.called("index"))
+            return self._updated(*inner[index]) if index < len(inner) else None
+        if output.opcode in SAME:
+            return self._updated(name, body[output.operands[0]])
+        if output.opcode not in UPDATES:
+            return None
+        before = self._updated(name, body[output.operands[0]])
+        update = body[output.operands[UPDATES[output.opcode]]]
+        size = num_bytes(update.result, anywhere=True)
+        return None if before is None else before + size
 
     def collectives(self):
         """Count and bytes of the results of collectives, by kind."""

@@ -140,3 +140,50 @@ def test_fusions_move_what_they_slice_and_what_they_write_in_place():
     places, values = 4 * index, 2 * 4
     expected = (row + index + row) + (row + index + row) + (places + 2 * values)
     assert program.bytes_moved() == expected
+
+
+# As TPU programs have them: a fusion inside a fusion slices a stack of 5 rows of 32 bytes; two
+# stacks are updated by one fusion, each by a row; a stack of zeros is made in it, not updated.
+NESTED = """
+%inner (stack: f32[5,8], at: s32[]) -> f32[1,8] {
+  %stack = f32[5,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%stack, %at), dynamic_slice_sizes={1,8}
+}
+
+%outer (other: s32[], whole: f32[5,8]) -> f32[1,8] {
+  %other = s32[] parameter(0)
+  %whole = f32[5,8]{1,0} parameter(1)
+  %one = f32[1,8]{1,0} fusion(%whole, %other), kind=kLoop, calls=%inner
+  ROOT %twice = f32[1,8]{1,0} add(%one, %one)
+}
+
+%both (a: f32[5,8], b: f32[5,8], i: s32[], new: f32[1,8]) -> (f32[5,8], f32[5,8], f32[5,8]) {
+  %a = f32[5,8]{1,0} parameter(0)
+  %b = f32[5,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %new = f32[1,8]{1,0} parameter(3)
+  %zero = f32[] constant(0)
+  %zeros = f32[5,8]{1,0} broadcast(%zero), dimensions={}
+  %first = f32[5,8]{1,0} dynamic-update-slice(%a, %new, %i)
+  %second = f32[5,8]{1,0} dynamic-update-slice(%b, %new, %i)
+  %third = f32[5,8]{1,0} dynamic-update-slice(%zeros, %new, %i)
+  ROOT %all = (f32[5,8]{1,0}, f32[5,8]{1,0}, f32[5,8]{1,0}) tuple(%first, %second, %third)
+}
+
+ENTRY %main (x: f32[5,8], y: f32[5,8], n: s32[]) -> (f32[5,8], f32[5,8], f32[5,8]) {
+  %x = f32[5,8]{1,0} parameter(0)
+  %y = f32[5,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %read = f32[1,8]{1,0} fusion(%n, %x), kind=kLoop, calls=%outer
+  ROOT %made = (f32[5,8]{1,0}, f32[5,8]{1,0}, f32[5,8]{1,0}) fusion(%x, %y, %n, %read), \
+kind=kLoop, calls=%both
+}
+"""
+
+
+def test_slices_and_updates_in_nested_fusions_and_of_several_results_are_found():
+    program = hlo.Program(NESTED)
+    row, index, stack = 32, 4, 160
+    expected = (row + index + row) + (index + row) + 2 * row + stack
+    assert program.bytes_moved() == expected
