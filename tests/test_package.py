@@ -303,3 +303,33 @@ def test_the_page_of_curvature_says_how_far_off_differences_are():
     assert differences.table(report) in page
     for title in differences.DTYPES:
         assert differences.told(report, title) in " ".join(page.split())
+
+
+def test_the_page_of_layouts_says_what_was_measured():
+    from benchmarks import samplers
+
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    assert samplers.table(json.loads(samplers.OUTPUT.read_text())) in page
+    path = ROOT / "docs" / "results" / "accelerators.json"
+    problems = json.loads(path.read_text())["tpu"]["problems"]
+
+    def over_plain(problem, row, figure="cycles"):
+        rows = problems[problem]["rows"]
+        return f"{rows[row][figure] / rows['plain'][figure]:.2f}"
+
+    text = " ".join(page.split())
+    scan, vmap = "LPF signs, scan", "LPF signs, vmap"
+    for said in (
+        f"{over_plain('resnet18', scan)} plain steps for 8 chunks of 16 images in a loop",
+        f"{over_plain('resnet18', vmap)} all at once",
+        f"{over_plain('resnet18', f'{scan}, 2 chunks')} for 2 chunks of 64",
+        f"{over_plain('resnet18, 512', scan)} for 8 chunks of 64",
+        f"{over_plain('resnet18, 1024', scan)} of a plain step of 1,024 images",
+        f"up to {over_plain('resnet18, 512', vmap)[:3]} times as long",
+        f"SAM takes {over_plain('transformer', 'SAM')} plain steps",
+        f"NSO takes {over_plain('transformer', 'NSO normal', 'temporary_bytes')} times",
+        f"SAM {over_plain('transformer', 'SAM', 'temporary_bytes')} times",
+        f"{over_plain('mlp', 'LPF normal, vmap')} plain steps for Gaussian noise and "
+        f"{over_plain('mlp', vmap)} for signs",
+    ):
+        assert said in text
