@@ -100,7 +100,7 @@ class Model:
     def _own(self, name, weight):
         """A weight, whose gradient is reduced in two steps."""
         is_split = self.in_two_steps and _is_split(name)
-        return _reduced_in_two_steps(weight) if is_split else weight
+        return reduced_in_two_steps(weight) if is_split else weight
 
     def _embed(self, table, tokens):
         if not self.one_hot:
@@ -137,7 +137,8 @@ def _local(x):
 
 
 @jax.custom_vjp
-def _reduced_in_two_steps(weight):
+def reduced_in_two_steps(weight):
+    """The weight; its gradient is reduced over the rows, and then over all chips."""
     return weight
 
 
@@ -147,7 +148,7 @@ def _backward(_, gradient):
     return (gradient,)
 
 
-_reduced_in_two_steps.defvjp(lambda weight: (weight, None), _backward)
+reduced_in_two_steps.defvjp(lambda weight: (weight, None), _backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Plan:
     num_passes: int
     num_groups: int = 1
     in_two_steps: bool = True
+    sequences_a_chip: int = SEQUENCES_A_CHIP
 
     def mesh(self, devices):
         """Groups of neighbouring rows of the grid of chips."""
@@ -203,13 +205,18 @@ def _plain(loss_fn, params, batch):
 CHUNKS = {"num_samples": NUM_CHUNKS, "batch_argnames": ("batch",), "strategy": "scan"}
 MICROBATCHES = f"AdamW, {NUM_CHUNKS} microbatches"
 LPF = f"LPF, {NUM_CHUNKS} chunks"
+IN_GROUPS = f"{LPF} in {NUM_CHUNKS} groups of chips"
+ONE_STEP = "AdamW, reduced in one step"
 PLANS = {
     "AdamW": Plan(_plain, 1),
-    "AdamW, reduced in one step": Plan(_plain, 1, in_two_steps=False),
+    ONE_STEP: Plan(_plain, 1, in_two_steps=False),
     MICROBATCHES: Plan(_smoothed(0.0, _no_noise, **CHUNKS), NUM_CHUNKS),
     LPF: Plan(_smoothed(5e-4, KERNEL, **CHUNKS), NUM_CHUNKS),
-    f"{LPF} in {NUM_CHUNKS} groups of chips": Plan(_spread, 1, NUM_CHUNKS),
+    IN_GROUPS: Plan(_spread, 1, NUM_CHUNKS),
     "NSO, one pair": Plan(_smoothed(0.01, antithetic=True), 2),
+    "NSO, 8 sequences a chip": Plan(
+        _smoothed(0.01, antithetic=True), 2, sequences_a_chip=8
+    ),
 }
 
 
@@ -260,7 +267,7 @@ def compile_step(setup, plan, devices, options=None):
     params = _abstract(model.shapes(), mesh)
     state = place(jax.eval_shape(tx.init, params), mesh)
     tokens = jax.ShapeDtypeStruct(
-        (SEQUENCES_A_CHIP * setup.num_chips, model.length),
+        (plan.sequences_a_chip * setup.num_chips, model.length),
         jnp.int32,
         sharding=NamedSharding(mesh, P(("draws", *CHIPS))),
     )
@@ -305,6 +312,7 @@ def measure(setup, plan, devices, options=None, keep=None):
     return {
         "num_passes": plan.num_passes,
         "num_groups": plan.num_groups,
+        "sequences_a_chip": plan.sequences_a_chip,
         "collectives": count_collectives(compiled.as_text()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -323,7 +331,6 @@ def describe(setup):
     return {
         "chips": setup.topology,
         "num_chips": setup.num_chips,
-        "batch_size": SEQUENCES_A_CHIP * setup.num_chips,
         "length": setup.model.length,
         "num_parameters": sum(map(math.prod, everything)),
         "num_split_in_layers": count(layers),
@@ -367,7 +374,8 @@ def main(argv=None):
                     row = measure(setup, PLANS[step], devices, OPTIONS[target], keep)
                 except jax.errors.JaxRuntimeError as error:  # too large, it may say
                     row = {"error": str(error)[:300]}
-                rows["steps"][step] = row
+                known = rows["steps"] | {step: row}
+                rows["steps"] = {x: known[x] for x in PLANS if x in known}
                 print(target, name, step, json.dumps(row), file=sys.stderr, flush=True)
                 path.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,5 +1,7 @@
 """What is counted in a planned step, and that the plan computes the gradient it says."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import planning
-from benchmarks.collectives import count_collectives, num_members
+from benchmarks.collectives import KINDS, count_collectives, num_members
 
 # As the compiler of TPUs writes it: a gather of bfloat16 that starts before a loop, goes on
 # in it beside another kernel, and is done after; a reduce-scatter as a fusion.
@@ -154,3 +156,67 @@ def test_the_model_is_as_large_as_it_is_said_to_be(name):
     setup = planning.SETUPS[name]
     sizes = {"1B": (0.9e9, 1.1e9), "7B": (6.7e9, 6.8e9)}[name]
     assert sizes[0] < planning.describe(setup)["num_parameters"] < sizes[1]
+
+
+def _sizes(row, *kinds):
+    return {
+        name: sum(entry["bytes"].values())
+        for name, entry in row["collectives"].items()
+        if name.startswith(kinds)
+    }
+
+
+def _received(row, *kinds):
+    """What reaches a chip, each collective at the least that it can send."""
+    total = 0
+    for name, size in _sizes(row, *kinds).items():
+        kind, _, members = name.partition(" of ")
+        if kind == "collective-permute":
+            total += size
+            continue
+        share = 1 - 1 / int(members)
+        total += size * share * (2 if kind == "all-reduce" else 1)
+    return total / 1e9
+
+
+def test_the_page_says_what_was_compiled():
+    report = json.loads(planning.RESULTS.read_text())
+    steps = report["tpu"]["models"]["7B"]["steps"]
+    on_cpu = report["cpu"]["models"]["7B"]["steps"]
+    assert not [row for row in (*steps.values(), *on_cpu.values()) if "error" in row]
+    plain, pair, eight = (
+        steps[x] for x in ("AdamW", "NSO, one pair", "NSO, 8 sequences a chip")
+    )
+    small = [
+        report["tpu"]["models"]["1B"]["steps"][x]["allocated_bytes"] / 1e9
+        for x in ("AdamW", "NSO, one pair")
+    ]
+    lpf, groups = steps[planning.LPF], steps[planning.IN_GROUPS]
+    reductions = ("all-reduce", "reduce-scatter", "collective-permute")
+    halves = [_received(row, *reductions) for row in (steps[planning.ONE_STEP], plain)]
+    norms, chunks = (
+        sum(_sizes(row, "all-reduce").values())
+        for row in (steps[planning.MICROBATCHES], lpf)
+    )
+    average = _sizes(groups, "all-reduce of 4")["all-reduce of 4"]
+    falls = _received(lpf, *KINDS) / _received(groups, *KINDS)
+    gathered = _sizes(on_cpu["AdamW"], "all-gather")["all-gather of 256"]
+    told = [
+        f"allocates {pair['allocated_bytes'] / 1e9:.1f} GB where the plain step takes "
+        f"{plain['allocated_bytes'] / 1e9:.1f}",
+        f"{small[1]:.1f} for {small[0]:.1f} with 1 billion parameters",
+        f"8 sequences a chip it allocates {eight['allocated_bytes'] / 1e9:.1f} GB",
+        f"{eight['temporary_bytes'] / 1e9:.1f} GB for NSO with 8 sequences",
+        f"filter norms add {(chunks - norms) / 1e6:.1f} MB",
+        f"average sharded gradients ({average / 1e9:.2f} GB)",
+        f"receives {falls:.1f} times less",
+        f"from {halves[0]:.1f} to {halves[1]:.1f} GB received",
+        f"gathers {gathered / 1e9:.1f} GB in float32",
+        f"allocates {on_cpu['AdamW']['allocated_bytes'] / 1e9:.1f} GB for it and "
+        f"{on_cpu['NSO, one pair']['allocated_bytes'] / 1e9:.1f} for NSO",
+    ]
+    page = " ".join((planning.RESULTS.parents[1] / "scale.md").read_text().split())
+    assert [x for x in told if x not in page] == []
+    # NSO moves twice as much.
+    assert _received(pair, *KINDS) == pytest.approx(2 * _received(plain, *KINDS), 1e-3)
+    assert max(row["allocated_bytes"] for row in steps.values()) < 16e9
