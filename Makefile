@@ -25,7 +25,8 @@ help:
 	@echo "make bench-curvature  measure curvature products against peers, and many small problems"
 	@echo "make bench-stability  measure the tracker and the exact threshold"
 	@echo "make bench-precision  measure what bfloat16 parameters keep of the noise"
-	@echo "make bench-planning   plan a step on 256 chips, from shapes alone"
+	@echo "make bench-planning   plan steps of 1 and 7 billion parameters on 16 and 256 TPU chips, from shapes"
+	@echo "                  alone (half an hour); no TPU is needed"
 	@echo "make bench-language   plan the curvature of a language model for a TPU; no TPU is needed"
 	@echo "make bench-accelerators  compile for a TPU and read the programs (an hour); no TPU is needed;"
 	@echo "                  with TARGET=h100 for a GPU, which downloads 4 GB; no GPU is needed"
@@ -139,14 +140,12 @@ bench-stability: $(VENV)/.bench
 bench-precision: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.precision
 
-bench-planning: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.planning
-
 TPU := $(VENV)-tpu
 GPU := $(VENV)-gpu
 TARGET ?= tpu
 ROWS ?=
 LANGUAGE_ARGS ?=
+PLANNING_ARGS ?=
 
 # Python of an environment with one extra: jax[tpu] and jax[cuda13] compile without a device;
 # they need Python 3.12. Nothing is run where there is none.
@@ -170,6 +169,9 @@ bench-accelerators: pyproject.toml
 
 bench-fits: pyproject.toml
 	$(with_tpu_compiler) -m benchmarks.fits
+
+bench-planning: pyproject.toml
+	$(with_tpu_compiler) $(TPU)/bin/python -m benchmarks.planning $(PLANNING_ARGS)
 
 bench-language: pyproject.toml
 	$(with_tpu_compiler) -m benchmarks.language $(LANGUAGE_ARGS)

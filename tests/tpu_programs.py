@@ -1,6 +1,6 @@
 """What a TPU's compiler makes of training steps, without a TPU: ``make test-tpu``.
 
-Five small programs for a v5e. Needs Python 3.12 and jax[tpu]; `make test` leaves it out.
+Seven small programs for a v5e. Needs Python 3.12 and jax[tpu]; `make test` leaves it out.
 """
 
 import functools
@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flatopt
-from benchmarks import accelerators, contenders, hlo
+from benchmarks import accelerators, contenders, hlo, planning
+from benchmarks.collectives import count_collectives
 from benchmarks.large import Decoder
 from benchmarks.problems import Problem
 from flatopt import kernels
@@ -137,3 +138,31 @@ def test_one_gradient_is_reduced_under_shard_map():
     assert set(found) == {"all-reduce"}
     gradient = _bytes(problem.params)
     assert gradient <= found["all-reduce"]["bytes"] <= 1.01 * gradient
+
+
+@pytest.mark.parametrize("in_two_steps", [True, False])
+def test_a_gradient_over_a_grid_of_chips_is_scattered_in_two_steps_alone(in_two_steps):
+    setup = planning.SETUPS["7B"]
+    devices = planning.find_devices("tpu", setup)
+    mesh = planning.PLANS["AdamW"].mesh(devices)
+    own = planning.reduced_in_two_steps if in_two_steps else lambda weight: weight
+    rows, width = 8 * setup.num_chips, 4096
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    place = NamedSharding(mesh, P(planning.CHIPS))
+    x, w = accelerators.place((x, w), place)
+
+    def loss_fn(w, x):
+        return jnp.mean(jnp.square(x @ own(w)))
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss_fn), out_shardings=place)
+        found = count_collectives(gradient.lower(w, x).compile().as_text())
+    whole = 4 * width**2
+    if in_two_steps:
+        # The compiler may pad the first step.
+        size = found["reduce-scatter of 16"]["bytes"]["f32"]
+        assert whole * 17 / 16 <= size <= 1.1 * whole * 17 / 16
+        assert not [name for name in found if name.startswith("all-reduce")]
+    else:
+        assert found["all-reduce of 256"]["bytes"]["f32"] == whole
