@@ -17,7 +17,6 @@ WIDTHS = {
     "u64": 8,
     "f64": 8,
 }
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
 # What makes no kernel of its own, as all that only waits for what was started before.
 FREE = {
     "parameter",
@@ -212,17 +211,6 @@ class Program:
         update = body[output.operands[UPDATES[output.opcode]]]
         size = num_bytes(update.result, anywhere=True)
         return None if before is None else before + size
-
-    def collectives(self):
-        """Count and bytes of the results of collectives, by kind."""
-        found = {}
-        for line, _, times in self.run():
-            kind = line.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                row = found.setdefault(kind, {"count": 0, "bytes": 0})
-                row["count"] += times
-                row["bytes"] += times * num_bytes(line.result, anywhere=True)
-        return found
 
 
 def num_bytes(result, anywhere=False):

@@ -21,7 +21,6 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import flatopt
-from benchmarks import hlo
 from benchmarks.large import Decoder
 from flatopt import curvature, stability
 from flatopt._core import risk, sharding
@@ -172,8 +171,6 @@ def measure(target, row):
         "alias_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    if TARGETS[target] > 1:
-        figures["collectives"] = hlo.Program(compiled.as_text()).collectives()
     return figures | {"compile_seconds": round(time.perf_counter() - start, 1)}
 
 

@@ -40,8 +40,8 @@ MORE = {
         BYTES: """What stays in the chip's own 128 MB does not count.""",
         TEMPORARIES: "It counts room that buffers share more than once.",
         PEAK: """On the MLP it is more than all that is allocated in the main memory, so that
-what stays in the chip's own memory seems to count here. The compiler does not refuse a program
-that is too large: a v5e has 16 GB.""",
+what stays in the chip's own memory seems to count here. The compiler refuses a program that does
+not fit the 16 GB of a v5e.""",
     },
     "h100": {
         BYTES: """The cache of 50 MB is left out: what is small need not go to the main
@@ -323,7 +323,8 @@ def compiled_table(rows, target="tpu"):
     }
     if target != "tpu":
         del compared["cycles"]
-    kinds = sorted({k for row in rows.values() for k in row.get("collectives", {})})
+    moved = {name: moved_by_kind(row) for name, row in rows.items()}
+    kinds = sorted({kind for sizes in moved.values() for kind in sizes})
     head = ["step", *[f"{name} over plain" for name in compared.values()]]
     head += ["temporaries, MB", "peak, MB", "kernels"]
     head += [f"{kind}, GB" for kind in kinds]
@@ -335,13 +336,21 @@ def compiled_table(rows, target="tpu"):
         ratios = [ratio(row.get(key), plain.get(key)) for key in compared]
         sizes = [megabytes(row["temporary_bytes"]), megabytes(row.get("peak_bytes"))]
         sizes += [f"{row['kernels']:,}"]
-        moved = [row["collectives"].get(kind, {"bytes": 0})["bytes"] for kind in kinds]
         cells += [
             [
                 name,
                 *ratios,
                 *sizes,
-                *[f"{size / 1e9:.2f}" for size in moved],
+                *[f"{moved[name].get(kind, 0) / 1e9:.2f}" for kind in kinds],
             ]
         ]
     return table(head, cells)
+
+
+def moved_by_kind(row):
+    """Bytes of the arrays that each kind of collective makes or takes."""
+    sizes = {}
+    for name, found in row.get("collectives", {}).items():
+        kind = name.partition(" of ")[0]
+        sizes[kind] = sizes.get(kind, 0) + sum(found["bytes"].values())
+    return sizes
