@@ -13,7 +13,7 @@ help:
 	@echo "make test-fuzz    try 500 random uses of the links against NumPy"
 	@echo "make test-floor   run those that meet JAX's inner parts on the oldest versions allowed"
 	@echo "make test-newest  the same on the newest Python that is found and the newest JAX"
-	@echo "make test-tpu    what a TPU's compiler makes of three programs; no TPU is needed"
+	@echo "make test-tpu    what a TPU's compiler makes of a few programs; no TPU is needed"
 	@echo "make lint     check style, formatting and types"
 	@echo "make format   sort imports and format"
 	@echo "make hooks    have git check the style of every commit"
