@@ -128,6 +128,7 @@ dist: $(VENV)/.dev $(VENV)/.release
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.samplers
 
 bench-curvature: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.curvature
