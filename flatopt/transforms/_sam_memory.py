@@ -291,15 +291,17 @@ def _has_moved(params, step, rho):
     is_sure = most < half
 
     def is_seen():
-        point = vectors.move(params, step())
         lost = jax.tree.map(
             lambda p, q, s: (
                 trees.widen(q) - trees.widen(p) - s.astype(trees.wide(p.dtype))
             ),
             params,
-            point,
+            vectors.move(params, step()),
             step(),
         )
-        return vectors.norm(lost) < half
+        # In units of half a step squares that overflow are too long, and those that
+        # underflow are short.
+        lost = jax.tree.map(lambda x: x / half.astype(x.dtype), lost)
+        return vectors.dot(lost, lost) < 1
 
     return loops.usually(is_sure, lambda: is_sure, is_seen)
