@@ -22,10 +22,15 @@ def power_of_two(values, axis=None, keepdims=False):
     """
     xp = host.namespace(values)
     top = xp.max(xp.abs(values), axis=axis, keepdims=keepdims, initial=0.0)
-    exponent = xp.frexp(xp.where((top == 0) | ~xp.isfinite(top), 1.0, top))[1] - 1
+    limits = xp.finfo(values.dtype)
+    word = {16: xp.uint16, 32: xp.uint32, 64: xp.uint64}[limits.bits]
+    # The bits of the exponent: all but those of the mantissa and the sign.
+    exponent = (1 << limits.bits - 1) - (1 << limits.nmant)
+    power = (top.view(word) & word(exponent)).view(top.dtype)
     # Within the normal numbers, on both sides of one.
-    least = xp.finfo(values.dtype).minexp + 1
-    return xp.ldexp(xp.ones_like(top), xp.clip(exponent, least, -least))
+    least = 2.0 ** (limits.minexp + 1)
+    power = xp.clip(power, least, 1 / least)
+    return xp.where((top == 0) | ~xp.isfinite(top), xp.ones_like(top), power)
 
 
 def unit(tree):

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import blocks, trees
+from flatopt._core import blocks, loops, trees
 
 FilterAxes = int | tuple[int, ...] | Callable[[str, jax.Array], Any] | Any
 
 
 _MODEL_AXES = contextvars.ContextVar("filter axes of a model", default=None)
+
+LARGE = 1 << 16  # values: a second pass over more takes longer than a branch
 
 
 @contextlib.contextmanager
@@ -135,11 +137,24 @@ def _per_filter(reduce, filter_axes, params):
 # Jitted for eager calls, inlined in traces.
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
 def _norm(values, axes):
-    """The Euclidean norm over some axes, by squares of numbers near one."""
-    fixed = jax.lax.stop_gradient(values)  # the norm does not depend on the unit
-    unit = blocks.power_of_two(fixed, axes, keepdims=True)
-    squares = jnp.square(values / unit)
-    return unit * jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+    """The Euclidean norm over some axes, by squares of numbers near one.
+
+    A large array is read once if its squares are in range: powers of two change no digit.
+    """
+    direct = jnp.sum(jnp.square(values), axis=axes, keepdims=True)
+
+    def scaled():
+        fixed = jax.lax.stop_gradient(values)  # the norm does not depend on the unit
+        unit = blocks.power_of_two(fixed, axes, keepdims=True)
+        squares = jnp.square(values / unit)
+        return unit * jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+
+    if values.size <= LARGE:
+        return scaled()
+    limits = jnp.finfo(values.dtype)
+    least = values.size * float(limits.tiny) / float(limits.eps) ** 2
+    in_range = jnp.all((direct > least) & (direct < jnp.inf))
+    return loops.usually(in_range, lambda: jnp.sqrt(direct), scaled)
 
 
 def norm_of_other(filter_axes, others):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import jaxprs
+from flatopt._core import jaxprs, platforms
 from flatopt._core.platforms import is_staged
 
 
@@ -60,3 +60,11 @@ def cond(condition, yes, no):
         return yes() if condition else no()
     (yes, _), (no, _) = jaxprs.trace(yes), jaxprs.trace(no)
     return jax.lax.cond(condition, yes, no)
+
+
+def usually(condition, quick, whole):
+    """``quick()`` where a condition holds, as it usually does, else ``whole()``.
+
+    On CPU alone: elsewhere a branch costs more than it spares, and it is ``whole()``.
+    """
+    return platforms.choose(lambda: cond(condition, quick, whole), whole)

@@ -1,39 +1,95 @@
 """Algebra of parameter trees as vectors: norms, steps, projections."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from flatopt._core import blocks, host, trees
+from flatopt._core import blocks, host, loops, trees
+
+
+class Size(NamedTuple):
+    """How long a tree is, in numbers that neither underflow nor overflow.
+
+    Attributes:
+      unit: a power of two; 1 for most trees on CPU.
+      square: the sum of squares of the tree over its unit.
+    """
+
+    unit: jax.Array
+    square: jax.Array
+
+
+def size(tree):
+    """The :class:`Size` of a tree, from one pass over it on CPU unless it is extreme."""
+    square = dot(tree, tree)
+    limits = [jnp.finfo(trees.wide(x.dtype)) for x in jax.tree.leaves(tree)]
+    limits = min(limits, key=lambda x: x.bits, default=jnp.finfo(jnp.float32))
+    # What underflows is then nothing beside errors of rounding, even in the squares of a
+    # part that is no longer than these.
+    least = float(limits.tiny) * blocks.size(tree) / float(limits.eps) ** 3
+
+    def scaled():
+        top = jax.lax.stop_gradient(largest(tree))
+        # Numbers below the least normal one may be flushed to zero in a product.
+        is_none = top < jnp.finfo(top.dtype).tiny
+        unit = jnp.where(is_none, 1.0, blocks.power_of_two(top))
+        parts = divide(tree, unit)
+        return unit, dot(parts, parts)
+
+    return Size(
+        *loops.usually(
+            (square > least) & (square < jnp.inf),
+            lambda: (jnp.ones_like(square), square),
+            scaled,
+        )
+    )
+
+
+def length(size):
+    """The norm of a tree from its size; zero at zero, and so are its derivatives."""
+    is_zero = size.square == 0
+    root = jnp.sqrt(jnp.where(is_zero, 1.0, size.square))
+    return jnp.where(is_zero, 0.0, root) * size.unit
+
+
+def direction(tree, size):
+    """A tree of a size over its norm; zero at zero, and so are its derivatives."""
+    is_zero = size.square == 0
+    root = jnp.sqrt(jnp.where(is_zero, 1.0, size.square))
+    return _times(divide(tree, size.unit), jnp.where(is_zero, 0.0, 1 / root))
+
+
+def divide(tree, unit):
+    """A tree over a power of two, as a product, which XLA does again rather than store."""
+    return _times(tree, 1 / unit)
+
+
+def _times(tree, factor):
+    """The tree times a number that may lie outside of the range of its dtypes."""
+    return jax.tree.map(
+        lambda x: (x.astype(factor.dtype) * factor).astype(x.dtype), tree
+    )
+
+
+def product(tree, unit, other, other_unit):
+    """Inner product of two trees over their units; nothing of their size is stored."""
+    return loops.usually(
+        (unit == 1) & (other_unit == 1),
+        lambda: dot(tree, other),
+        lambda: dot(divide(tree, unit), divide(other, other_unit)),
+    )
 
 
 def normalize(tree):
-    """The tree over its norm, and the norm; zero at zero, and so are its derivatives.
-
-    Scaled by the largest entry first, so that squares of tiny ones do not underflow; the
-    results do not depend on that scale, and so are differentiated without it.
-    """
-    scaled, unit, length = _scaled(tree)
-    return jax.tree.map(lambda x: x / unit.astype(x.dtype), scaled), length
+    """The tree over its norm, and the norm; zero at zero, and so are its derivatives."""
+    own = size(tree)
+    return direction(tree, own), length(own)
 
 
 def norm(tree):
     """The norm alone, of numbers of any size; nothing of the tree's size is stored."""
-    return _scaled(tree)[2]
-
-
-def _scaled(tree):
-    """The tree over its largest entry, the norm of that (1 for 0), and the tree's own."""
-    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
-    dtype = jnp.float64 if jnp.float64 in [x.dtype for x in largest] else jnp.float32
-    top = jnp.max(jnp.stack([x.astype(dtype) for x in largest])) if largest else 0.0
-    # Numbers below the least normal one may be flushed to zero in a division.
-    top = jax.lax.stop_gradient(jnp.where(top < jnp.finfo(dtype).tiny, 0.0, top))
-    divisor = jnp.where(top == 0, jnp.finfo(dtype).max, top)
-    scaled = jax.tree.map(lambda x: (x.astype(dtype) / divisor).astype(x.dtype), tree)
-    square = dot(scaled, scaled)
-    unit = jnp.sqrt(jnp.where(square == 0, 1.0, square))
-    length = jnp.where(square == 0, 0.0, unit)
-    return scaled, unit, length * top
+    return length(size(tree))
 
 
 def rounding_unit(dtype):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, layout, loops, trees, vectors
+from flatopt._core import blocks, checks, layout, loops, trees, vectors
 from flatopt._core.types import AxisName, Key, Mask
 from flatopt.transforms import _ascent, _link
 from flatopt.transforms._sam import Scalar
@@ -73,14 +73,14 @@ def look_sam_gradients(
         value, clean = value_and_grad(params)
 
         def look():
-            uphill, _ = vectors.normalize(clean)
-            step = vectors.scale(rho, uphill)
-            point = vectors.move(params, step)
-            _, moved = value_and_grad(point)
-            direction, length, error = _across(moved, uphill, params)
-            is_signal = _has_moved(params, point, step, rho) & (length > error)
-            factor = jnp.where(is_signal, 1 / jnp.where(is_signal, length, 1), 0)
-            return moved, vectors.scale(factor, direction)
+            size = vectors.size(clean)
+
+            def step():  # made again where it is read, and not stored
+                return vectors.scale(rho, vectors.direction(clean, size))
+
+            is_step = _has_moved(params, step, rho)
+            _, moved = value_and_grad(vectors.move(params, step()))
+            return moved, _across(moved, clean, size, params, is_step)
 
         def reuse():
             return vectors.add(clean, alpha * vectors.norm(clean), memory), memory
@@ -254,32 +254,54 @@ def momentum_sam_gradients(
     )
 
 
-def _across(moved, uphill, params):
-    """The part of a gradient across the uphill direction, of its length 1.
+def _across(moved, clean, size, params, is_step):
+    """The part of a gradient across the clean one, of this size, over its own length.
 
-    Returns it, its length and the length of the rounding errors to expect.
+    Zero where it is no longer than the rounding errors to expect, and without a step.
     """
-    across, _ = vectors.normalize(moved)
-    units = {vectors.rounding_unit(p.dtype) for p in jax.tree.leaves(params)}
-    error = max(units, default=0.0)
-    if len(units) > 1:
-        errors = jax.tree.map(
-            lambda g, p: vectors.rounding_unit(p.dtype) * g, across, params
+    own = vectors.size(moved)
+    square = jnp.where(size.square == 0, 1.0, size.square)
+    first = vectors.product(moved, own.unit, clean, size.unit) / square
+    moved = vectors.divide(moved, own.unit)
+    uphill = vectors.divide(clean, size.unit)
+    rest = vectors.add(moved, -first, uphill)
+    # What the first time leaves along the gradient is rounding.
+    left = vectors.product(rest, jnp.ones_like(own.unit), clean, size.unit)
+    second = left / square
+    square = vectors.dot(rest, rest) - second * left
+    units = jax.tree.map(lambda p: vectors.rounding_unit(p.dtype), params)
+    if len(set(jax.tree.leaves(units))) == 1:
+        error = own.square * jax.tree.leaves(units)[0] ** 2
+    else:
+        errors = jax.tree.map(lambda g, unit: unit * g, moved, units)
+        error = vectors.dot(errors, errors)
+    is_signal = is_step & (square > error)
+    factor = jnp.where(is_signal, 1 / jnp.sqrt(jnp.where(is_signal, square, 1.0)), 0.0)
+    return vectors.scale(factor, vectors.add(rest, -second, uphill))
+
+
+def _has_moved(params, step, rho):
+    """Whether the parameters take at least half of a step, as rounded as they are."""
+    limits = [jnp.finfo(p.dtype) for p in jax.tree.leaves(params)]
+    length = vectors.norm(params)
+    half = jnp.asarray(rho).astype(length.dtype) / 2
+    # Rounding a sum to the nearest loses less of it than eps, or less than the least number.
+    most = max(float(x.eps) for x in limits) * (length + 2 * half)
+    most = most + max(float(x.tiny) for x in limits) * blocks.size(params)
+    is_sure = most < half
+
+    def is_seen():
+        lost = jax.tree.map(
+            lambda p, q, s: (
+                trees.widen(q) - trees.widen(p) - s.astype(trees.wide(p.dtype))
+            ),
+            params,
+            vectors.move(params, step()),
+            step(),
         )
-        error = jnp.sqrt(vectors.dot(errors, errors))
-    for _ in range(2):  # what the first time leaves along the gradient is rounding
-        across = vectors.add(across, -vectors.dot(across, uphill), uphill)
-    length = jnp.sqrt(vectors.dot(across, across))
-    return across, length, error
+        # In units of half a step squares that overflow are too long, and those that
+        # underflow are short.
+        lost = jax.tree.map(lambda x: x / half.astype(x.dtype), lost)
+        return vectors.dot(lost, lost) < 1
 
-
-def _has_moved(params, point, step, rho):
-    """Whether the parameters took at least half of a step, as rounded as they are."""
-    lost = jax.tree.map(
-        lambda p, q, s: trees.widen(q) - trees.widen(p) - s.astype(trees.wide(p.dtype)),
-        params,
-        point,
-        step,
-    )
-    length = vectors.norm(lost)
-    return length < jnp.asarray(rho).astype(length.dtype) / 2
+    return loops.usually(is_sure, lambda: is_sure, is_seen)

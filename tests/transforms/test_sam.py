@@ -639,6 +639,50 @@ def test_look_sam_keeps_a_true_direction_or_none(problem, dtype, x64):
     assert kept[RHOS.index(1e-4 if dtype == "float32" else 0.1)]
 
 
+@pytest.mark.parametrize("scale", [1e-33, 1e-14, 1.0, 1e15, 1e33])
+def test_look_sam_keeps_what_is_across_at_every_scale_of_the_loss(scale):
+    # So short a part that one projection leaves up to 7e-3 of it along the gradient.
+    rng = np.random.default_rng(0)
+    params = rng.standard_normal(1000).astype("float32")
+    curvatures = (1 + 1e-2 * rng.standard_normal(1000)).astype("float32")
+    tx = flatopt.look_sam_gradients(0.1)
+    memory = jax.jit(
+        lambda p: (
+            tx.update(
+                None,
+                tx.init(p),
+                p,
+                value_fn=lambda p: jnp.float32(scale) / 2 * jnp.sum(curvatures * p**2),
+            )[1].memory
+        )
+    )(params)
+    g, memory = curvatures.astype("f8") * params, np.asarray(memory, "f8")
+    uphill = g / np.linalg.norm(g)
+    part = curvatures * (params + 0.1 * uphill)
+    part = part - (part @ uphill) * uphill
+    assert 1e-5 < np.linalg.norm(part) / np.linalg.norm(g) < 1e-4
+    np.testing.assert_allclose(memory @ part / np.linalg.norm(part), 1, rtol=1e-4)
+    assert abs(memory @ uphill) < 1e-6
+
+
+def test_look_sam_stores_little_more_than_its_gradients():
+    size = 512
+    params = {name: jnp.ones((size, size)) for name in "abc"}
+
+    def value_fn(params, x):
+        for weight in params.values():
+            x = jnp.tanh(x @ weight)
+        return jnp.mean(x**2)
+
+    tx = flatopt.look_sam_gradients(RHO)
+    lowered = jax.jit(tx.update, static_argnames="value_fn").lower(
+        None, tx.init(params), params, value_fn=value_fn, x=jnp.ones((4, size))
+    )
+    stored = lowered.compile().memory_analysis().temp_size_in_bytes
+    # Of the clean gradient, the point and the second gradient, some lie in the results.
+    assert stored / (4 * 3 * size**2) < 2.6
+
+
 @pytest.mark.parametrize(
     "value_fn", [lambda p: jnp.sum(p**2) / 2, lambda p: jnp.sum(p), lambda p: p[0] ** 4]
 )
