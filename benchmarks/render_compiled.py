@@ -40,8 +40,8 @@ MORE = {
         BYTES: """What stays in the chip's own 128 MB does not count.""",
         TEMPORARIES: "It counts room that buffers share more than once.",
         PEAK: """On the MLP it is more than all that is allocated in the main memory, so that
-what stays in the chip's own memory seems to count here. The compiler refuses a program that does
-not fit the 16 GB of a v5e.""",
+what stays in the chip's own memory seems to count here. The compiler refuses a program that
+does not fit the 16 GB of a v5e.""",
     },
     "h100": {
         BYTES: """The cache of 50 MB is left out: what is small need not go to the main
