@@ -15,9 +15,10 @@ Sampler = Callable[..., jax.Array]
 def normal(key, shape, dtype=jnp.float32, *, out_sharding=None) -> jax.Array:
     """Standard normal values: those of ``jax.random.normal`` up to rounding, drawn faster.
 
-    The random words are the same; of the exact values that belong to them these differ by
-    at most 1e-5, those of ``jax.random.normal`` by up to 2.2e-5. The values are computed in
-    float32 whatever ``dtype`` (a bfloat16 draw of ``jax.random.normal`` never exceeds 2.9).
+    The random words are the same everywhere. On CPU the values differ from the exact ones
+    that belong to these words by at most 1e-5, elsewhere, as those of ``jax.random.normal``,
+    by up to 2.2e-5. They are computed in float32 whatever ``dtype`` (a bfloat16 draw of
+    ``jax.random.normal`` never exceeds 2.9).
     The generator is written so that XLA fuses it with what uses the noise; on CPU this is
     faster and stores no random words.
 
