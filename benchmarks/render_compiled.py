@@ -287,8 +287,7 @@ EXAMPLES = """### Do the examples fit?
 
 `make bench-fits` compiles the training steps of `examples/cifar10.py` and of the
 notebooks at full size for one v5e, which has 16 GB. *Goes in* are parameters, state and batch;
-*in all* is what the compiler allocates, these included. Only the steps in the table were
-compiled so far.
+*in all* is what the compiler allocates, these included.
 """
 
 
