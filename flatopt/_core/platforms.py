@@ -1,7 +1,7 @@
-"""One way on CPU and another on accelerators, by the platform that a program is for.
+"""One way on CPU and others on accelerators, by the platform that a program is for.
 
 JAX knows it when it lowers a trace, not before: on a CPU machine a program may be exported
-or compiled for a TPU. So a trace holds both ways, and the program the one of its platform.
+or compiled for a TPU. So a trace holds all ways, and the program the one of its platform.
 """
 
 import jax
