@@ -32,8 +32,8 @@ measure on yours.
   with XLA's memory-optimized scheduler (see [layouts](strategies.md)).
 - **compile**: compile time over that of the plain step.
 - Kernels: *no noise* is the floor; *signs*, *shared* (one Gaussian draw a step, fresh signs a
-  chunk), *normal* (independent Gaussians), *jax.random.normal* (the same numbers up to rounding,
-  from JAX's own generator).
+  chunk), *normal* (independent Gaussians), *jax.random.normal* (the same numbers up to
+  rounding, from JAX's own generator).
 """
 
 NEXT = """
