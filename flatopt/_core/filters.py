@@ -141,7 +141,6 @@ def _norm(values, axes):
 
     A large array is read once if its squares are in range: powers of two change no digit.
     """
-    direct = jnp.sum(jnp.square(values), axis=axes, keepdims=True)
 
     def scaled():
         fixed = jax.lax.stop_gradient(values)  # the norm does not depend on the unit
@@ -151,6 +150,7 @@ def _norm(values, axes):
 
     if values.size <= LARGE:
         return scaled()
+    direct = jnp.sum(jnp.square(values), axis=axes, keepdims=True)
     limits = jnp.finfo(values.dtype)
     least = values.size * float(limits.tiny) / float(limits.eps) ** 2
     in_range = jnp.all((direct > least) & (direct < jnp.inf))

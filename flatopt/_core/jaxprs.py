@@ -131,18 +131,18 @@ def num_convolutions(jaxpr):
     return len(_convolutions(jaxpr))
 
 
-def convolution_flops(jaxpr):
+def convolution_flops(jaxpr, platform=platforms.CPU):
     """The floating-point operations of each convolution, zeros of strides included."""
-    return [_flops(equation) for equation in _convolutions(jaxpr)]
+    return [_flops(equation) for equation in _convolutions(jaxpr, platform)]
 
 
-def _convolutions(jaxpr):
+def _convolutions(jaxpr, platform=platforms.CPU):
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == CONVOLUTION:
             found.append(equation)
-        for inner in _inner_jaxprs(equation):
-            found.extend(_convolutions(inner))
+        for inner in _inner_jaxprs(equation, platform):
+            found.extend(_convolutions(inner, platform))
     return found
 
 

@@ -45,10 +45,9 @@ def strategy_on_tpu(jaxpr, num_samples, is_split):
     to 1.7 times as long as one, so large ones take the loop.
     """
     can_batch = _can_batch(jaxpr, num_samples, is_split)
-    if can_batch and _has(jaxpr, jaxprs.CONVOLUTION):
-        flops = jaxprs.convolution_flops(jaxpr)
-        can_batch = sum(flops) <= MOST_BATCHED_FLOPS * len(flops)
-    return "vmap" if can_batch else "scan"
+    flops = jaxprs.convolution_flops(jaxpr, platforms.ELSEWHERE)
+    are_small = sum(flops) <= MOST_BATCHED_FLOPS * len(flops)
+    return "vmap" if can_batch and are_small else "scan"
 
 
 def has_loop(jaxpr):

@@ -301,7 +301,8 @@ def _has_moved(params, step, rho):
         )
         # In units of half a step squares that overflow are too long, and those that
         # underflow are short.
-        lost = jax.tree.map(lambda x: x / half.astype(x.dtype), lost)
-        return vectors.dot(lost, lost) < 1
+        unit = jnp.where(half == 0, 1, half)
+        lost = jax.tree.map(lambda x: x / unit.astype(x.dtype), lost)
+        return (vectors.dot(lost, lost) < 1) & (half > 0)
 
     return loops.usually(is_sure, lambda: is_sure, is_seen)
